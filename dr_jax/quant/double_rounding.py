@@ -1,0 +1,173 @@
+"""Double Rounding: one integer model at h bits, every lower one derived.
+
+  q_h = clip(round(w / s), -2^(h-1), 2^(h-1) - 1)
+  q_l = clip(round(q_h / 2^D), -2^(l-1), 2^(l-1) - 1),   D = h - l
+  w_hat = q_l * s * 2^D
+
+One scale s > 0 is shared by all bit-widths, so that the h-bit codes and s are
+all that is stored. arXiv 2502.01199, eq. 1 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+
+from dr_jax.quant import grid
+from dr_jax.quant.quantizer import WeightQuantizer
+
+if TYPE_CHECKING:
+  from jaxtyping import Array, Float, Int
+
+
+def double_rounding(
+  bits: Sequence[int] = (8, 6, 4, 2),
+  *,
+  rounding: str = "half_even",
+  per_channel: bool = True,
+) -> WeightQuantizer:
+  """Builds the Double Rounding weight quantizer.
+
+  Shared between bit-widths: the weights, the codes and the scale. Stored:
+  codes of bits[0] bits and float32 scales. Choose it when one integer file
+  must serve every bit-width with nearly the accuracy of separate training.
+
+  Params: {"scale": float32 [1, ..., 1, c_out]}, or all ones per tensor; starts
+  at max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1).
+
+  Args:
+    bits: candidate bit-widths in 2..8, highest first.
+    rounding: rule of the second rounding. "half_even" (the paper's round),
+      "half_up" ((q + 2^(D-1)) >> D, needs only the top l+1 bit-planes) or
+      "floor" (q >> D, the top l bit-planes).
+    per_channel: one scale per entry of the last axis, else one per tensor.
+
+  Raises:
+    ValueError: for bits outside 2..8 or not descending, an unknown rounding,
+      or, outside jit, NaN or infinite weights.
+
+  References:
+    arXiv 2502.01199, section 3.1.
+  """
+  bits = grid.check_bits(bits)
+  grid.check_rounding(rounding)
+  grids = grid.nested_grids(bits, rounding)
+  low, high = grid.code_range(bits[0])
+
+  def init(w):
+    grid.check_finite("weight", w)
+    return {"scale": three_sigma_scale(w, bits[0], per_channel=per_channel)}
+
+  def fake_quantize(params, w, index):
+    grid.check_index(index, bits)
+    grid.check_finite("weight", w)
+    return grid.round_straight_through(
+      w, params["scale"], grids, index, rounding=rounding, double=True
+    )
+
+  def encode(params, w):
+    grid.check_finite("weight", w)
+    scale = grid.positive(params["scale"])
+    codes = grid.first_codes(w.astype(scale.dtype), scale, low, high)
+    return {"codes": codes.astype(jnp.int8), "scale": scale}
+
+  def decode(encoded, index):
+    grid.check_index(index, bits)
+    shift = _at([bits[0] - b for b in bits], index)
+    codes = _shift_codes(encoded["codes"], shift, rounding)
+    target = grid.select(grids, index)
+    codes = jnp.clip(codes.astype(jnp.float32), target.low, target.high)
+    return codes * (encoded["scale"] * target.step)
+
+  options = (
+    ("bits", bits),
+    ("rounding", rounding),
+    ("per_channel", per_channel),
+  )
+  return WeightQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    encode=encode,
+    decode=decode,
+    stored_bits=bits[0],
+    name="double_rounding",
+    options=options,
+  )
+
+
+def switch_codes(
+  codes: Int[Array, ...],
+  from_bits: int,
+  to_bits: int,
+  *,
+  rounding: str = "half_even",
+) -> Int[Array, ...]:
+  """Derives lower-bit codes from higher-bit ones (the second rounding).
+
+  Args:
+    codes: integers in [-2^(from_bits-1), 2^(from_bits-1) - 1], any shape.
+    from_bits: bit-width of `codes`, 2..8.
+    to_bits: bit-width wanted, 2..from_bits.
+    rounding: what happens to exact halves: "half_even", "half_up" or "floor".
+
+  Returns:
+    int8 codes in [-2^(to_bits-1), 2^(to_bits-1) - 1], same shape.
+
+  Raises:
+    ValueError: if to_bits > from_bits, either is outside 2..8, or the
+      rounding is unknown.
+
+  References:
+    arXiv 2502.01199, eq. 2.
+  """
+  grid.check_rounding(rounding)
+  (from_bits,) = grid.check_bits([from_bits])
+  (to_bits,) = grid.check_bits([to_bits])
+  if to_bits > from_bits:
+    raise ValueError(f"to_bits={to_bits}: allowed are 2..from_bits={from_bits}")
+  low, high = grid.code_range(to_bits)
+  shifted = _shift_codes(jnp.asarray(codes), from_bits - to_bits, rounding)
+  return jnp.clip(shifted, low, high).astype(jnp.int8)
+
+
+def three_sigma_scale(
+  w: Float[Array, ...], bits: int, *, per_channel: bool
+) -> Float[Array, ...]:
+  """Scale that lets `bits`-bit codes span three standard deviations of w.
+
+  Args:
+    w: weight [..., c_out].
+    bits: the highest bit-width.
+    per_channel: reduce over all axes but the last, else over all.
+
+  Returns:
+    float32, rank of w: [1, ..., 1, c_out], or all ones.
+  """
+  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
+  mean = w.mean(axes, keepdims=True)
+  std = w.std(axes, keepdims=True)
+  bound = jnp.maximum(jnp.abs(mean - 3 * std), jnp.abs(mean + 3 * std))
+  return grid.positive(bound / 2 ** (bits - 1)).astype(jnp.float32)
+
+
+def _shift_codes(codes, shift, rounding):
+  """Rounds codes / 2^shift in int32; `shift` is an int or an int32 scalar."""
+  q = codes.astype(jnp.int32)
+  half = (1 << shift) >> 1
+  if rounding == "half_up":
+    q = q + half
+  elif rounding == "half_even":
+    # Half, less one unless the floor is odd; nothing when shift is 0.
+    q = q + jnp.maximum(half - 1 + ((q >> shift) & 1), 0)
+  return q >> shift
+
+
+def _at(table, index):
+  if isinstance(index, int | np.integer):
+    return table[index]
+  return jnp.asarray(table, jnp.int32)[index]

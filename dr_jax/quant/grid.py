@@ -1,0 +1,254 @@
+"""Integer grids: ranges, rounding rules, and the straight-through core.
+
+A quantized value is `w ~ code * step * scale`, with integer `code` in
+[low, high] and `step = 2^(h - b)`: the width of one b-bit level in units of
+the highest bit-width h. Methods with one rounding have step 1.
+
+Every learned-scale method (Double Rounding, LSQ, ...) differentiates through
+`round_straight_through`, whose gradients are those of LSQ (arXiv 1902.08153,
+eq. 2 and 3), written for a scale shared by several bit-widths.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+  from jaxtyping import Array, Float, Int
+
+# Learned scales are read through a clamp to this interval, which keeps them
+# positive and finite whatever an optimizer does to the raw parameter. Powers
+# of two, so that code * step * scale cannot overflow or turn denormal.
+SCALE_MIN = 2.0**-30
+SCALE_MAX = 2.0**30
+
+ROUNDINGS = ("half_even", "half_up", "floor")
+
+Index = "int | Int[Array, '']"
+
+
+class Grid(NamedTuple):
+  """One bit-width of a quantizer, as Python floats or as traced scalars."""
+
+  low: float  # smallest code
+  high: float  # largest code
+  step: float  # 2^D, the width of a level in units of the scale
+  first_low: float  # code range of the first rounding, at step 1
+  first_high: float
+  top: float  # largest v = w / (scale * step) that still has a gradient
+
+
+class _Core(NamedTuple):
+  """What is known at trace time; `grid` is None if the index is traced."""
+
+  rounding: str
+  double: bool
+  grid: Grid | None
+
+
+def check_bits(
+  bits: Sequence[int], *, lowest: int = 2, highest: int = 8
+) -> tuple[int, ...]:
+  """Returns candidate bit-widths as a tuple of ints.
+
+  Raises:
+    ValueError: if `bits` is empty, not strictly descending, or has an entry
+      that is no integer or is outside [lowest, highest].
+  """
+  allowed = f"integers from {highest} down to {lowest}, highest first"
+  try:
+    checked = tuple(operator.index(b) for b in bits)
+  except TypeError:
+    raise ValueError(f"bits={bits!r}: allowed are {allowed}") from None
+  descending = all(a > b for a, b in zip(checked, checked[1:], strict=False))
+  inside = all(lowest <= b <= highest for b in checked)
+  if not checked or not descending or not inside:
+    raise ValueError(f"bits={bits!r}: allowed are {allowed}")
+  return checked
+
+
+def check_rounding(rounding: str) -> str:
+  if rounding not in ROUNDINGS:
+    raise ValueError(f"rounding={rounding!r}: allowed are {ROUNDINGS}")
+  return rounding
+
+
+def check_index(index: Index, bits: tuple[int, ...]) -> Index:
+  """Rejects a Python index outside the candidates, which XLA would clamp."""
+  if isinstance(index, int | np.integer) and not 0 <= index < len(bits):
+    raise ValueError(
+      f"index={index}: allowed are 0..{len(bits) - 1}, positions in bits={bits}"
+    )
+  return index
+
+
+def check_finite(name: str, x: Float[Array, ...]) -> None:
+  """Raises ValueError for NaN or infinite values; under a trace, nothing."""
+  if isinstance(x, jax.core.Tracer):
+    return
+  bad = x.size - int(jnp.isfinite(x).sum())
+  if bad:
+    raise ValueError(
+      f"{name}: {bad} of {x.size} values are NaN or infinite; "
+      "allowed are finite numbers"
+    )
+
+
+def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
+  """Returns the smallest and largest code of a bit-width."""
+  if signed:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+  return 0, 2**bits - 1
+
+
+def single_grids(bits: tuple[int, ...], *, signed: bool) -> tuple[Grid, ...]:
+  """Grids of methods with one rounding: codes of `b` bits at step 1."""
+  ranges = [code_range(b, signed=signed) for b in bits]
+  return tuple(Grid(low, high, 1, low, high, high) for low, high in ranges)
+
+
+def nested_grids(bits: tuple[int, ...], rounding: str) -> tuple[Grid, ...]:
+  """Grids of a signed integer model whose lower bit-widths derive from it.
+
+  Under "floor" the second rounding never clips, so that the gradient lives on
+  the whole range of the first one: `top` is its largest code.
+  """
+  first_low, first_high = code_range(bits[0])
+  grids = []
+  for b in bits:
+    low, high = code_range(b)
+    step = 2 ** (bits[0] - b)
+    top = first_high / step if rounding == "floor" else high
+    grids.append(Grid(low, high, step, first_low, first_high, top))
+  return tuple(grids)
+
+
+def select(grids: tuple[Grid, ...], index: Index) -> Grid:
+  """Returns the grid at `index`: constants for an int, else a table look-up."""
+  if isinstance(index, int | np.integer):
+    return Grid(*map(float, grids[index]))
+  columns = np.array(grids, np.float32).T
+  return Grid(*(jnp.asarray(column)[index] for column in columns))
+
+
+def round_by(rounding: str, x: Float[Array, ...]) -> Float[Array, ...]:
+  """Rounds to integers; `rounding` says what happens to exact halves."""
+  match rounding:
+    case "half_even":
+      return jnp.round(x)
+    case "half_up":
+      return jnp.floor(x + 0.5)
+    case _:
+      return jnp.floor(x)
+
+
+def positive(scale: Float[Array, ...]) -> Float[Array, ...]:
+  """The scale that is used: clamped to [2^-30, 2^30]."""
+  return jnp.clip(scale, SCALE_MIN, SCALE_MAX)
+
+
+def first_codes(
+  w: Float[Array, ...], scale: Float[Array, ...], low: float, high: float
+) -> Float[Array, ...]:
+  """Integer-valued floats clip(round(w / scale), low, high).
+
+  Division, not multiplication by a reciprocal: k * scale / scale is exactly
+  k, which makes codes a fixed point of quantization.
+  """
+  return jnp.clip(jnp.round(w / scale), low, high)
+
+
+def round_straight_through(
+  x: Float[Array, ...],
+  scale: Float[Array, ...],
+  grids: tuple[Grid, ...],
+  index: Index,
+  *,
+  rounding: str = "half_even",
+  double: bool = False,
+) -> Float[Array, ...]:
+  """Fake-quantizes x with straight-through gradients for x and scale.
+
+  With v = x / (scale * step), q the code, and N the number of elements that
+  share a scale entry:
+    out = q * scale * step
+    d out / d x = 1 where low <= v <= top, else 0
+    d out / d scale = step / sqrt(N * high) * (q - v inside, q outside)
+
+  Args:
+    x: any shape, any float dtype; computed in at least float32.
+    scale: broadcasts against x with the same rank, or a scalar.
+    grids: one per candidate bit-width.
+    index: which grid; a Python int folds all constants.
+    rounding: rule of the second rounding; the first is half-to-even.
+    double: whether there is a second rounding.
+
+  Returns:
+    The quantized values, shape and dtype of x.
+  """
+  if isinstance(index, int | np.integer):
+    grid = select(grids, index)
+    core = _Core(rounding, double and grid.step != 1, grid)
+    return _round_straight_through(core, x, scale, None)
+  grid = select(grids, index)
+  return _round_straight_through(_Core(rounding, double, None), x, scale, grid)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _round_straight_through(core, x, scale, grid):
+  grid = core.grid or grid
+  q, _, unit = _quantize(core, x, scale, grid)
+  return (q * unit).astype(x.dtype)
+
+
+def _forward(core, x, scale, grid):
+  # The inputs are alive anyway; codes are cheaper to recompute than to keep.
+  return _round_straight_through(core, x, scale, grid), (x, scale, grid)
+
+
+def _backward(core, residuals, g):
+  x, scale, grid = residuals
+  numbers = core.grid or grid
+  q, v, _ = _quantize(core, x, scale, numbers)
+  g32 = g.astype(v.dtype)
+  # Explicit masks: jnp.clip would pass half of the gradient at exact ends.
+  inside = (v >= numbers.low) & (v <= numbers.top)
+  dx = jnp.where(inside, g32, 0).astype(x.dtype)
+  dq = g32 * (q - jnp.where(inside, v, 0))
+  shared = tuple(
+    axis
+    for axis in range(x.ndim)
+    if jnp.ndim(scale) == 0 or scale.shape[axis] == 1
+  )
+  dscale = dq.sum(shared, keepdims=jnp.ndim(scale) > 0)
+  elements = x.size // max(jnp.size(scale), 1)
+  factor = numbers.step / (math.sqrt(elements) * _sqrt(numbers.high))
+  return dx, (dscale * factor).astype(scale.dtype), None
+
+
+_round_straight_through.defvjp(_forward, _backward)
+
+
+def _quantize(core, x, scale, grid):
+  """Returns code, v = x / unit, and unit = scale * step, all as floats."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  x = x.astype(dtype)
+  scale = positive(scale.astype(dtype))
+  q = first_codes(x, scale, grid.first_low, grid.first_high)
+  if core.double:
+    q = round_by(core.rounding, q / grid.step)
+    q = jnp.clip(q, grid.low, grid.high)
+  unit = scale * grid.step
+  return q, x / unit, unit
+
+
+def _sqrt(x):
+  return math.sqrt(x) if isinstance(x, float) else jnp.sqrt(x)

@@ -1,0 +1,89 @@
+"""Codes of 2 to 8 bits in bytes.
+
+Codes follow each other as a little-endian bit stream: bit j of code i is bit
+(i * bits + j) % 8 of byte (i * bits + j) // 8, in two's complement. Nothing
+is wasted at odd bit-widths; only the last byte is padded, with zeros.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from dr_jax.quant import grid
+
+if TYPE_CHECKING:
+  from jaxtyping import Array, Int, UInt8
+
+
+def packed_size(size: int, bits: int) -> int:
+  """Bytes that `size` codes of `bits` bits take."""
+  return -(-size * bits // 8)
+
+
+def pack(
+  codes: Int[Array, ...], bits: int, *, signed: bool = True
+) -> UInt8[Array, " bytes"]:
+  """Packs integer codes into bytes.
+
+  Args:
+    codes: integers within the range of `bits` bits, any shape, in C order.
+    bits: bit-width, 2..8.
+    signed: range -2^(bits-1)..2^(bits-1)-1, else 0..2^bits-1.
+
+  Returns:
+    uint8 [ceil(codes.size * bits / 8)].
+
+  Raises:
+    ValueError: if bits is outside 2..8, or, outside jit, a code does not fit.
+  """
+  (bits,) = grid.check_bits([bits])
+  codes = jnp.asarray(codes)
+  low, high = grid.code_range(bits, signed=signed)
+  if not isinstance(codes, jax.core.Tracer) and codes.size:
+    smallest, largest = int(codes.min()), int(codes.max())
+    if smallest < low or largest > high:
+      raise ValueError(
+        f"codes: {smallest}..{largest}; allowed are {low}..{high} for "
+        f"bits={bits}"
+      )
+  planes = (codes.reshape(-1, 1).astype(jnp.int32) >> jnp.arange(bits)[None]) & 1
+  stream = jnp.pad(planes.reshape(-1), (0, -codes.size * bits % 8))
+  places = jnp.left_shift(1, jnp.arange(8))[None]
+  return (stream.reshape(-1, 8) * places).sum(1).astype(jnp.uint8)
+
+
+def unpack(
+  data: UInt8[Array, " bytes"], bits: int, size: int, *, signed: bool = True
+) -> Int[Array, " size"]:
+  """Inverse of `pack`.
+
+  Args:
+    data: uint8 [ceil(size * bits / 8)].
+    bits: bit-width, 2..8.
+    size: number of codes.
+    signed: as given to `pack`.
+
+  Returns:
+    [size] codes: int8, or uint8 if not signed.
+
+  Raises:
+    ValueError: if bits is outside 2..8 or the number of bytes is not right.
+  """
+  (bits,) = grid.check_bits([bits])
+  data = jnp.asarray(data)
+  if data.shape != (packed_size(size, bits),):
+    raise ValueError(
+      f"data: shape {data.shape}; allowed is ({packed_size(size, bits)},) for "
+      f"{size} codes of {bits} bits"
+    )
+  stream = (data[:, None].astype(jnp.int32) >> jnp.arange(8)[None]) & 1
+  planes = stream.reshape(-1)[: size * bits].reshape(size, bits)
+  codes = (planes << jnp.arange(bits)[None]).sum(1)
+  if not signed:
+    return codes.astype(jnp.uint8)
+  return jnp.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).astype(
+    jnp.int8
+  )

@@ -1,0 +1,76 @@
+"""The one interface of every method: a quantizer is a value of functions.
+
+As in optax, a method is a factory that returns a NamedTuple of pure
+functions. Two laws hold for every WeightQuantizer and are tested for each:
+
+  decode(encode(params, w), i) == fake_quantize(params, w, i)   bit for bit
+  fake_quantize(params, w, 2) == fake_quantize(params, w, jnp.int32(2))
+
+`index` is always a position in `bits`, a Python int or an int32 scalar; both
+work under jit, vmap over the index, shard_map and every kind of mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Params = dict[str, jax.Array]
+Encoded = dict[str, jax.Array]
+Options = tuple[tuple[str, Any], ...]
+
+
+class WeightQuantizer(NamedTuple):
+  """A multi-precision weight quantizer.
+
+  Attributes:
+    bits: candidate bit-widths, highest first.
+    init: `init(w) -> params`, the learned quantization parameters of a weight
+      `w` [..., c_out]: a dict of float32 arrays, possibly empty.
+    fake_quantize: `fake_quantize(params, w, index) -> w_hat`, shape and dtype
+      of w, differentiable in params and w.
+    encode: `encode(params, w) -> encoded`, a dict of arrays: all that a
+      deployed model stores. Integer entries hold codes of `stored_bits` bits.
+    decode: `decode(encoded, index) -> w_hat` in float32, equal to
+      fake_quantize bit for bit (after a cast to the dtype of w).
+    stored_bits: bits that one stored weight costs; 32 if a method must keep
+      its floats.
+    name: key in the registry: `get(name, **dict(options))` rebuilds this.
+    options: keyword arguments of the factory, hashable and JSON-friendly.
+  """
+
+  bits: tuple[int, ...]
+  init: Callable[[jax.Array], Params]
+  fake_quantize: Callable[[Params, jax.Array, Any], jax.Array]
+  encode: Callable[[Params, jax.Array], Encoded]
+  decode: Callable[[Encoded, Any], jax.Array]
+  stored_bits: int
+  name: str = ""
+  options: Options = ()
+
+
+class ActivationQuantizer(NamedTuple):
+  """A multi-precision activation quantizer.
+
+  Attributes:
+    bits: candidate bit-widths, highest first.
+    init: `init(x) -> params` from one calibration batch.
+    fake_quantize: `fake_quantize(params, x, index) -> x_hat`, shape and dtype
+      of x, differentiable in params and x.
+    signed: True for codes -2^(b-1)..2^(b-1)-1, False for 0..2^b-1, None if
+      still open: `nn.quantize` decides it per layer by calibration.
+    with_sign: `with_sign(signed) -> ActivationQuantizer`, the same method with
+      the sign settled.
+    name: key in the registry.
+    options: keyword arguments of the factory.
+  """
+
+  bits: tuple[int, ...]
+  init: Callable[[jax.Array], Params]
+  fake_quantize: Callable[[Params, jax.Array, Any], jax.Array]
+  signed: bool | None
+  with_sign: Callable[[bool], ActivationQuantizer]
+  name: str = ""
+  options: Options = ()
