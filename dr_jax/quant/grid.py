@@ -160,10 +160,11 @@ def first_codes(
 ) -> Float[Array, ...]:
   """Integer-valued floats clip(round(w / scale), low, high).
 
-  Division, not multiplication by a reciprocal: k * scale / scale is exactly
-  k, which makes codes a fixed point of quantization.
+  Multiplies by the reciprocal on purpose: XLA turns a division by a broadcast
+  operand into that product in some programs and not in others, so that w /
+  scale would round differently under jit, eagerly and with a constant scale.
   """
-  return jnp.clip(jnp.round(w / scale), low, high)
+  return jnp.clip(jnp.round(w * (1 / scale)), low, high)
 
 
 def round_straight_through(
@@ -246,8 +247,7 @@ def _quantize(core, x, scale, grid):
   if core.double:
     q = round_by(core.rounding, q / grid.step)
     q = jnp.clip(q, grid.low, grid.high)
-  unit = scale * grid.step
-  return q, x / unit, unit
+  return q, x * (1 / scale) / grid.step, scale * grid.step
 
 
 def _sqrt(x):
