@@ -1,0 +1,137 @@
+"""Pre-activation residual networks for small images.
+
+Stem 3x3 convolution, three stages of basic blocks, the second and third
+starting with stride 2, then batch norm, ReLU, global average and a linear
+head. A block is BN, ReLU, conv 3x3, BN, ReLU, conv 3x3, added to its input;
+where the shape changes the shortcut is a 1x1 convolution of the activated
+input. arXiv 1603.05027; CIFAR widths and depths from arXiv 1512.03385.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+# 1 - torch's momentum of 0.1.
+_MOMENTUM = 0.9
+
+
+class Block(nnx.Module):
+  """Pre-activation basic block: [n, h, w, c_in] -> [n, h/s, w/s, c_out]."""
+
+  def __init__(self, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs):
+    self.norm1 = _norm(c_in, rngs)
+    self.conv1 = _conv(c_in, c_out, 3, stride, rngs)
+    self.norm2 = _norm(c_out, rngs)
+    self.conv2 = _conv(c_out, c_out, 3, 1, rngs)
+    same = c_in == c_out and stride == 1
+    self.shortcut = None if same else _conv(c_in, c_out, 1, stride, rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = nnx.relu(self.norm1(x))
+    if self.shortcut is not None:
+      x = self.shortcut(y)
+    y = self.conv1(y)
+    y = self.conv2(nnx.relu(self.norm2(y)))
+    return x + y
+
+
+class ResNet(nnx.Module):
+  """Pre-activation ResNet: images [n, h, w, channels] -> logits.
+
+  Args:
+    depth: 6 n + 2 for n blocks in each stage: 8, 14, 20, 32, 44, 56, ...
+    num_classes: size of the logits.
+    widths: channels of the three stages.
+    channels: channels of the images.
+    rngs: source of initial weights.
+
+  Raises:
+    ValueError: if depth is not 6 n + 2 with n >= 1.
+  """
+
+  def __init__(
+    self,
+    depth: int,
+    *,
+    num_classes: int,
+    widths: Sequence[int] = (16, 32, 64),
+    channels: int = 3,
+    rngs: nnx.Rngs,
+  ):
+    blocks, rest = divmod(depth - 2, 6)
+    if rest or blocks < 1:
+      raise ValueError(f"depth={depth}: allowed are 6 n + 2, as 8, 14, 20, 32")
+    self.stem = _conv(channels, widths[0], 3, 1, rngs)
+    c_in = widths[0]
+    stages = []
+    for number, width in enumerate(widths):
+      stage = []
+      for block in range(blocks):
+        stride = 2 if number and not block else 1
+        stage.append(Block(c_in, width, stride, rngs=rngs))
+        c_in = width
+      stages.append(stage)
+    self.stage1, self.stage2, self.stage3 = map(_Stage, stages)
+    self.norm = _norm(c_in, rngs)
+    self.head = nnx.Linear(c_in, num_classes, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = self.stem(x)
+    for stage in (self.stage1, self.stage2, self.stage3):
+      x = stage(x)
+    x = nnx.relu(self.norm(x))
+    return self.head(x.mean((1, 2)))
+
+
+class _Stage(nnx.Module):
+  """Blocks in a row, named block0, block1, ..."""
+
+  def __init__(self, blocks: Sequence[Block]):
+    self.depth = len(blocks)
+    for number, block in enumerate(blocks):
+      setattr(self, f"block{number}", block)
+
+  def __call__(self, x):
+    for number in range(self.depth):
+      x = getattr(self, f"block{number}")(x)
+    return x
+
+
+def resnet20(**kwargs) -> ResNet:
+  """The CIFAR ResNet20 (0.27 M parameters); see `ResNet` for arguments."""
+  return ResNet(20, **kwargs)
+
+
+def resnet32(**kwargs) -> ResNet:
+  """The CIFAR ResNet32 (0.46 M parameters)."""
+  return ResNet(32, **kwargs)
+
+
+def resnet44(**kwargs) -> ResNet:
+  """The CIFAR ResNet44 (0.66 M parameters)."""
+  return ResNet(44, **kwargs)
+
+
+def resnet56(**kwargs) -> ResNet:
+  """The CIFAR ResNet56 (0.85 M parameters)."""
+  return ResNet(56, **kwargs)
+
+
+def _conv(c_in, c_out, size, stride, rngs):
+  return nnx.Conv(
+    c_in,
+    c_out,
+    (size, size),
+    strides=stride,
+    padding=size // 2,
+    use_bias=False,
+    kernel_init=nnx.initializers.he_normal(),
+    rngs=rngs,
+  )
+
+
+def _norm(features, rngs):
+  return nnx.BatchNorm(features, momentum=_MOMENTUM, rngs=rngs)

@@ -1,0 +1,153 @@
+"""The bit-width as state: one int32 per quantized layer and switchable norm.
+
+A `Bits` variable holds a position in the candidate bit-widths. Because it is
+an array and not an argument, one compiled program serves every assignment and
+no model's `__call__` changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Bits(nnx.Variable):
+  """Position in the candidate bit-widths: an int32 scalar, not trained."""
+
+
+class Scale(nnx.Param):
+  """A learned quantization parameter: trained, never decayed."""
+
+
+class NormParam(nnx.Param):
+  """Scale or bias of a switchable norm, one row per bit-width."""
+
+
+class LayerRow(NamedTuple):
+  """One quantized layer.
+
+  Attributes:
+    name: path in the model, with slashes.
+    kind: "conv" or "linear".
+    shape: of the kernel, [*window, c_in / groups, c_out] or [c_in, c_out].
+    parameters: kernel entries (biases stay float and are not counted).
+    macs: multiply-accumulates for one example.
+    signed: sign of the input codes; None if inputs stay float.
+    bits: bit-width in use.
+  """
+
+  name: str
+  kind: str
+  shape: tuple[int, ...]
+  parameters: int
+  macs: int
+  signed: bool | None
+  bits: int
+
+
+class LayerTable(tuple[LayerRow, ...]):
+  """The quantized layers in call order; `print` shows them as a table."""
+
+  __slots__ = ()
+
+  def __str__(self) -> str:
+    cells = [LayerRow._fields] + [tuple(map(str, row)) for row in self]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+      "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+      for row in cells
+    )
+
+
+def quantized_layers(model: nnx.Module) -> dict[str, nnx.Module]:
+  """Returns the quantized layers of a model by name, in call order."""
+  found = [m for m in _modules(model) if hasattr(m, "input_params")]
+  return {m.name: m for m in sorted(found, key=lambda m: m.order)}
+
+
+def candidates(model: nnx.Module) -> tuple[int, ...]:
+  """Returns the candidate bit-widths of a quantized model, highest first.
+
+  Raises:
+    ValueError: if the model has no quantized layer.
+  """
+  for layer in quantized_layers(model).values():
+    return layer.weight_quantizer.bits
+  raise ValueError("model: no quantized layer; call nn.quantize first")
+
+
+def layer_table(model: nnx.Module) -> LayerTable:
+  """Lists the quantized layers in call order: shapes, costs, signs, bits.
+
+  Layers that stay float are not listed, so that a budget computed from the
+  table counts what is quantized and nothing else.
+  """
+  rows = []
+  for name, layer in quantized_layers(model).items():
+    shape = layer.kernel.shape
+    quantizer = layer.input_quantizer
+    rows.append(
+      LayerRow(
+        name=name,
+        kind="linear" if len(shape) == 2 else "conv",
+        shape=tuple(shape),
+        parameters=layer.kernel.size,
+        macs=layer.macs,
+        signed=None if quantizer is None else quantizer.signed,
+        bits=layer.weight_quantizer.bits[int(layer.bits.get_value())],
+      )
+    )
+  return LayerTable(rows)
+
+
+def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
+  """Sets the bit-width of every quantized layer, in place.
+
+  Norms go along with the layer whose output they see. Nothing is changed if
+  anything is wrong.
+
+  Args:
+    model: what `nn.quantize` or `deploy.load` returned.
+    bits: one bit-width for all layers, or {layer name: bit-width} with exactly
+      the names of `layer_table(model)`.
+
+  Raises:
+    ValueError: for a bit-width that is no candidate, or unknown or missing
+      names, which it lists.
+  """
+  allowed = candidates(model)
+  layers = quantized_layers(model)
+  if not isinstance(bits, Mapping):
+    bits = dict.fromkeys(layers, bits)
+  unknown = sorted(set(bits) - set(layers))
+  missing = [name for name in layers if name not in bits]
+  if unknown or missing:
+    raise ValueError(
+      f"bits: unknown layers {unknown}, missing layers {missing}; allowed are "
+      f"exactly {list(layers)}"
+    )
+  wrong = {name: b for name, b in bits.items() if b not in allowed}
+  if wrong:
+    name, b = next(iter(wrong.items()))
+    raise ValueError(f"bits={b} for {name}: allowed are {allowed}")
+  index = [allowed.index(bits[name]) for name in layers]
+  for holder, order in bits_holders(model):
+    holder.bits.set_value(jnp.int32(index[order]))
+
+
+def bits_holders(model: nnx.Module) -> Iterator[tuple[nnx.Module, int]]:
+  """Yields modules that hold `bits`, with the number of the layer they follow.
+
+  A quantized layer follows itself; a norm follows the quantized layer that
+  was called last before it (the first layer, if there was none).
+  """
+  for module in _modules(model):
+    if isinstance(getattr(module, "bits", None), Bits):
+      yield module, module.order
+
+
+def _modules(model):
+  return [node for _, node in nnx.iter_modules(model)]

@@ -1,0 +1,264 @@
+"""Turns any Flax NNX network into a multi-precision one.
+
+One calibration batch goes through the float network; what each layer saw
+(sign, statistics, order, cost) decides how it is quantized. The converted
+network has the same attributes, parameter names and call signature.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dr_jax.nn import layers
+from dr_jax.nn import norm as norms
+from dr_jax.nn.layers import adopt
+from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+
+_QUANTIZED = {nnx.Conv: layers.Conv, nnx.Linear: layers.Linear}
+_OBSERVED = (*_QUANTIZED, nnx.BatchNorm)
+
+Skip = str | Callable[[Sequence[str]], Iterable[str]]
+
+
+def first_and_last(names: Sequence[str]) -> tuple[str, ...]:
+  """Skip rule: the first and the last layer in call order stay float."""
+  return (names[0], names[-1])
+
+
+def quantize(
+  model: nnx.Module,
+  *,
+  weight: WeightQuantizer,
+  activation: ActivationQuantizer | None = None,
+  sample: Any,
+  norm: str = "switchable",
+  skip: Skip | Iterable[Skip] = first_and_last,
+) -> nnx.Module:
+  """Returns a multi-precision copy of a Flax NNX network.
+
+  Every nnx.Conv (grouped, depthwise, dilated, strided), nnx.Linear and
+  nnx.BatchNorm is replaced, wherever it is stored; the model itself is left
+  unchanged. Starts at the highest bit-width; see `nn.set_bits`.
+
+  Args:
+    model: the float network, preferably trained.
+    weight: weight quantizer, e.g. `quant.double_rounding((8, 6, 4, 2))`.
+    activation: input quantizer with the same bits, or None for float inputs.
+      Its sign is settled per layer: signed where an input was negative.
+    sample: one calibration batch, an array [batch, ...], or a tuple of all
+      positional arguments of the model's `__call__`.
+    norm: "switchable", batch norm parameters and statistics per bit-width, or
+      "shared", one set for all.
+    skip: layers that stay float: names, glob patterns ("head/*"), functions
+      from the layer names in call order to names, or a sequence of these.
+
+  Raises:
+    ValueError: if bit-widths differ or `norm` is unknown; if nothing is left
+      to quantize; if a skip matches no layer; if the sample does not reach a
+      layer, or reaches it inside a jax transformation.
+  """
+  if activation is not None and activation.bits != weight.bits:
+    raise ValueError(
+      f"activation.bits={activation.bits}: allowed are the bits of weight, "
+      f"{weight.bits}"
+    )
+  if norm not in norms.KINDS:
+    raise ValueError(f"norm={norm!r}: allowed are {norms.KINDS}")
+  model = nnx.clone(model)
+  calls = _calibrate(model, activation, sample)
+  names = [n for n, call in calls.items() if type(call.module) in _QUANTIZED]
+  skipped = _skipped(skip, names)
+  quantized = [name for name in names if name not in skipped]
+  if not quantized:
+    raise ValueError(
+      f"skip: leaves nothing to quantize; the model's nnx.Conv and nnx.Linear "
+      f"layers are {names}"
+    )
+  rows = len(weight.bits) if norm == "switchable" else 1
+  replacements, order = {}, 0
+  for name, call in calls.items():
+    if name in quantized:
+      order = quantized.index(name)
+      place = layers.Place(name, order, call.macs)
+      signed = activation and activation.with_sign(call.signed)
+      new = _QUANTIZED[type(call.module)](
+        call.module, place, weight, signed, call.params
+      )
+    elif type(call.module) is nnx.BatchNorm:
+      new = norms.BatchNorm(call.module, rows=rows, order=order)
+    else:
+      continue
+    replacements[id(call.module)] = new
+  return _substitute(model, replacements)
+
+
+class _Call(NamedTuple):
+  """What calibration saw of one module.
+
+  Attributes:
+    module: the float module.
+    macs: multiply-accumulates for one example, over all its calls.
+    signed: whether any input was negative.
+    params: initial parameters of the input quantizer at that sign.
+  """
+
+  module: nnx.Module
+  macs: int
+  signed: bool
+  params: dict[str, jax.Array]
+
+
+def _calibrate(model, activation, sample) -> dict[str, _Call]:
+  """Runs the sample through the float network, in one compiled program.
+
+  Returns:
+    What each nnx.Conv, nnx.Linear and nnx.BatchNorm saw, in the order of
+    first calls.
+  """
+  arguments = sample if isinstance(sample, tuple) else (sample,)
+  examples = jnp.shape(arguments[0])[0]
+  modules = {
+    "/".join(map(str, path)) or type(module).__name__.lower(): module
+    for path, module in nnx.iter_modules(model)
+    if type(module) in _OBSERVED
+  }
+  inputs: dict[str, list[jax.Array]] = {}
+  macs = dict.fromkeys(modules, 0)
+
+  def record(name, x, y):
+    inputs.setdefault(name, []).append(x)
+    module = modules[name]
+    if type(module) is not nnx.BatchNorm:
+      kernel = module.kernel
+      macs[name] += y.size // examples * kernel.size // kernel.shape[-1]
+
+  copy = nnx.clone(model)
+  observers = {
+    id(module): _observer(module, functools.partial(record, name))
+    for name, module in zip(
+      modules,
+      (m for _, m in nnx.iter_modules(copy) if type(m) in _OBSERVED),
+      strict=True,
+    )
+  }
+  copy = _substitute(copy, observers)
+  copy.eval()
+  graph, state = nnx.split(copy)
+
+  @jax.jit
+  def statistics(state, arrays):
+    inputs.clear()
+    filled = iter(arrays)
+    nnx.merge(graph, state)(
+      *(next(filled) if _is_array(a) else a for a in arguments)
+    )
+    return {
+      name: _input_statistics(modules[name], xs, activation)
+      for name, xs in inputs.items()
+    }
+
+  try:
+    seen = statistics(state, [a for a in arguments if _is_array(a)])
+  except jax.errors.UnexpectedTracerError:
+    raise ValueError(
+      "model: calls layers inside jit, scan or vmap; allowed are layers that "
+      "its __call__ calls directly"
+    ) from None
+  unseen = [name for name in modules if name not in inputs]
+  if unseen:
+    raise ValueError(
+      f"sample: does not reach layers {unseen}; allowed is a sample that "
+      "reaches every layer"
+    )
+  calls = {}
+  for name in inputs:
+    finite, negative, params = seen[name]
+    if not finite:
+      raise ValueError(
+        f"sample: input of layer {name!r} is NaN or infinite; allowed are "
+        "finite numbers"
+      )
+    calls[name] = _Call(
+      modules[name], macs[name], bool(negative), params[bool(negative)]
+    )
+  return calls
+
+
+def _input_statistics(module, xs, activation):
+  """Whether inputs are finite and negative, and parameters for either sign."""
+  if activation is None or type(module) is nnx.BatchNorm:
+    return True, False, ({}, {})
+  # A layer that is called several times has one scale for all its inputs.
+  x = jnp.concatenate([x.reshape(-1) for x in xs])
+  params = tuple(activation.with_sign(sign).init(x) for sign in (False, True))
+  return jnp.isfinite(x).all(), (x < 0).any(), params
+
+
+def _is_array(x):
+  return isinstance(x, jax.Array | np.ndarray)
+
+
+def _observer(module, record):
+  """The module, calling `record(input, output)` on each call."""
+  kind = type(module)
+
+  class Observer(kind):
+    def __init__(self):
+      adopt(self, module)
+
+    def __call__(self, x, *args, **kwargs):
+      y = kind.__call__(self, x, *args, **kwargs)
+      record(x, y)
+      return y
+
+  return Observer()
+
+
+def _skipped(skip, names) -> set[str]:
+  """Resolves skip rules to layer names; a rule that matches nothing raises."""
+  rules = [skip] if isinstance(skip, str) or callable(skip) else list(skip)
+  skipped: set[str] = set()
+  for rule in rules:
+    if callable(rule):
+      matched = set(rule(names))
+    else:
+      matched = set(fnmatch.filter(names, rule))
+    if not matched or matched - set(names):
+      raise ValueError(
+        f"skip={rule!r}: matches no layer; allowed are names and patterns of "
+        f"{names}"
+      )
+    skipped |= matched
+  return skipped
+
+
+def _substitute(model, replacements):
+  """Swaps modules by identity, wherever they are stored; returns the root."""
+
+  def swap(value):
+    if id(value) in replacements:
+      return replacements[id(value)]
+    if type(value) is dict:
+      items = {key: swap(item) for key, item in value.items()}
+      same = all(items[key] is value[key] for key in value)
+      return value if same else items
+    if type(value) in (list, tuple):
+      items = [swap(item) for item in value]
+      same = all(a is b for a, b in zip(items, value, strict=True))
+      return value if same else type(value)(items)
+    return value
+
+  for _, module in list(nnx.iter_modules(model)):
+    for name, value in list(vars(module).items()):
+      swapped = value if name.startswith("_pytree") else swap(value)
+      if swapped is not value:
+        setattr(module, name, nnx.data(swapped))
+  return swap(model)

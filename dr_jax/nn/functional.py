@@ -1,0 +1,187 @@
+"""A network as one pure function over plain nested dicts of arrays.
+
+Everything that trains, shards or checkpoints works on this view: string keys,
+array leaves, no Flax objects. The network is split once; `apply` merges it
+again inside the trace, which costs tracing time only.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dr_jax.nn.bits import Bits, NormParam, Scale, bits_holders
+from dr_jax.nn.norm import BatchNorm
+
+Tree = dict[str, Any]
+
+
+class Functional(NamedTuple):
+  """A network split into a pure function and its arrays.
+
+  Attributes:
+    apply: `apply(params, batch_stats, index, *inputs, train=False) ->
+      (outputs, batch_stats)`. `index` is the position in the candidate
+      bit-widths: an int or int32 scalar for all layers, or int32 [layers], one
+      per row of `nn.layer_table`; a float network ignores it.
+    params: nested dict of trainable arrays.
+    batch_stats: nested dict of all other state (running statistics, PRNG
+      counters).
+    kinds: nested dict like params, saying what each leaf is: "weight",
+      "vector" (biases, float norms), "norm" (a switchable norm's rows) or
+      "scale" (learned quantization parameters).
+  """
+
+  apply: Callable[..., tuple[Any, Tree]]
+  params: Tree
+  batch_stats: Tree
+  kinds: Tree
+
+
+def functional(model: nnx.Module) -> Functional:
+  """Splits a network, float or quantized, into a function and its arrays.
+
+  The model is not changed, and later changes to it have no effect on what is
+  returned; see `nn.update` for the way back.
+  """
+  graph, params, bits, rest = nnx.split(model, nnx.Param, Bits, ...)
+  params, bits, rest = (
+    list(nnx.to_flat_state(state)) for state in (params, bits, rest)
+  )
+  followed = _followed_layers(model)
+
+  def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
+    def bits_at(path):
+      return index if jnp.ndim(index) == 0 else index[followed[path]]
+
+    state = nnx.from_flat_state(
+      [(path, v.replace(_get(params_tree, path))) for path, v in params]
+      + [(path, v.replace(_get(stats_tree, path))) for path, v in rest]
+      + [(path, v.replace(bits_at(path))) for path, v in bits]
+    )
+    merged = nnx.merge(graph, state, copy=True)
+    merged.train() if train else merged.eval()
+    outputs = merged(*inputs, **kwargs)
+    flat = dict(nnx.to_flat_state(nnx.state(merged)))
+    return outputs, _nest((path, flat[path].get_value()) for path, _ in rest)
+
+  return Functional(
+    apply=apply,
+    params=_nest((path, v.get_value()) for path, v in params),
+    batch_stats=_nest((path, v.get_value()) for path, v in rest),
+    kinds=_nest((path, _kind(v)) for path, v in params),
+  )
+
+
+def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
+  """Writes trained arrays back into a model, in place.
+
+  Args:
+    model: the network that `functional` was called on, or an equal one.
+    params, batch_stats: nested dicts as `functional` returns them.
+
+  Raises:
+    ValueError: if an array is missing or has another shape; nothing is
+      changed then.
+  """
+  _, trained, bits, rest = nnx.split(model, nnx.Param, Bits, ...)
+  del bits
+  writes = []
+  for state, tree in ((trained, params), (rest, batch_stats)):
+    for path, variable in nnx.to_flat_state(state):
+      name = "/".join(map(str, path))
+      try:
+        value = _get(tree, path)
+      except (KeyError, TypeError):
+        raise ValueError(f"{name}: missing; allowed is an array") from None
+      if value.shape != variable.shape:
+        raise ValueError(
+          f"{name}: shape {value.shape}; allowed is {variable.shape}"
+        )
+      writes.append((path, variable.replace(value)))
+  nnx.update(model, nnx.from_flat_state(writes))
+
+
+def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
+  """Re-estimates batch norm statistics for the bits in use, in place.
+
+  For an assignment that was not trained: statistics become the plain average
+  over the batches, in the rows that the assignment uses; nothing else changes.
+
+  Args:
+    model: a quantized network, set to the assignment by `nn.set_bits`.
+    batches: inputs [batch, ...], or tuples of all positional arguments.
+
+  Raises:
+    ValueError: if there is no batch.
+  """
+  norms = {
+    path: module
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, BatchNorm)
+  }
+  fresh = nnx.clone(model)
+  fresh.eval()
+  for _, module in nnx.iter_modules(fresh):
+    if isinstance(module, BatchNorm):
+      module.use_running_average = False
+      module.momentum = 0.0
+  graph, state = nnx.split(fresh)
+
+  @jax.jit
+  def statistics(state, arguments):
+    merged = nnx.merge(graph, state, copy=True)
+    merged(*arguments)
+    modules = dict(nnx.iter_modules(merged))
+    return {p: (modules[p].mean[...], modules[p].var[...]) for p in norms}
+
+  total, count = None, 0
+  for batch in batches:
+    arguments = batch if isinstance(batch, tuple) else (batch,)
+    seen = statistics(state, arguments)
+    total = seen if total is None else jax.tree.map(jnp.add, total, seen)
+    count += 1
+  if total is None:
+    raise ValueError("batches: empty; allowed is at least one batch")
+  for path, (mean, var) in total.items():
+    norms[path].mean.set_value(mean / count)
+    norms[path].var.set_value(var / count)
+
+
+def _followed_layers(model):
+  """Maps the path of each Bits variable to the layer number it follows."""
+  orders = {id(holder.bits): order for holder, order in bits_holders(model)}
+  return {
+    path: orders[id(node)]
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, Bits)
+  }
+
+
+def _kind(variable):
+  if isinstance(variable, Scale):
+    return "scale"
+  if isinstance(variable, NormParam):
+    return "norm"
+  return "weight" if variable.ndim > 1 else "vector"
+
+
+def _get(tree, path):
+  return functools.reduce(operator.getitem, map(str, path), tree)
+
+
+def _nest(items) -> Tree:
+  tree: Tree = {}
+  for path, value in items:
+    *parents, last = map(str, path)
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = value
+  return tree

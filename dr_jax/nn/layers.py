@@ -1,0 +1,138 @@
+"""Quantized Flax layers: the float layer, with a quantized kernel and input.
+
+Both sides are quantized in the `promote_dtype` hook that every Flax layer
+calls on (inputs, kernel, bias) right before its convolution or product. So a
+quantized layer *is* the float layer: strides, padding, dilation, groups, dtype
+and parameter names are untouched, and whatever Flax adds works here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dr_jax.nn.bits import Bits, Scale
+from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+
+
+class Place(NamedTuple):
+  """Where a layer stands in its model, found by calibration.
+
+  Attributes:
+    name: path with slashes.
+    order: position among the quantized layers, in call order.
+    macs: multiply-accumulates for one example.
+  """
+
+  name: str
+  order: int
+  macs: int
+
+
+class Encoded(nnx.Variable):
+  """Stored codes and scales of a deployed layer: not trained."""
+
+
+def adopt(module: nnx.Module, source: nnx.Module, *, omit=()) -> None:
+  """Gives `module` the attributes of `source`, variables included."""
+  for name, value in vars(source).items():
+    if not name.startswith("_pytree") and name not in omit:
+      setattr(module, name, value)
+
+
+class Quantized:
+  """What quantized layers add to a Flax layer.
+
+  Attributes:
+    bits: Bits, position in the candidate bit-widths.
+    input_params: learned parameters of the input quantizer.
+    weight_params: learned parameters of the weight quantizer.
+    weight_quantizer, input_quantizer: static; the latter None for float input.
+  """
+
+  def __init__(
+    self,
+    layer: nnx.Module,
+    place: Place,
+    weight: WeightQuantizer,
+    activation: ActivationQuantizer | None,
+    input_params: dict[str, jax.Array],
+  ):
+    adopt(self, layer, omit=("promote_dtype",))
+    self.name, self.order, self.macs = place
+    self.bits = Bits(jnp.int32(0))
+    self.weight_quantizer = weight
+    self.input_quantizer = activation
+    self.input_params = _variables(Scale, input_params)
+    self.weight_params = _variables(Scale, weight.init(layer.kernel[...]))
+    self.promote = layer.promote_dtype
+
+  def promote_dtype(self, arrays, /, dtype=None):
+    inputs, kernel, bias = arrays
+    index = self.bits.get_value()
+    inputs = self._quantize_input(inputs, index)
+    params = _arrays(self.weight_params)
+    kernel = self.weight_quantizer.fake_quantize(params, kernel, index)
+    return self.promote((inputs, kernel, bias), dtype=dtype)
+
+  def _quantize_input(self, inputs, index):
+    if self.input_quantizer is None:
+      return inputs
+    params = _arrays(self.input_params)
+    return self.input_quantizer.fake_quantize(params, inputs, index)
+
+
+class Conv(Quantized, nnx.Conv):
+  """nnx.Conv with quantized kernel and input: any strides, groups, padding."""
+
+
+class Linear(Quantized, nnx.Linear):
+  """nnx.Linear with quantized kernel and input."""
+
+
+class Stored(Quantized):
+  """A quantized layer that holds stored codes in place of a float kernel."""
+
+  def __init__(self, layer: Quantized, encoded: dict[str, jax.Array]):
+    adopt(self, layer, omit=("kernel", "weight_params"))
+    self.encoded = _variables(Encoded, encoded)
+
+  @property
+  def kernel(self) -> jax.Array:
+    """The kernel at the bit-width in use, from the stored codes alone."""
+    index = self.bits.get_value()
+    return self.weight_quantizer.decode(_arrays(self.encoded), index)
+
+  def promote_dtype(self, arrays, /, dtype=None):
+    inputs, kernel, bias = arrays
+    inputs = self._quantize_input(inputs, self.bits.get_value())
+    kernel = kernel.astype(self.param_dtype)
+    return self.promote((inputs, kernel, bias), dtype=dtype)
+
+
+class StoredConv(Stored, nnx.Conv):
+  """Conv that reads its kernel from stored codes."""
+
+
+class StoredLinear(Stored, nnx.Linear):
+  """Linear that reads its kernel from stored codes."""
+
+
+STORED = {Conv: StoredConv, Linear: StoredLinear}
+
+
+def encode(layer: Quantized) -> dict[str, jax.Array]:
+  """Returns all that a deployed model stores of a layer's kernel."""
+  params = _arrays(layer.weight_params)
+  return layer.weight_quantizer.encode(params, layer.kernel[...])
+
+
+def _variables(kind: type[nnx.Variable], arrays: dict[str, Any]) -> nnx.Dict:
+  return nnx.Dict({name: kind(value) for name, value in arrays.items()})
+
+
+def _arrays(variables: nnx.Dict) -> dict[str, jax.Array]:
+  return {name: variables[name][...] for name in variables}
