@@ -1,0 +1,290 @@
+"""Checkpoints of a training run: asynchronous, atomic, verified.
+
+The only file that knows Orbax. To Orbax a state is one flat dictionary
+{"params/conv1/kernel": array, ...}; its structure comes back from the `like`
+that `restore` is given. Next to the arrays lies a manifest of their shapes,
+dtypes and checksums, for two things that Orbax lets pass in silence: a flipped
+bit in an array, and a dtype other than the one that was saved.
+
+    with Checkpoints(directory) as checkpoints:
+      if checkpoints.latest() is not None:
+        state = checkpoints.restore(like=state)
+      ...
+      checkpoints.save(step, state)
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import textwrap
+import time
+import warnings
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+
+class CheckpointError(Exception):
+  """A checkpoint is missing, damaged, or of another state."""
+
+
+class _DamagedError(CheckpointError):
+  """What is on disk is not what was saved."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, one subdirectory per step.
+
+  A checkpoint appears under its step number only when it is complete. What a
+  killed process left half-written is removed on opening, so a directory takes
+  one writer at a time.
+
+  Attributes:
+    directory: absolute path of the checkpoints.
+  """
+
+  def __init__(self, directory, *, keep=2):
+    """Opens a directory of checkpoints, creating it if need be.
+
+    Args:
+      directory: local path, or a URL that Orbax can write to.
+      keep: how many checkpoints to keep, the newest; older ones are deleted.
+    """
+    directory = os.fspath(directory)
+    self.directory = (
+      directory if "://" in directory else os.path.abspath(directory)
+    )
+    self._orbax = ocp.training.Checkpointer(
+      self.directory,
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  def save(self, step, state, *, blocking=False):
+    """Saves a state as the latest one.
+
+    Returns as soon as the arrays are copied; their buffers may be donated
+    right away. Waits for the save before this one, if that is still going on,
+    and raises what went wrong in it. Checkpoints of this or a later step are
+    deleted first: a run that saves step 30 has left what it once was at 40.
+
+    Args:
+      step: integer, counts from 0.
+      state: nested dicts with string keys, tuples and named tuples of
+        `jax.Array`s, typed PRNG keys among them.
+      blocking: whether to return only when the checkpoint is on disk.
+
+    Raises:
+      TypeError: if a leaf is no `jax.Array`.
+      ValueError: if two leaves have the same path.
+    """
+    leaves = _named_leaves(state)
+    for name, leaf in leaves.items():
+      if not isinstance(leaf, jax.Array):
+        raise TypeError(
+          f"{name} is of type {type(leaf).__name__}, but must be a jax.Array"
+        )
+    arrays = {name: _key_data(leaf) for name, leaf in leaves.items()}
+    manifest = {
+      name: {
+        **_spec(leaf),
+        "crc32": _crc32(arrays[name]),
+        "key_impl": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
+      }
+      for name, leaf in leaves.items()
+    }
+    for later in [other for other in self._steps() if other >= step]:
+      self._orbax.delete(later)
+    self._orbax.save_checkpointables_async(
+      step, {"state": arrays, "manifest": manifest}, force=True
+    )
+    if blocking:
+      self.wait()
+
+  def restore(self, step=None, *, like):
+    """Returns a saved state, bit for bit.
+
+    Args:
+      step: which one, the latest by default. Only the latest may give way: if
+        it is damaged, a warning says so and the one before takes its place.
+      like: a state of the same structure, of arrays or `jax.ShapeDtypeStruct`s,
+        that also says where each array goes: to the `sharding` of its leaf;
+        without one, or for an array that is not committed to a device, to
+        the default device, uncommitted.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint, if it is damaged and no
+        other can take its place, or if it holds another structure, shape or
+        dtype than `like`.
+    """
+    self.wait()
+    steps = self._steps()
+    if not steps or step not in (None, *steps):
+      wanted = "" if step is None else f" of step {step}"
+      held = ", ".join(map(str, steps)) or "none"
+      raise CheckpointError(
+        f"no checkpoint{wanted} in {self.directory} (there are: {held})"
+      )
+    if step is not None:
+      return self._load(step, like)
+    errors = []
+    for candidate in reversed(steps):
+      try:
+        state = self._load(candidate, like)
+      except _DamagedError as error:
+        errors.append(error)
+        continue
+      for error in errors:
+        warnings.warn(f"{error}; taking step {candidate}", stacklevel=2)
+      return state
+    raise errors[0]
+
+  def latest(self):
+    """Returns the step of the latest checkpoint, or None if there is none."""
+    return max(self._steps(), default=None)
+
+  def wait(self):
+    """Waits until what was saved is on disk, and raises what went wrong."""
+    self._orbax.wait()
+
+  def close(self):
+    """Waits, and gives up the directory."""
+    self._orbax.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self.close()
+
+  def _steps(self):
+    return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+  def _load(self, step, like):
+    path = self._path(step)
+    wanted = _named_leaves(like)
+    manifest = self._read(step, "manifest", None)
+    if difference := _difference(manifest, wanted):
+      raise CheckpointError(f"{path} holds another state: {difference}")
+    shardings = {name: _sharding(leaf) for name, leaf in wanted.items()}
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    arrays = self._read(
+      step,
+      "state",
+      {
+        name: jax.ShapeDtypeStruct(
+          data.shape, data.dtype, sharding=shardings[name] or default
+        )
+        for name, data in jax.eval_shape(_all_key_data, wanted).items()
+      },
+    )
+    leaves = []
+    for name in wanted:
+      array, saved = arrays[name], manifest[name]
+      if _crc32(array) not in (None, saved["crc32"]):
+        raise _damaged(path, f"checksum of {name} differs")
+      if shardings[name] is None:
+        array = jnp.asarray(np.asarray(array))
+      if saved["key_impl"] is not None:
+        array = jax.random.wrap_key_data(array, impl=saved["key_impl"])
+      leaves.append(array)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+  def _read(self, step, name, abstract):
+    try:
+      with _quiet():
+        return self._orbax.load_checkpointables(step, {name: abstract})[name]
+    except Exception as error:
+      raise _damaged(self._path(step), error.__cause__ or error) from error
+
+  def _path(self, step):
+    return os.path.join(self.directory, str(step))
+
+
+def _damaged(path, reason):
+  reason = textwrap.shorten(str(reason), 200)
+  return _DamagedError(f"damaged checkpoint {path}: {reason}")
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps what goes wrong to the one exception that says it.
+
+  When one array of many cannot be read, Orbax raises and abandons the other
+  reads; each of them then prints a traceback of its own.
+  """
+  asyncio_logger = logging.getLogger("asyncio")
+  disabled, hook = asyncio_logger.disabled, sys.unraisablehook
+  asyncio_logger.disabled, sys.unraisablehook = True, lambda unraisable: None
+  try:
+    yield
+  except Exception:
+    # Until the abandoned reads have ended, and Python has noticed.
+    time.sleep(0.2)
+    gc.collect()
+    raise
+  finally:
+    asyncio_logger.disabled, sys.unraisablehook = disabled, hook
+
+
+def _named_leaves(tree):
+  """Returns {slash path: leaf}, in the order of the leaves."""
+  leaves = jax.tree.leaves_with_path(tree)
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in leaves
+  }
+  if len(named) < len(leaves):
+    raise ValueError("two leaves have the same path: a key contains '/'")
+  return named
+
+
+def _difference(manifest, wanted):
+  """Returns what tells a saved state from a wanted one, in words, or None."""
+  for name in [*wanted, *manifest]:
+    if name not in manifest:
+      return f"it lacks {name}"
+    if name not in wanted:
+      return f"it has {name}, which is not asked for"
+    saved = {key: manifest[name][key] for key in ("dtype", "shape")}
+    if saved != _spec(wanted[name]):
+      return "{} is {dtype}{shape}, not {}{}".format(
+        name, *_spec(wanted[name]).values(), **saved
+      )
+  return None
+
+
+def _spec(leaf):
+  return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+
+
+def _sharding(leaf):
+  """Returns where to put a leaf, None for anywhere."""
+  committed = getattr(leaf, "committed", True)
+  return getattr(leaf, "sharding", None) if committed else None
+
+
+def _is_key(leaf):
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(leaf):
+  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _all_key_data(leaves):
+  return {name: _key_data(leaf) for name, leaf in leaves.items()}
+
+
+def _crc32(array):
+  """Returns a checksum, or None if this process holds only a part."""
+  if not (array.is_fully_addressable or array.is_fully_replicated):
+    return None
+  # Not every dtype (bfloat16) has a buffer that zlib takes: hence the bytes.
+  data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  return zlib.crc32(data)

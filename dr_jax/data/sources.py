@@ -1,0 +1,105 @@
+"""Data sets by name, each a pair of random-access sources.
+
+A source is anything with a length and an index: `source[i]` is one example,
+
+    {"image": float32 [H, W, C] in [0, 1], "label": int32 []}.
+
+It may also offer `gather(indices) -> batch`, which answers for many examples
+at once. Data in memory should: one numpy gather of 128 digits takes a few
+microseconds, 128 separate examples and a stack about a millisecond.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Source(Protocol):
+  """Random access to examples."""
+
+  def __len__(self) -> int:
+    """Returns the number of examples."""
+    ...
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Returns {"image": float32 [H, W, C], "label": int32 []}."""
+    ...
+
+
+class Dataset(NamedTuple):
+  """A data set: what to train on, what to test on, and its shape."""
+
+  train: Source
+  test: Source
+  num_classes: int
+  image_shape: tuple[int, int, int]  # height, width, channels
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+  """A source whose examples are all in memory.
+
+  Attributes:
+    images: float32 [N, H, W, C] in [0, 1].
+    labels: int32 [N].
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self):
+    return len(self.images)
+
+  def __getitem__(self, index):
+    return {"image": self.images[index], "label": self.labels[index]}
+
+  def gather(self, indices):
+    """Returns the examples at `indices` ([B] integers) as one batch."""
+    return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+def load(name, *, seed=0):
+  """Returns the data set called `name`.
+
+  Args:
+    name: one of `NAMES`.
+    seed: draws the split into train and test where a data set has none of its
+      own. It is no training seed: runs that are to be compared, or resumed,
+      share it.
+
+  Returns:
+    A `Dataset`.
+
+  Raises:
+    ValueError: if there is no data set of that name.
+  """
+  if name not in _LOADERS:
+    raise ValueError(
+      f"data.name is {name!r}, but must be one of {', '.join(NAMES)}"
+    )
+  return _LOADERS[name](seed)
+
+
+def _digits(seed):
+  """Returns scikit-learn's 1,797 handwritten digits, 70 % for training."""
+  # Both are slow to import and only this data set needs them.
+  from sklearn.datasets import load_digits
+  from sklearn.model_selection import train_test_split
+
+  images, labels = load_digits(return_X_y=True)
+  images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
+  labels = labels.astype(np.int32)
+  train_images, test_images, train_labels, test_labels = train_test_split(
+    images, labels, test_size=0.3, random_state=seed, stratify=labels
+  )
+  return Dataset(
+    train=ArraySource(train_images, train_labels),
+    test=ArraySource(test_images, test_labels),
+    num_classes=10,
+    image_shape=(8, 8, 1),
+  )
+
+
+_LOADERS = {"digits": _digits}
+NAMES = tuple(_LOADERS)

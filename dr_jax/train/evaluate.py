@@ -1,0 +1,54 @@
+"""Test accuracy and cross-entropy of a network at one bit-width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dr_jax.nn import Functional
+
+
+class Score(NamedTuple):
+  """What a network reaches on a data set.
+
+  Attributes:
+    accuracy: share of correct top-1 answers, in percent.
+    loss: mean cross-entropy.
+  """
+
+  accuracy: float
+  loss: float
+
+
+def make_evaluate(network: Functional) -> Callable[..., Score]:
+  """Builds `evaluate(params, batch_stats, index, batches) -> Score`.
+
+  One program serves every bit assignment: `index` is traced. `batches` are
+  those of `data.epoch`: {"image", "label", "mask"}.
+  """
+
+  @jax.jit
+  def counts(params, batch_stats, index, batch):
+    logits, _ = network.apply(params, batch_stats, index, batch["image"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits.astype(jnp.float32), batch["label"]
+    )
+    correct = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+    mask = batch["mask"]
+    return (correct * mask).sum(), (losses * mask).sum(), mask.sum()
+
+  def evaluate(
+    params: Any, batch_stats: Any, index: Any, batches: Iterable[Any]
+  ) -> Score:
+    index = jnp.asarray(index, jnp.int32)
+    totals = [counts(params, batch_stats, index, batch) for batch in batches]
+    correct, loss, number = (
+      sum(map(float, column)) for column in zip(*totals, strict=True)
+    )
+    return Score(accuracy=100 * correct / number, loss=loss / number)
+
+  return evaluate

@@ -1,0 +1,174 @@
+"""The training loop: batches in, checkpoints and metrics out.
+
+The loop runs a few steps ahead of the device and looks at losses only when
+they are there, so that neither logging nor checking makes a step wait. A
+checkpoint is written only after every loss up to it was found finite.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dr_jax.checkpoint import Checkpoints
+from dr_jax.metrics import MetricsWriter, Progress
+from dr_jax.train.step import Step, TrainState
+
+# How many steps the loop may be ahead of the oldest loss that it has seen.
+_AHEAD = 4
+
+
+class NonFiniteError(RuntimeError):
+  """A loss or a parameter is NaN or infinite; training stops."""
+
+
+class InterruptedRun(RuntimeError):
+  """A signal asked the run to stop; its state is in the last checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """What a training run consists of, apart from its state.
+
+  Attributes:
+    stage: name of the stage, for messages and metrics.
+    steps: step number at which the run ends.
+    bits: bit-width of each loss; None for the float network.
+    step: see `train.make_step`.
+    batches: `[step]` -> batch of numpy arrays.
+    checkpoints: where states go, or None.
+    metrics: where numbers go, or None.
+    checkpoint_every: steps between checkpoints; the last step always has one.
+    log_every: steps between entries in `metrics`.
+    interrupted: returns the name of a signal that asks to stop, else None.
+  """
+
+  stage: str
+  steps: int
+  bits: tuple[int | None, ...]
+  step: Step
+  batches: Any
+  checkpoints: Checkpoints | None = None
+  metrics: MetricsWriter | None = None
+  checkpoint_every: int = 100
+  log_every: int = 10
+  interrupted: Callable[[], str | None] = lambda: None
+
+  def run(self, state: TrainState) -> TrainState:
+    """Trains from `state` (its step number says where) to the last step.
+
+    Returns:
+      The state at `steps`. It is also the latest checkpoint.
+
+    Raises:
+      NonFiniteError: naming stage, step and bit-width; the last checkpoint is
+        from before.
+      InterruptedRun: after saving a checkpoint of the step reached.
+    """
+    start = int(state.step)
+    watch = _Losses(self)
+    with Progress(self.stage, self.steps, start=start) as progress:
+      for number in range(start, self.steps):
+        batch = self.batches[number]
+        state, losses = self.step(state, batch)
+        watch.add(number + 1, losses, len(batch["label"]), progress)
+        signal = self.interrupted()
+        last = number + 1 == self.steps
+        if last or signal or (number + 1) % self.checkpoint_every == 0:
+          watch.drain(progress)
+          self._save(state, blocking=last or signal is not None)
+        if signal and not last:
+          raise InterruptedRun(
+            f"{self.stage}: {signal} at step {number + 1} of {self.steps}; "
+            "saved, the same command goes on from there"
+          )
+    return state
+
+  def _save(self, state, *, blocking):
+    if not _all_finite(state.params, state.batch_stats):
+      raise NonFiniteError(
+        f"{self.stage}: a parameter is NaN or infinite after step "
+        f"{int(state.step)}; {self._kept()}"
+      )
+    if self.checkpoints is not None:
+      self.checkpoints.save(int(state.step), state, blocking=blocking)
+
+  def _kept(self):
+    if self.checkpoints is None:
+      return "no checkpoint is kept"
+    self.checkpoints.wait()
+    step = self.checkpoints.latest()
+    if step is None:
+      return "there is no earlier checkpoint"
+    return f"the checkpoint of step {step} is kept"
+
+
+class _Losses:
+  """Losses on their way from the device: checks, averages and reports them."""
+
+  def __init__(self, loop: Loop):
+    self._loop = loop
+    self._pending: collections.deque = collections.deque()
+    self._sum = np.zeros(len(loop.bits))
+    self._count, self._images, self._since = 0, 0, time.monotonic()
+
+  def add(self, step, losses, images, progress):
+    self._pending.append((step, losses, images))
+    if len(self._pending) > _AHEAD:
+      self._take(progress)
+
+  def drain(self, progress):
+    while self._pending:
+      self._take(progress)
+
+  def _take(self, progress):
+    step, losses, images = self._pending.popleft()
+    losses = np.asarray(losses)
+    for bits, loss in zip(self._loop.bits, losses, strict=True):
+      if not np.isfinite(loss):
+        at = "float" if bits is None else f"{bits} bits"
+        raise NonFiniteError(
+          f"{self._loop.stage}: loss is {loss} at step {step}, {at}; "
+          f"{self._loop._kept()}"
+        )
+    self._sum += losses
+    self._count += 1
+    self._images += images
+    progress.update(step, images=images, loss=losses.mean())
+    if step % self._loop.log_every == 0 or step == self._loop.steps:
+      self._log(step)
+
+  def _log(self, step):
+    if self._loop.metrics is not None:
+      for bits, total in zip(self._loop.bits, self._sum, strict=True):
+        mean = float(total / self._count)
+        self._loop.metrics.write(
+          self._loop.stage, step, {"loss": mean}, bits=bits
+        )
+      seconds = max(time.monotonic() - self._since, 1e-9)
+      self._loop.metrics.write(
+        self._loop.stage, step, {"images_per_second": self._images / seconds}
+      )
+    self._sum[:] = 0
+    self._count, self._images, self._since = 0, 0, time.monotonic()
+
+
+@jax.jit
+def _finite(leaves):
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _all_finite(*trees):
+  leaves = [
+    leaf
+    for leaf in jax.tree.leaves(trees)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  ]
+  return bool(_finite(leaves))

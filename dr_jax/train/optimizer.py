@@ -1,0 +1,80 @@
+"""Update directions: an optax optimizer, split by what a parameter is.
+
+Kernels and biases have a plain optimizer. Learned scales and rows of
+switchable norms belong to single bit-widths, so that only some of them are in
+use at a time: there every number has an optimizer of its own, which rests
+while the number is not used, as separate parameters would in PyTorch. Weight
+decay acts on kernels only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+NAMES = ("adam", "sgd")
+
+
+def optimizer(
+  name: str,
+  *,
+  kinds: Any,
+  weight_decay: float = 0.0,
+  momentum: float = 0.9,
+) -> optax.GradientTransformation:
+  """Builds the optimizer of a network; the learning rate is applied outside.
+
+  Args:
+    name: "adam" (L2 decay added to the gradient, as torch.optim.Adam) or "sgd".
+    kinds: what each parameter is; `nn.Functional.kinds`.
+    weight_decay: L2 factor on the kernels.
+    momentum: of SGD, 0 for none; Adam's moments are 0.9 and 0.999.
+
+  Returns:
+    A transformation of gradients to directions: the update is minus the
+    learning rate times the direction.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  if name == "adam":
+    inner = optax.scale_by_adam()
+  elif name == "sgd":
+    inner = optax.trace(momentum) if momentum else optax.identity()
+  else:
+    raise ValueError(f"optimizer={name!r}: allowed are {NAMES}")
+  decay = optax.add_decayed_weights(weight_decay)
+  transforms = {
+    "weight": optax.chain(decay, inner),
+    "vector": inner,
+    "norm": elementwise(inner),
+    "scale": elementwise(inner),
+  }
+  return optax.partition(transforms, kinds)
+
+
+def elementwise(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Gives every number its own optimizer; it steps only where gradient != 0.
+
+  Where all gradients are nonzero this equals `inner`.
+  """
+
+  def init(params):
+    return jax.vmap(inner.init)(ravel_pytree(params)[0])
+
+  def update(gradients, state, params=None):
+    flat, unravel = ravel_pytree(gradients)
+    values = None if params is None else ravel_pytree(params)[0]
+    direction, stepped = jax.vmap(inner.update)(flat, state, values)
+    used = flat != 0
+    keep = lambda new, old: jnp.where(used, new, old)  # noqa: E731
+    state = jax.tree.map(keep, stepped, state)
+    return unravel(jnp.where(used, direction, 0)), state
+
+  return optax.GradientTransformation(init, update)

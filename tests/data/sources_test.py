@@ -1,0 +1,66 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dr_jax import data
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return data.load("digits")
+
+
+def test_digits_are_8x8_gray_images_between_0_and_1(digits):
+  assert (digits.num_classes, digits.image_shape) == (10, (8, 8, 1))
+  for source in (digits.train, digits.test):
+    example = source[0]
+    assert example["image"].shape == digits.image_shape
+    assert example["image"].dtype == np.float32
+    assert example["label"].dtype == np.int32
+    batch = source.gather(np.arange(len(source)))
+    assert (batch["image"].min(), batch["image"].max()) == (0, 1)
+    assert set(batch["label"].tolist()) == set(range(10))
+
+
+def test_digits_are_split_70_to_30_with_every_class_in_proportion(digits):
+  train, test = digits.train.labels, digits.test.labels
+  assert (len(train), len(test)) == (1257, 540)
+  share = np.bincount(test) / np.bincount(np.concatenate([train, test]))
+  # A class has about 180 digits, so rounding moves its share by under 1/180.
+  np.testing.assert_allclose(share, 0.3, atol=1 / 170)
+
+
+def test_train_and_test_together_are_scikit_learns_digits(digits):
+  from sklearn.datasets import load_digits
+
+  got = np.concatenate([digits.train.images, digits.test.images])
+  got = np.sort((got * 16).reshape(-1, 64).view("f4," * 63 + "f4"), axis=0)
+  want = load_digits().data.astype(np.float32)
+  want = np.sort(want.view("f4," * 63 + "f4"), axis=0)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_the_split_depends_on_its_seed_only(digits):
+  again, other = data.load("digits"), data.load("digits", seed=1)
+  np.testing.assert_array_equal(again.train.images, digits.train.images)
+  assert not np.array_equal(other.train.images, digits.train.images)
+
+
+def test_an_example_equals_its_row_of_a_gathered_batch(digits):
+  batch = digits.train.gather(np.array([5, 2]))
+  for row, index in enumerate([5, 2]):
+    example = digits.train[index]
+    np.testing.assert_array_equal(example["image"], batch["image"][row])
+    assert example["label"] == batch["label"][row]
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+  with pytest.raises(ValueError, match=r"^data\.name is 'digit', .* digits$"):
+    data.load("digit")
+
+
+def test_scikit_learn_is_imported_only_with_the_digits():
+  code = "import sys, dr_jax.data; sys.exit('sklearn' in sys.modules)"
+  subprocess.run([sys.executable, "-c", code], check=True)
