@@ -15,6 +15,7 @@ bit in an array, and a dtype other than the one that was saved.
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import sys
@@ -59,8 +60,14 @@ class Checkpoints:
     self.directory = (
       directory if "://" in directory else os.path.abspath(directory)
     )
+    # Without being told, Orbax stores a dictionary of numbers as arrays.
+    handlers = ocp.handlers.local_registry()
+    handlers.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
+    context = ocp.Context()
+    context.checkpointables.registry = handlers
     self._orbax = ocp.training.Checkpointer(
       self.directory,
+      context=context,
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=True,
     )
@@ -90,7 +97,7 @@ class Checkpoints:
           f"{name} is of type {type(leaf).__name__}, but must be a jax.Array"
         )
     arrays = {name: _key_data(leaf) for name, leaf in leaves.items()}
-    manifest = {
+    saved = {
       name: {
         **_spec(leaf),
         "crc32": _crc32(arrays[name]),
@@ -101,7 +108,7 @@ class Checkpoints:
     for later in [other for other in self._steps() if other >= step]:
       self._orbax.delete(later)
     self._orbax.save_checkpointables_async(
-      step, {"state": arrays, "manifest": manifest}, force=True
+      step, {"state": arrays, "manifest": _seal(saved)}, force=True
     )
     if blocking:
       self.wait()
@@ -169,7 +176,10 @@ class Checkpoints:
     path = self._path(step)
     wanted = _named_leaves(like)
     manifest = self._read(step, "manifest", None)
-    if difference := _difference(manifest, wanted):
+    saved = manifest.get("leaves")
+    if manifest != _seal(saved):
+      raise _damaged(path, "checksum of the manifest differs")
+    if difference := _difference(saved, wanted):
       raise CheckpointError(f"{path} holds another state: {difference}")
     shardings = {name: _sharding(leaf) for name, leaf in wanted.items()}
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -185,13 +195,13 @@ class Checkpoints:
     )
     leaves = []
     for name in wanted:
-      array, saved = arrays[name], manifest[name]
-      if _crc32(array) not in (None, saved["crc32"]):
+      array, crc32 = arrays[name], saved[name]["crc32"]
+      if crc32 is not None and _crc32(array) not in (None, crc32):
         raise _damaged(path, f"checksum of {name} differs")
       if shardings[name] is None:
         array = jnp.asarray(np.asarray(array))
-      if saved["key_impl"] is not None:
-        array = jax.random.wrap_key_data(array, impl=saved["key_impl"])
+      if (impl := saved[name]["key_impl"]) is not None:
+        array = jax.random.wrap_key_data(array, impl=impl)
       leaves.append(array)
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -244,17 +254,24 @@ def _named_leaves(tree):
   return named
 
 
-def _difference(manifest, wanted):
+def _seal(leaves):
+  """Returns the manifest: what it says of each leaf, and its own checksum."""
+  text = json.dumps(leaves, sort_keys=True)
+  return {"leaves": leaves, "crc32": zlib.crc32(text.encode())}
+
+
+def _difference(saved, wanted):
   """Returns what tells a saved state from a wanted one, in words, or None."""
-  for name in [*wanted, *manifest]:
-    if name not in manifest:
+  for name in [*wanted, *saved]:
+    if name not in saved:
       return f"it lacks {name}"
     if name not in wanted:
       return f"it has {name}, which is not asked for"
-    saved = {key: manifest[name][key] for key in ("dtype", "shape")}
-    if saved != _spec(wanted[name]):
-      return "{} is {dtype}{shape}, not {}{}".format(
-        name, *_spec(wanted[name]).values(), **saved
+    one, other = saved[name], _spec(wanted[name])
+    if one["dtype"] != other["dtype"] or one["shape"] != other["shape"]:
+      return (
+        f"{name} is {one['dtype']}{one['shape']},"
+        f" not {other['dtype']}{other['shape']}"
       )
   return None
 

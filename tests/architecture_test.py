@@ -81,7 +81,8 @@ def test_models_import_nothing_from_the_rest_of_the_package():
 
 
 def test_quant_imports_jax_numpy_and_the_standard_library_only():
-  known = {"dr_jax", "jax", "numpy", *sys.stdlib_module_names}
+  # jaxtyping is for type checkers only: the last test sees it is not loaded.
+  known = {"dr_jax", "jax", "numpy", "jaxtyping", *sys.stdlib_module_names}
   assert not offending(lambda part, name: part != "quant" or name[0] in known)
 
 
@@ -134,5 +135,5 @@ def test_quant_alone_loads_jax_and_numpy_but_none_of_the_heavy_packages():
   assert {"jax", "numpy"} <= set(loaded)
   assert not {
     *("flax", "optax", "orbax", "grain"),
-    *("tensorflow_datasets", "sklearn"),
+    *("tensorflow_datasets", "sklearn", "jaxtyping"),
   } & set(loaded)

@@ -11,14 +11,17 @@ from dr_jax.nn.bits import (
   set_bits,
 )
 from dr_jax.nn.convert import first_and_last, quantize
+from dr_jax.nn.frozen import Frozen, StoredLayer, StoredNorm, freeze, thaw
 from dr_jax.nn.functional import Functional, functional, recalibrate, update
 from dr_jax.nn.layers import Conv, Linear, StoredConv, StoredLinear
-from dr_jax.nn.norm import BatchNorm
+from dr_jax.nn.norm import BatchNorm, FoldedNorm
 
 __all__ = [
   "BatchNorm",
   "Bits",
   "Conv",
+  "FoldedNorm",
+  "Frozen",
   "Functional",
   "LayerRow",
   "LayerTable",
@@ -26,13 +29,17 @@ __all__ = [
   "NormParam",
   "Scale",
   "StoredConv",
+  "StoredLayer",
   "StoredLinear",
+  "StoredNorm",
   "candidates",
   "first_and_last",
+  "freeze",
   "functional",
   "layer_table",
   "quantize",
   "recalibrate",
   "set_bits",
+  "thaw",
   "update",
 ]

@@ -22,8 +22,7 @@ from dr_jax.nn import norm as norms
 from dr_jax.nn.layers import adopt
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
-_QUANTIZED = {nnx.Conv: layers.Conv, nnx.Linear: layers.Linear}
-_OBSERVED = (*_QUANTIZED, nnx.BatchNorm)
+_OBSERVED = (*layers.QUANTIZED, nnx.BatchNorm)
 
 Skip = str | Callable[[Sequence[str]], Iterable[str]]
 
@@ -74,7 +73,9 @@ def quantize(
     raise ValueError(f"norm={norm!r}: allowed are {norms.KINDS}")
   model = nnx.clone(model)
   calls = _calibrate(model, activation, sample)
-  names = [n for n, call in calls.items() if type(call.module) in _QUANTIZED]
+  names = [
+    n for n, call in calls.items() if type(call.module) in layers.QUANTIZED
+  ]
   skipped = _skipped(skip, names)
   quantized = [name for name in names if name not in skipped]
   if not quantized:
@@ -89,7 +90,7 @@ def quantize(
       order = quantized.index(name)
       place = layers.Place(name, order, call.macs)
       signed = activation and activation.with_sign(call.signed)
-      new = _QUANTIZED[type(call.module)](
+      new = layers.QUANTIZED[type(call.module)](
         call.module, place, weight, signed, call.params
       )
     elif type(call.module) is nnx.BatchNorm:
@@ -97,7 +98,7 @@ def quantize(
     else:
       continue
     replacements[id(call.module)] = new
-  return _substitute(model, replacements)
+  return substitute(model, replacements)
 
 
 class _Call(NamedTuple):
@@ -149,7 +150,7 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
       strict=True,
     )
   }
-  copy = _substitute(copy, observers)
+  copy = substitute(copy, observers)
   copy.eval()
   graph, state = nnx.split(copy)
 
@@ -240,7 +241,7 @@ def _skipped(skip, names) -> set[str]:
   return skipped
 
 
-def _substitute(model, replacements):
+def substitute(model, replacements):
   """Swaps modules by identity, wherever they are stored; returns the root."""
 
   def swap(value):

@@ -62,26 +62,29 @@ class Quantized:
     input_params: dict[str, jax.Array],
   ):
     adopt(self, layer, omit=("promote_dtype",))
+    self._place(layer, place, weight, activation, input_params)
+    self.weight_params = _variables(Scale, weight.init(layer.kernel[...]))
+
+  def _place(self, layer, place, weight, activation, input_params):
     self.name, self.order, self.macs = place
     self.bits = Bits(jnp.int32(0))
     self.weight_quantizer = weight
     self.input_quantizer = activation
     self.input_params = _variables(Scale, input_params)
-    self.weight_params = _variables(Scale, weight.init(layer.kernel[...]))
     self.promote = layer.promote_dtype
 
   def promote_dtype(self, arrays, /, dtype=None):
     inputs, kernel, bias = arrays
     index = self.bits.get_value()
     inputs = self._quantize_input(inputs, index)
-    params = _arrays(self.weight_params)
+    params = arrays_of(self.weight_params)
     kernel = self.weight_quantizer.fake_quantize(params, kernel, index)
     return self.promote((inputs, kernel, bias), dtype=dtype)
 
   def _quantize_input(self, inputs, index):
     if self.input_quantizer is None:
       return inputs
-    params = _arrays(self.input_params)
+    params = arrays_of(self.input_params)
     return self.input_quantizer.fake_quantize(params, inputs, index)
 
 
@@ -96,15 +99,24 @@ class Linear(Quantized, nnx.Linear):
 class Stored(Quantized):
   """A quantized layer that holds stored codes in place of a float kernel."""
 
-  def __init__(self, layer: Quantized, encoded: dict[str, jax.Array]):
-    adopt(self, layer, omit=("kernel", "weight_params"))
+  def __init__(
+    self,
+    layer: nnx.Module,
+    place: Place,
+    weight: WeightQuantizer,
+    activation: ActivationQuantizer | None,
+    input_params: dict[str, jax.Array],
+    encoded: dict[str, jax.Array],
+  ):
+    adopt(self, layer, omit=("kernel", "promote_dtype"))
+    self._place(layer, place, weight, activation, input_params)
     self.encoded = _variables(Encoded, encoded)
 
   @property
   def kernel(self) -> jax.Array:
     """The kernel at the bit-width in use, from the stored codes alone."""
     index = self.bits.get_value()
-    return self.weight_quantizer.decode(_arrays(self.encoded), index)
+    return self.weight_quantizer.decode(arrays_of(self.encoded), index)
 
   def promote_dtype(self, arrays, /, dtype=None):
     inputs, kernel, bias = arrays
@@ -121,12 +133,13 @@ class StoredLinear(Stored, nnx.Linear):
   """Linear that reads its kernel from stored codes."""
 
 
-STORED = {Conv: StoredConv, Linear: StoredLinear}
+QUANTIZED = {nnx.Conv: Conv, nnx.Linear: Linear}
+STORED = {nnx.Conv: StoredConv, nnx.Linear: StoredLinear}
 
 
 def encode(layer: Quantized) -> dict[str, jax.Array]:
   """Returns all that a deployed model stores of a layer's kernel."""
-  params = _arrays(layer.weight_params)
+  params = arrays_of(layer.weight_params)
   return layer.weight_quantizer.encode(params, layer.kernel[...])
 
 
@@ -134,5 +147,6 @@ def _variables(kind: type[nnx.Variable], arrays: dict[str, Any]) -> nnx.Dict:
   return nnx.Dict({name: kind(value) for name, value in arrays.items()})
 
 
-def _arrays(variables: nnx.Dict) -> dict[str, jax.Array]:
+def arrays_of(variables: nnx.Dict) -> dict[str, jax.Array]:
+  """The plain arrays of a dict of variables."""
   return {name: variables[name][...] for name in variables}

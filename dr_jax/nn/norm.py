@@ -58,18 +58,17 @@ class BatchNorm(nnx.Module):
     else:
       mean, var = self._batch_statistics(x, mask)
       self._update(row, mean, var)
-    shape = [1] * x.ndim
-    shape[self.axis] = self.num_features
-    gain = jax.lax.rsqrt(var + self.epsilon)
-    if self.scale is not None:
-      gain = gain * self.scale[row].astype(gain.dtype)
-    offset = -mean * gain
-    if self.bias is not None:
-      offset = offset + self.bias[row].astype(offset.dtype)
+    scale = None if self.scale is None else self.scale[row]
+    bias = None if self.bias is None else self.bias[row]
+    gain, offset = _fold(mean, var, scale, bias, self.epsilon)
     (x,) = self.promote((x,), dtype=self.dtype)
-    wide = jnp.promote_types(x.dtype, gain.dtype)
-    y = x.astype(wide) * gain.reshape(shape) + offset.reshape(shape)
-    return y.astype(x.dtype)
+    return _affine(x, gain, offset, self.axis)
+
+  def fold(self) -> tuple[jax.Array, jax.Array]:
+    """Inference as x * gain + offset: both float32 [rows, features]."""
+    scale = None if self.scale is None else self.scale[...]
+    bias = None if self.bias is None else self.bias[...]
+    return _fold(self.mean[...], self.var[...], scale, bias, self.epsilon)
 
   def _batch_statistics(self, x, mask):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -89,6 +88,48 @@ class BatchNorm(nnx.Module):
       value = jax.lax.stop_gradient(value).astype(rows.dtype)
       new = self.momentum * rows[row] + (1 - self.momentum) * value
       statistic.set_value(rows.at[row].set(new))
+
+
+class FoldedNorm(nnx.Module):
+  """A BatchNorm for inference: one gain and offset per bit-width.
+
+  Attributes:
+    bits, order: as in BatchNorm.
+    gain, offset: BatchStat [rows, features].
+  """
+
+  def __init__(
+    self, norm: nnx.BatchNorm, gain: jax.Array, offset: jax.Array, *, order: int
+  ):
+    self.axis, self.dtype = norm.axis, norm.dtype
+    self.promote = norm.promote_dtype
+    self.order = order
+    self.bits = Bits(jnp.int32(0))
+    self.gain = nnx.BatchStat(gain)
+    self.offset = nnx.BatchStat(offset)
+
+  def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
+    row = self.bits.get_value() if self.gain.shape[0] > 1 else 0
+    (x,) = self.promote((x,), dtype=self.dtype)
+    return _affine(x, self.gain[row], self.offset[row], self.axis)
+
+
+def _fold(mean, var, scale, bias, epsilon):
+  gain = jax.lax.rsqrt(var + epsilon)
+  if scale is not None:
+    gain = gain * scale.astype(gain.dtype)
+  offset = -mean * gain
+  if bias is not None:
+    offset = offset + bias.astype(offset.dtype)
+  return gain, offset
+
+
+def _affine(x, gain, offset, axis):
+  shape = [1] * x.ndim
+  shape[axis] = gain.size
+  wide = jnp.promote_types(x.dtype, gain.dtype)
+  y = x.astype(wide) * gain.reshape(shape) + offset.reshape(shape)
+  return y.astype(x.dtype)
 
 
 def _rows(kind, variable, rows):

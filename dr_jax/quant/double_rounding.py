@@ -70,8 +70,8 @@ def double_rounding(
 
   def encode(params, w):
     grid.check_finite("weight", w)
-    scale = grid.positive(params["scale"])
-    codes = grid.first_codes(w.astype(scale.dtype), scale, low, high)
+    w, scale = grid.working_floats(w, params["scale"])
+    codes = grid.first_codes(w, scale, low, high)
     return {"codes": codes.astype(jnp.int8), "scale": scale}
 
   def decode(encoded, index):
@@ -79,8 +79,9 @@ def double_rounding(
     shift = _at([bits[0] - b for b in bits], index)
     codes = _shift_codes(encoded["codes"], shift, rounding)
     target = grid.select(grids, index)
-    codes = jnp.clip(codes.astype(jnp.float32), target.low, target.high)
-    return codes * (encoded["scale"] * target.step)
+    scale = encoded["scale"]
+    codes = jnp.clip(codes.astype(scale.dtype), target.low, target.high)
+    return codes * (scale * target.step)
 
   options = (
     ("bits", bits),
@@ -151,7 +152,7 @@ def three_sigma_scale(
   axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
   mean = w.mean(axes, keepdims=True)
   std = w.std(axes, keepdims=True)
-  bound = jnp.maximum(jnp.abs(mean - 3 * std), jnp.abs(mean + 3 * std))
+  bound = jnp.abs(mean) + 3 * std  # = max |mean -+ 3 std|, and never inf - inf
   return grid.positive(bound / 2 ** (bits - 1)).astype(jnp.float32)
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-  from jaxtyping import Array, Float, Int
+  from jaxtyping import Array, Float
 
 # Learned scales are read through a clamp to this interval, which keeps them
 # positive and finite whatever an optimizer does to the raw parameter. Powers
@@ -155,6 +155,14 @@ def positive(scale: Float[Array, ...]) -> Float[Array, ...]:
   return jnp.clip(scale, SCALE_MIN, SCALE_MAX)
 
 
+def working_floats(
+  x: Float[Array, ...], scale: Float[Array, ...]
+) -> tuple[Float[Array, ...], Float[Array, ...]]:
+  """Both in the dtype that is computed in, and the scale positive."""
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return x.astype(dtype), positive(scale.astype(dtype))
+
+
 def first_codes(
   w: Float[Array, ...], scale: Float[Array, ...], low: float, high: float
 ) -> Float[Array, ...]:
@@ -218,36 +226,35 @@ def _forward(core, x, scale, grid):
 def _backward(core, residuals, g):
   x, scale, grid = residuals
   numbers = core.grid or grid
-  q, v, _ = _quantize(core, x, scale, numbers)
-  g32 = g.astype(v.dtype)
-  # Explicit masks: jnp.clip would pass half of the gradient at exact ends.
-  inside = (v >= numbers.low) & (v <= numbers.top)
-  dx = jnp.where(inside, g32, 0).astype(x.dtype)
-  dq = g32 * (q - jnp.where(inside, v, 0))
-  shared = tuple(
-    axis
-    for axis in range(x.ndim)
-    if jnp.ndim(scale) == 0 or scale.shape[axis] == 1
-  )
-  dscale = dq.sum(shared, keepdims=jnp.ndim(scale) > 0)
-  elements = x.size // max(jnp.size(scale), 1)
-  factor = numbers.step / (math.sqrt(elements) * _sqrt(numbers.high))
-  return dx, (dscale * factor).astype(scale.dtype), None
+  q, x32, unit = _quantize(core, x, scale, numbers)
+  # Explicit masks: jnp.clip would pass half of the gradient at exact ends. On
+  # x, not on v, whose rounding error would push the end codes themselves out.
+  inside = (x32 >= numbers.low * unit) & (x32 <= numbers.top * unit)
+  slope = q - jnp.where(inside, x32 * (1 / unit), 0)
+  elements = max(x.size // max(jnp.size(scale), 1), 1)
+  slope *= numbers.step / (math.sqrt(elements) * _sqrt(numbers.high))
+
+  # JAX transposes this linear stand-in, and with it every broadcast: shared
+  # axes, axes of a mesh, and axes that only some operands vary over.
+  def stand_in(x, scale):
+    x, scale = x.astype(slope.dtype), scale.astype(slope.dtype)
+    return jnp.where(inside, x, 0) + scale * slope
+
+  _, transposed = jax.vjp(stand_in, x, scale)
+  return *transposed(g.astype(slope.dtype)), None
 
 
 _round_straight_through.defvjp(_forward, _backward)
 
 
 def _quantize(core, x, scale, grid):
-  """Returns code, v = x / unit, and unit = scale * step, all as floats."""
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  x = x.astype(dtype)
-  scale = positive(scale.astype(dtype))
+  """Returns code, x, and unit = scale * step, all as floats."""
+  x, scale = working_floats(x, scale)
   q = first_codes(x, scale, grid.first_low, grid.first_high)
   if core.double:
     q = round_by(core.rounding, q / grid.step)
     q = jnp.clip(q, grid.low, grid.high)
-  return q, x * (1 / scale) / grid.step, scale * grid.step
+  return q, x, scale * grid.step
 
 
 def _sqrt(x):

@@ -63,8 +63,7 @@ def lsq(
 
   def encode(params, w):
     grid.check_finite("weight", w)
-    scale = grid.positive(params["scale"])
-    w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    w, scale = grid.working_floats(w, params["scale"])
     if len(bits) > 1:
       return {"weight": w, "scale": scale}
     codes = grid.first_codes(w, scale[0], *grid.code_range(bits[0]))
@@ -171,9 +170,11 @@ def fake_quantize(
   """
   grids = grid.single_grids(grid.check_bits([bits]), signed=signed)
   x, scale = jnp.asarray(x), jnp.asarray(scale)
-  if scale.ndim not in (0, x.ndim):
+  pairs = zip(scale.shape, x.shape, strict=False)
+  if scale.ndim not in (0, x.ndim) or any(s not in (1, n) for s, n in pairs):
     raise ValueError(
-      f"scale: rank {scale.ndim}; allowed are 0 and the rank of x, {x.ndim}"
+      f"scale: shape {scale.shape}; allowed are () and, axis by axis, 1 or the "
+      f"size of x, {x.shape}"
     )
   return grid.round_straight_through(x, scale, grids, 0)
 

@@ -49,7 +49,9 @@ def pack(
         f"codes: {smallest}..{largest}; allowed are {low}..{high} for "
         f"bits={bits}"
       )
-  planes = (codes.reshape(-1, 1).astype(jnp.int32) >> jnp.arange(bits)[None]) & 1
+  planes = (
+    codes.reshape(-1, 1).astype(jnp.int32) >> jnp.arange(bits)[None]
+  ) & 1
   stream = jnp.pad(planes.reshape(-1), (0, -codes.size * bits % 8))
   places = jnp.left_shift(1, jnp.arange(8))[None]
   return (stream.reshape(-1, 8) * places).sum(1).astype(jnp.uint8)

@@ -2,7 +2,8 @@
 
 from dr_jax.train.evaluate import Score, make_evaluate
 from dr_jax.train.loop import InterruptedRun, Loop, NonFiniteError
-from dr_jax.train.optimizer import optimizer
+from dr_jax.train.optimizer import NAMES as OPTIMIZERS
+from dr_jax.train.optimizer import make_optimizer
 from dr_jax.train.step import (
   SCHEDULES,
   VECTORIZE,
@@ -14,6 +15,7 @@ from dr_jax.train.step import (
 )
 
 __all__ = [
+  "OPTIMIZERS",
   "SCHEDULES",
   "VECTORIZE",
   "InterruptedRun",
@@ -25,6 +27,6 @@ __all__ = [
   "init_state",
   "make_evaluate",
   "make_step",
-  "optimizer",
+  "make_optimizer",
   "resolve_vectorize",
 ]

@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 NAMES = ("adam", "sgd")
 
 
-def optimizer(
+def make_optimizer(
   name: str,
   *,
   kinds: Any,
@@ -54,7 +54,8 @@ def optimizer(
     "norm": elementwise(inner),
     "scale": elementwise(inner),
   }
-  return optax.partition(transforms, kinds)
+  present = set(jax.tree.leaves(kinds))
+  return optax.partition({k: transforms[k] for k in present}, kinds)
 
 
 def elementwise(

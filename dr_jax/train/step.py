@@ -120,7 +120,7 @@ def make_step(
     network: `nn.functional(model)`.
     bits: candidate bit-widths, highest first; any single entry for a float
       network.
-    optimizer: from `train.optimizer`.
+    optimizer: from `make_optimizer`.
     learning_rate: step -> learning rate.
     schedule: "alternate" or "accumulate".
     vectorize: "unroll", "sequential", "vmap" or "auto".
@@ -309,9 +309,7 @@ def _accumulate_sequential(parts):
     tree = _Gradients(state.params, empty, empty)
     return jax.tree.map(jnp.zeros_like, tree)
 
-  finish = jax.jit(
-    functools.partial(_finish, parts), donate_argnums=(0, 1, 2)
-  )
+  finish = jax.jit(functools.partial(_finish, parts), donate_argnums=(0, 1, 2))
 
   def step(state, batch):
     summed, losses = zeros(state), []

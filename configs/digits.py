@@ -1,0 +1,63 @@
+"""Double Rounding on scikit-learn's handwritten digits, bits {8, 6, 4, 2}.
+
+  python -m dr_jax.main --config=configs/digits.py
+
+1,797 real 8x8 images, which come with scikit-learn; stratified 70/30 split. A
+pre-activation ResNet8 of 0.38 M parameters: float training, joint training at
+four bit-widths, and one integer artifact that serves them all.
+
+Expected on two CPU cores: about a minute and a half, compilation included;
+test accuracy 98.5 to 99.5 % at 8, 6 and 4 bits and 98 to 99 % at 2 bits. Add
+the stage "separate" to train LSQ at each bit-width for comparison. Recipe
+after arXiv 2502.01199, section 4 (Adam, cosine, weight decay 5e-5), with a
+larger learning rate and fewer epochs.
+"""
+
+import ml_collections
+
+
+def get_config(arg=None):
+  """Returns the configuration; "432" as argument takes bits {4, 3, 2}."""
+  config = ml_collections.ConfigDict()
+  config.name = "digits" if not arg else f"digits_{arg}"
+  config.seed = 0
+  config.stages = ("pretrain", "multi_precision", "export", "report")
+  config.checkpoint_every = 50
+  config.log_every = 10
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "digits"
+  config.data.batch_size = 128
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "resnet"
+  config.model.options = ml_collections.ConfigDict()
+  config.model.options.depth = 8
+  config.model.options.widths = (16, 64, 160)
+
+  config.quant = ml_collections.ConfigDict()
+  config.quant.bits = tuple(map(int, arg)) if arg else (8, 6, 4, 2)
+  config.quant.weight = "double_rounding"
+  config.quant.weight_options = ml_collections.ConfigDict()
+  config.quant.weight_options.rounding = "half_even"
+  config.quant.weight_options.per_channel = True
+  config.quant.activation = "lsq_activation"
+  config.quant.norm = "switchable"
+
+  config.pretrain = ml_collections.ConfigDict()
+  config.pretrain.epochs = 15
+  config.pretrain.optimizer = "sgd"
+  config.pretrain.learning_rate = 0.1
+  config.pretrain.weight_decay = 5e-5
+  config.pretrain.momentum = 0.9
+
+  config.train = ml_collections.ConfigDict()
+  config.train.epochs = 15
+  config.train.optimizer = "adam"
+  config.train.learning_rate = 1e-3
+  config.train.weight_decay = 5e-5
+  config.train.momentum = 0.9
+  config.train.schedule = "alternate"
+  config.train.vectorize = "auto"
+  config.train.alrs = "relative"
+  return config

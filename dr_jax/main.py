@@ -1,0 +1,141 @@
+"""The command: flags, configuration, pipeline.
+
+python -m dr_jax.main --config=configs/digits.py [--workdir=DIR]
+    [--config.train.epochs=5 ...]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import pipeline
+from dr_jax.checkpoint import CheckpointError
+from dr_jax.config import from_dict
+from dr_jax.train import InterruptedRun, NonFiniteError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="What to run.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run; runs/<name> by default."
+)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the configuration; returns the exit code."""
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every file at INFO.
+  try:
+    if len(argv) > 1:
+      raise ValueError(f"argument {argv[1]!r}: allowed are --flags")
+    if _CONFIG.value is None:
+      raise ValueError("--config: missing; allowed is a configuration file")
+    config = from_dict(_CONFIG.value.to_dict())
+    _cache_compilations()
+    workdir = _WORKDIR.value or os.path.join("runs", config.name)
+    summary = pipeline.run(config, workdir, interrupted=_on_signals())
+  except (ValueError, OSError, CheckpointError) as error:
+    return _fail(error, 2)
+  except NonFiniteError as error:
+    return _fail(error, 1)
+  except InterruptedRun as error:
+    print(error, file=sys.stderr)
+    return 0
+  Console().print(table(summary))
+  print(f"workdir: {workdir}")
+  return 0
+
+
+def table(summary: dict) -> Table:
+  """Bit-width, accuracy and size, against the float network."""
+  stages = summary["stages"]
+  separate = any(name.startswith("separate/") for name in stages)
+  export = stages.get("export")
+  columns = ["bits", "accuracy %", "cross-entropy", "bytes", "of float %"]
+  shown = Table(*columns, title=summary["name"])
+  if separate:
+    shown.add_column("separate LSQ %")
+  for column in shown.columns:
+    column.justify = "right"
+  if "pretrain" in stages:
+    score = stages["pretrain"]["scores"]["float"]
+    size = export and export["float_bytes"]
+    shown.add_row(*_row("float", score, size, size))
+  for bits in summary["bits"]:
+    result = export or stages.get("multi_precision")
+    if result is None:
+      continue
+    size = export and export["bytes_at"][str(bits)]
+    whole = export and export["float_bytes"]
+    row = _row(str(bits), result["scores"][str(bits)], size, whole)
+    alone = stages.get(f"separate/{bits}")
+    if alone is not None:
+      row.append(f"{alone['scores'][str(bits)]['accuracy']:.2f}")
+    shown.add_row(*row)
+  if export:
+    stored, whole = export["stored_bytes"], export["float_bytes"]
+    shown.caption = (
+      f"one artifact of {stored:,} bytes, {100 * stored / whole:.1f} % of "
+      "float, serves every bit-width"
+    )
+  return shown
+
+
+def _row(name, score, size, whole):
+  return [
+    name,
+    f"{score['accuracy']:.2f}",
+    f"{score['loss']:.4f}",
+    f"{size:,}" if size else "",
+    f"{100 * size / whole:.1f}" if size else "",
+  ]
+
+
+def _fail(error, code):
+  line = " ".join(str(error).split()) or type(error).__name__
+  print(f"error: {line}", file=sys.stderr)
+  return code
+
+
+def _on_signals():
+  """Installs handlers; returns a function that names a signal received."""
+  received: list[str] = []
+
+  def handle(number, frame):
+    if received:
+      raise KeyboardInterrupt
+    received.append(signal.Signals(number).name)
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, handle)
+  return lambda: received[0] if received else None
+
+
+def _cache_compilations():
+  """Keeps compiled programs between runs, unless JAX is told where already."""
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    jax.config.update(
+      "jax_compilation_cache_dir", os.path.join(cache, "dr_jax", "jax")
+    )
+
+
+def _parse(argv):
+  """Parses flags; anything wrong is one line and exit code 2."""
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:
+    sys.exit(_fail(f"unknown config field: {error.args[0]}", 2))
+  except (flags.Error, TypeError, ValueError) as error:
+    sys.exit(_fail(error, 2))
+  except (OSError, ImportError) as error:
+    sys.exit(_fail(f"--config: {error}", 2))
+
+
+if __name__ == "__main__":
+  app.run(lambda argv: sys.exit(main(argv)), flags_parser=_parse)

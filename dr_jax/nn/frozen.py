@@ -1,0 +1,166 @@
+"""A trained network as the parts that a deployment stores, and back.
+
+`freeze` takes a quantized network apart: codes and scales of its quantized
+layers, folded norms, and whatever stays float. `thaw` builds a network from
+these parts and the float architecture: it switches bit-widths from the stored
+codes alone and has no float kernel to fall back on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from dr_jax.nn import layers
+from dr_jax.nn.bits import Bits, quantized_layers
+from dr_jax.nn.convert import substitute
+from dr_jax.nn.norm import BatchNorm, FoldedNorm
+from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+
+
+class StoredLayer(NamedTuple):
+  """One quantized layer: where it stands, how it quantizes, what it stores."""
+
+  place: layers.Place
+  shape: tuple[int, ...]
+  weight: WeightQuantizer
+  activation: ActivationQuantizer | None
+  input_params: dict[str, jax.Array]
+  encoded: dict[str, jax.Array]
+
+
+class StoredNorm(NamedTuple):
+  """One norm: number of the layer it follows, gain and offset [rows, c]."""
+
+  order: int
+  gain: jax.Array
+  offset: jax.Array
+
+
+class Frozen(NamedTuple):
+  """All parts of a deployed network, by name.
+
+  Attributes:
+    layers: quantized layers, in call order.
+    norms: batch norms, folded for inference.
+    floats: every other variable, by slash path.
+  """
+
+  layers: dict[str, StoredLayer]
+  norms: dict[str, StoredNorm]
+  floats: dict[str, jax.Array]
+
+
+def freeze(model: nnx.Module) -> Frozen:
+  """Takes a quantized network apart; it is not changed.
+
+  Raises:
+    ValueError: if the model has no quantized layer.
+  """
+  found = quantized_layers(model)
+  if not found:
+    raise ValueError("model: no quantized layer; call nn.quantize first")
+  stored = {
+    name: StoredLayer(
+      place=layers.Place(name, layer.order, layer.macs),
+      shape=tuple(layer.kernel.shape),
+      weight=layer.weight_quantizer,
+      activation=layer.input_quantizer,
+      input_params=layers.arrays_of(layer.input_params),
+      encoded=layers.encode(layer),
+    )
+    for name, layer in found.items()
+  }
+  norms = {
+    "/".join(map(str, path)): StoredNorm(module.order, *module.fold())
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, BatchNorm)
+  }
+  inside = tuple(f"{name}/" for name in norms) + tuple(
+    f"{name}/{part}"
+    for name in found
+    for part in ("kernel", "weight_params/", "input_params/")
+  )
+  floats = {
+    name: value
+    for name, value in _variables(model).items()
+    if not name.startswith(inside)
+  }
+  return Frozen(stored, norms, floats)
+
+
+def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
+  """Builds a deployed network at its highest bit-width.
+
+  Args:
+    model: the float network that was quantized, with any weights; it is not
+      changed.
+    frozen: the parts.
+
+  Raises:
+    ValueError: if the parts belong to another network; it names the first
+      layer, norm or variable that does not fit.
+  """
+  model = nnx.clone(model)
+  modules = {
+    "/".join(map(str, path)) or type(module).__name__.lower(): module
+    for path, module in nnx.iter_modules(model)
+  }
+  replacements = {}
+  for name, part in frozen.layers.items():
+    layer = modules.get(name)
+    if type(layer) not in layers.STORED or layer.kernel.shape != part.shape:
+      raise ValueError(
+        f"layer {name} {part.shape}: not in this network; allowed is the "
+        "network that was quantized"
+      )
+    replacements[id(layer)] = layers.STORED[type(layer)](
+      layer,
+      part.place,
+      part.weight,
+      part.activation,
+      part.input_params,
+      part.encoded,
+    )
+  for name, part in frozen.norms.items():
+    norm = modules.get(name)
+    wanted = part.gain.shape[-1:]
+    if type(norm) is not nnx.BatchNorm or norm.mean.shape != wanted:
+      raise ValueError(
+        f"norm {name} {wanted}: not in this network; allowed is the network "
+        "that was quantized"
+      )
+    replacements[id(norm)] = FoldedNorm(
+      norm, part.gain, part.offset, order=part.order
+    )
+  model = substitute(model, replacements)
+  _write(model, frozen.floats)
+  model.eval()
+  return model
+
+
+def _variables(model) -> dict[str, Any]:
+  state = nnx.state(model, nnx.Not(nnx.Any(Bits, nnx.RngState)))
+  return {
+    "/".join(map(str, path)): variable.get_value()
+    for path, variable in nnx.to_flat_state(state)
+  }
+
+
+def _write(model, floats):
+  kept = nnx.Not(nnx.Any(Bits, nnx.RngState, layers.Encoded, layers.Scale))
+  writes = []
+  for path, variable in nnx.to_flat_state(nnx.state(model, kept)):
+    name = "/".join(map(str, path))
+    if isinstance(variable, nnx.BatchStat) and path[-1] in ("gain", "offset"):
+      continue
+    value = floats.get(name)
+    if value is None or value.shape != variable.shape:
+      raise ValueError(
+        f"{name} {variable.shape}: not among what was stored; allowed is the "
+        "network that was quantized"
+      )
+    writes.append((path, variable.replace(value)))
+  nnx.update(model, nnx.from_flat_state(writes))
