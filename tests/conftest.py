@@ -1,6 +1,7 @@
 """Strict numerics for every test: dtype promotion, ranks, and warnings."""
 
 import os
+import pathlib
 
 # Four CPU devices, before jax starts: sharding tests need a mesh.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,10 +10,34 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import numpy as np
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Tests build the same small programs again and again."""
+  cache = tmp_path_factory.mktemp("jax")
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  yield
 
 
 @pytest.fixture(autouse=True)
 def strict_numerics():
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     yield
+
+
+@pytest.fixture
+def golden():
+  """Loads a file of reference arrays by name; skips where it is absent."""
+  beside = pathlib.Path(__file__).parents[2] / "shared" / "golden"
+  folder = pathlib.Path(os.environ.get("DR_JAX_GOLDEN", beside))
+
+  def load(name):
+    if not (folder / name).is_file():
+      pytest.skip(f"no {name} in {folder}: set DR_JAX_GOLDEN to its folder")
+    return np.load(folder / name)
+
+  return load

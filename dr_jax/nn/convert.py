@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from flax import nnx
 
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
+from dr_jax.nn.bits import quantized_layers
 from dr_jax.nn.layers import adopt
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
@@ -51,7 +53,8 @@ def quantize(
     model: the float network, preferably trained.
     weight: weight quantizer, e.g. `quant.double_rounding((8, 6, 4, 2))`.
     activation: input quantizer with the same bits, or None for float inputs.
-      Its sign is settled per layer: signed where an input was negative.
+      A sign left open is settled per layer: signed where an input was
+      negative.
     sample: one calibration batch, an array [batch, ...], or a tuple of all
       positional arguments of the model's `__call__`.
     norm: "switchable", batch norm parameters and statistics per bit-width, or
@@ -60,9 +63,10 @@ def quantize(
       from the layer names in call order to names, or a sequence of these.
 
   Raises:
-    ValueError: if bit-widths differ or `norm` is unknown; if nothing is left
-      to quantize; if a skip matches no layer; if the sample does not reach a
-      layer, or reaches it inside a jax transformation.
+    ValueError: if bit-widths differ or `norm` is unknown; if the model is
+      quantized already or nothing is left to quantize; if a skip matches no
+      layer; if weights or inputs are NaN or infinite; if the sample does not
+      reach a layer, or reaches it inside a jax transformation.
   """
   if activation is not None and activation.bits != weight.bits:
     raise ValueError(
@@ -71,12 +75,14 @@ def quantize(
     )
   if norm not in norms.KINDS:
     raise ValueError(f"norm={norm!r}: allowed are {norms.KINDS}")
+  if quantized_layers(model):
+    raise ValueError("model: quantized already; allowed is a float network")
   model = nnx.clone(model)
   calls = _calibrate(model, activation, sample)
   names = [
     n for n, call in calls.items() if type(call.module) in layers.QUANTIZED
   ]
-  skipped = _skipped(skip, names)
+  skipped = _skipped(skip, names) if names else set()
   quantized = [name for name in names if name not in skipped]
   if not quantized:
     raise ValueError(
@@ -107,7 +113,7 @@ class _Call(NamedTuple):
   Attributes:
     module: the float module.
     macs: multiply-accumulates for one example, over all its calls.
-    signed: whether any input was negative.
+    signed: sign of the input codes.
     params: initial parameters of the input quantizer at that sign.
   """
 
@@ -125,12 +131,24 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
     first calls.
   """
   arguments = sample if isinstance(sample, tuple) else (sample,)
-  examples = jnp.shape(arguments[0])[0]
+  leaves, structure = jax.tree.flatten(arguments)
+  arrays = [leaf for leaf in leaves if _is_array(leaf) and leaf.ndim]
+  if not arrays:
+    raise ValueError(f"sample={sample!r}: allowed are arrays [batch, ...]")
+  examples = len(arrays[0])
   modules = {
     "/".join(map(str, path)) or type(module).__name__.lower(): module
     for path, module in nnx.iter_modules(model)
     if type(module) in _OBSERVED
   }
+  for name, module in modules.items():
+    if type(module) in layers.QUANTIZED:
+      bad = int((~jnp.isfinite(module.kernel[...])).sum())
+      if bad:
+        raise ValueError(
+          f"weight of layer {name!r}: {bad} values are NaN or infinite; "
+          "allowed are finite numbers"
+        )
   inputs: dict[str, list[jax.Array]] = {}
   macs = dict.fromkeys(modules, 0)
 
@@ -157,17 +175,16 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
   @jax.jit
   def statistics(state, arrays):
     inputs.clear()
-    filled = iter(arrays)
-    nnx.merge(graph, state)(
-      *(next(filled) if _is_array(a) else a for a in arguments)
-    )
+    rest = iter(arrays)
+    filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
+    nnx.merge(graph, state)(*jax.tree.unflatten(structure, filled))
     return {
       name: _input_statistics(modules[name], xs, activation)
       for name, xs in inputs.items()
     }
 
   try:
-    seen = statistics(state, [a for a in arguments if _is_array(a)])
+    seen = statistics(state, [leaf for leaf in leaves if _is_array(leaf)])
   except jax.errors.UnexpectedTracerError:
     raise ValueError(
       "model: calls layers inside jit, scan or vmap; allowed are layers that "
@@ -187,19 +204,21 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
         f"sample: input of layer {name!r} is NaN or infinite; allowed are "
         "finite numbers"
       )
-    calls[name] = _Call(
-      modules[name], macs[name], bool(negative), params[bool(negative)]
-    )
+    signed = bool(negative)
+    if activation is not None and activation.signed is not None:
+      signed = activation.signed
+    calls[name] = _Call(modules[name], macs[name], signed, params[signed])
   return calls
 
 
 def _input_statistics(module, xs, activation):
   """Whether inputs are finite and negative, and parameters for either sign."""
-  if activation is None or type(module) is nnx.BatchNorm:
-    return True, False, ({}, {})
-  # A layer that is called several times has one scale for all its inputs.
-  x = jnp.concatenate([x.reshape(-1) for x in xs])
-  params = tuple(activation.with_sign(sign).init(x) for sign in (False, True))
+  # A layer that is called several times has one scale for all its inputs. To
+  # touch them finds those that belong to an inner trace, so do it always.
+  x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
+  params = ({}, {})
+  if activation is not None and type(module) is not nnx.BatchNorm:
+    params = tuple(activation.with_sign(sign).init(x) for sign in (False, True))
   return jnp.isfinite(x).all(), (x < 0).any(), params
 
 
@@ -210,14 +229,16 @@ def _is_array(x):
 def _observer(module, record):
   """The module, calling `record(input, output)` on each call."""
   kind = type(module)
+  signature = inspect.signature(kind.__call__)
 
   class Observer(kind):
     def __init__(self):
       adopt(self, module)
 
-    def __call__(self, x, *args, **kwargs):
-      y = kind.__call__(self, x, *args, **kwargs)
-      record(x, y)
+    def __call__(self, *args, **kwargs):
+      y = kind.__call__(self, *args, **kwargs)
+      # The input is the first parameter, under whatever name.
+      record(signature.bind(self, *args, **kwargs).args[1], y)
       return y
 
   return Observer()
@@ -251,15 +272,20 @@ def substitute(model, replacements):
       items = {key: swap(item) for key, item in value.items()}
       same = all(items[key] is value[key] for key in value)
       return value if same else items
-    if type(value) in (list, tuple):
+    if type(value) is list or isinstance(value, tuple):
       items = [swap(item) for item in value]
       same = all(a is b for a, b in zip(items, value, strict=True))
-      return value if same else type(value)(items)
+      if same:
+        return value
+      make = getattr(type(value), "_make", type(value))
+      return make(items)
     return value
 
-  for _, module in list(nnx.iter_modules(model)):
-    for name, value in list(vars(module).items()):
+  for _, node in list(nnx.iter_graph(model)):
+    if not isinstance(node, nnx.Pytree):
+      continue
+    for name, value in list(vars(node).items()):
       swapped = value if name.startswith("_pytree") else swap(value)
       if swapped is not value:
-        setattr(module, name, nnx.data(swapped))
+        setattr(node, name, nnx.data(swapped))
   return swap(model)

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn.bits import Bits, NormParam, Scale, bits_holders
+from dr_jax.nn.bits import (
+  Bits,
+  NormParam,
+  Scale,
+  bits_holders,
+  quantized_layers,
+)
 from dr_jax.nn.norm import BatchNorm
 
 Tree = dict[str, Any]
@@ -55,8 +61,15 @@ def functional(model: nnx.Module) -> Functional:
     list(nnx.to_flat_state(state)) for state in (params, bits, rest)
   )
   followed = _followed_layers(model)
+  layers = len(quantized_layers(model))
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
+    if jnp.ndim(index) and jnp.shape(index) != (layers,):
+      raise ValueError(
+        f"index: shape {jnp.shape(index)}; allowed are () and ({layers},), "
+        "one for each quantized layer"
+      )
+
     def bits_at(path):
       return index if jnp.ndim(index) == 0 else index[followed[path]]
 
@@ -104,7 +117,7 @@ def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
         raise ValueError(
           f"{name}: shape {value.shape}; allowed is {variable.shape}"
         )
-      writes.append((path, variable.replace(value)))
+      writes.append((path, variable.replace(jnp.asarray(value))))
   nnx.update(model, nnx.from_flat_state(writes))
 
 
@@ -139,7 +152,8 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     merged = nnx.merge(graph, state, copy=True)
     merged(*arguments)
     modules = dict(nnx.iter_modules(merged))
-    return {p: (modules[p].mean[...], modules[p].var[...]) for p in norms}
+    seen = {path: modules[path] for path in norms}
+    return {p: (n.mean[n.row], n.var[n.row]) for p, n in seen.items()}
 
   total, count = None, 0
   for batch in batches:
@@ -149,9 +163,11 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     count += 1
   if total is None:
     raise ValueError("batches: empty; allowed is at least one batch")
-  for path, (mean, var) in total.items():
-    norms[path].mean.set_value(mean / count)
-    norms[path].var.set_value(var / count)
+  for path, sums in total.items():
+    norm = norms[path]
+    for statistic, value in zip((norm.mean, norm.var), sums, strict=True):
+      rows = statistic[...].at[norm.row].set(value / count)
+      statistic.set_value(rows)
 
 
 def _followed_layers(model):

@@ -84,6 +84,8 @@ class Quantized:
   def _quantize_input(self, inputs, index):
     if self.input_quantizer is None:
       return inputs
+    if not jnp.issubdtype(inputs.dtype, jnp.inexact):
+      inputs = inputs.astype(self.param_dtype)
     params = arrays_of(self.input_params)
     return self.input_quantizer.fake_quantize(params, inputs, index)
 

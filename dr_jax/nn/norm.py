@@ -8,6 +8,8 @@ CPU. Lower bit-widths have other activation statistics: arXiv 1812.08928
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +20,7 @@ from dr_jax.nn.layers import adopt
 KINDS = ("switchable", "shared")
 
 
-class BatchNorm(nnx.Module):
+class BatchNorm(nnx.BatchNorm):
   """nnx.BatchNorm whose rows are selected by the bit-width.
 
   Attributes:
@@ -52,23 +54,48 @@ class BatchNorm(nnx.Module):
     """Normalizes x over all axes but the feature axis; see nnx.BatchNorm."""
     if use_running_average is None:
       use_running_average = self.use_running_average
-    row = self.bits.get_value() if self.rows > 1 else 0
+    if use_running_average is None:
+      raise ValueError(
+        "use_running_average=None: allowed are True and False, in the call or "
+        "by model.train() and model.eval()"
+      )
+    row = self.row
+    scale = None if self.scale is None else self.scale[row]
+    bias = None if self.bias is None else self.bias[row]
+    # As in nnx.BatchNorm: without a dtype, parameters can widen the output.
+    x, *_ = self.promote((x, self.mean[row], scale, bias), dtype=self.dtype)
     if use_running_average:
       mean, var = self.mean[row], self.var[row]
+    elif self._is_plain(x, mask):
+      y, mean, var = normalize(x, scale, bias, self.epsilon)
+      self._update(row, mean, var)
+      return y
     else:
       mean, var = self._batch_statistics(x, mask)
       self._update(row, mean, var)
-    scale = None if self.scale is None else self.scale[row]
-    bias = None if self.bias is None else self.bias[row]
     gain, offset = _fold(mean, var, scale, bias, self.epsilon)
-    (x,) = self.promote((x,), dtype=self.dtype)
     return _affine(x, gain, offset, self.axis)
+
+  @property
+  def row(self) -> int | jax.Array:
+    """Row of the bits in use."""
+    return self.bits.get_value() if self.rows > 1 else 0
 
   def fold(self) -> tuple[jax.Array, jax.Array]:
     """Inference as x * gain + offset: both float32 [rows, features]."""
     scale = None if self.scale is None else self.scale[...]
     bias = None if self.bias is None else self.bias[...]
     return _fold(self.mean[...], self.var[...], scale, bias, self.epsilon)
+
+  def _is_plain(self, x, mask):
+    """Whether `normalize` serves: the usual case, with its own gradient."""
+    return (
+      mask is None
+      and self.axis_name is None
+      and self.axis % x.ndim == x.ndim - 1
+      and self.scale is not None
+      and self.bias is not None
+    )
 
   def _batch_statistics(self, x, mask):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -84,7 +111,7 @@ class BatchNorm(nnx.Module):
 
   def _update(self, row, mean, var):
     for statistic, value in ((self.mean, mean), (self.var, var)):
-      rows = statistic[...]
+      rows = jnp.asarray(statistic[...])
       value = jax.lax.stop_gradient(value).astype(rows.dtype)
       new = self.momentum * rows[row] + (1 - self.momentum) * value
       statistic.set_value(rows.at[row].set(new))
@@ -110,8 +137,57 @@ class FoldedNorm(nnx.Module):
 
   def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
     row = self.bits.get_value() if self.gain.shape[0] > 1 else 0
-    (x,) = self.promote((x,), dtype=self.dtype)
-    return _affine(x, self.gain[row], self.offset[row], self.axis)
+    gain, offset = self.gain[row], self.offset[row]
+    x, *_ = self.promote((x, gain, offset), dtype=self.dtype)
+    return _affine(x, gain, offset, self.axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Normalizes x [..., c] with its own statistics, in two passes over memory.
+
+  The gradient is written by hand: one pass for its two sums, one for the
+  result, where autodiff takes more. No gradient flows through the returned
+  statistics.
+
+  Returns:
+    y (dtype of x), and float32 mean [c] and biased variance [c].
+  """
+  return _normalize_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalize_forward(x, scale, bias, epsilon):
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  axes = tuple(range(x.ndim - 1))
+  mean = wide.mean(axes)
+  var = jnp.maximum(jnp.square(wide).mean(axes) - jnp.square(mean), 0)
+  gain, offset = _fold(mean, var, scale, bias, epsilon)
+  y = _affine(x, gain, offset, -1)
+  return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _normalize_backward(epsilon, residuals, gradients):
+  x, scale, bias, mean, var = residuals
+  wide = mean.dtype
+  x32, g = x.astype(wide), gradients[0].astype(wide)
+  axes = tuple(range(x.ndim - 1))
+  count = x.size // x.shape[-1]
+  inverse = jax.lax.rsqrt(var + epsilon)
+  # y = (x - mean) * inverse * scale + bias, mean and inverse functions of x.
+  dbias = g.sum(axes)
+  dscale = ((g * x32).sum(axes) - mean * dbias) * inverse
+  gain = inverse * scale.astype(wide)
+  slope = gain * inverse * dscale / count
+  constant = mean * slope - gain * dbias / count
+  shape = (1,) * (x.ndim - 1) + (-1,)
+  dx = g * gain.reshape(shape) - x32 * slope.reshape(shape)
+  dx = (dx + constant.reshape(shape)).astype(x.dtype)
+  return dx, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _fold(mean, var, scale, bias, epsilon):

@@ -148,7 +148,7 @@ def three_sigma_scale(
   Returns:
     float32, rank of w: [1, ..., 1, c_out], or all ones.
   """
-  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  w = grid.widened(w)
   axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
   mean = w.mean(axes, keepdims=True)
   std = w.std(axes, keepdims=True)

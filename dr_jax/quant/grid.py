@@ -15,7 +15,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +32,20 @@ SCALE_MAX = 2.0**30
 
 ROUNDINGS = ("half_even", "half_up", "floor")
 
-Index = "int | Int[Array, '']"
+# Position in the candidate bit-widths, and a number that depends on it.
+Index: TypeAlias = int | jax.Array
+Number: TypeAlias = float | jax.Array
 
 
 class Grid(NamedTuple):
   """One bit-width of a quantizer, as Python floats or as traced scalars."""
 
-  low: float  # smallest code
-  high: float  # largest code
-  step: float  # 2^D, the width of a level in units of the scale
-  first_low: float  # code range of the first rounding, at step 1
-  first_high: float
-  top: float  # largest v = w / (scale * step) that still has a gradient
+  low: Number  # smallest code
+  high: Number  # largest code
+  step: Number  # 2^D, the width of a level in units of the scale
+  first_low: Number  # code range of the first rounding, at step 1
+  first_high: Number
+  top: Number  # largest v = w / (scale * step) that still has a gradient
 
 
 class _Core(NamedTuple):
@@ -150,6 +152,12 @@ def round_by(rounding: str, x: Float[Array, ...]) -> Float[Array, ...]:
       return jnp.floor(x)
 
 
+def widened(x: Float[Array, ...]) -> Float[Array, ...]:
+  """x in at least float32 (jnp.promote_types raises in strict mode)."""
+  x = jnp.asarray(x)
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def positive(scale: Float[Array, ...]) -> Float[Array, ...]:
   """The scale that is used: clamped to [2^-30, 2^30]."""
   return jnp.clip(scale, SCALE_MIN, SCALE_MAX)
@@ -159,12 +167,12 @@ def working_floats(
   x: Float[Array, ...], scale: Float[Array, ...]
 ) -> tuple[Float[Array, ...], Float[Array, ...]]:
   """Both in the dtype that is computed in, and the scale positive."""
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  return x.astype(dtype), positive(scale.astype(dtype))
+  x = widened(x)
+  return x, positive(scale.astype(x.dtype))
 
 
 def first_codes(
-  w: Float[Array, ...], scale: Float[Array, ...], low: float, high: float
+  w: Float[Array, ...], scale: Float[Array, ...], low: Number, high: Number
 ) -> Float[Array, ...]:
   """Integer-valued floats clip(round(w / scale), low, high).
 
@@ -205,7 +213,7 @@ def round_straight_through(
   """
   if isinstance(index, int | np.integer):
     grid = select(grids, index)
-    core = _Core(rounding, double and grid.step != 1, grid)
+    core = _Core(rounding, double and bool(grid.step != 1), grid)
     return _round_straight_through(core, x, scale, None)
   grid = select(grids, index)
   return _round_straight_through(_Core(rounding, double, None), x, scale, grid)

@@ -52,8 +52,7 @@ def lsq(
   def init(w):
     grid.check_finite("weight", w)
     axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
-    w32 = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    size = 2 * jnp.abs(w32).mean(axes, keepdims=True)
+    size = 2 * jnp.abs(grid.widened(w)).mean(axes, keepdims=True)
     return {"scale": _scale_per_bits(size, grids)}
 
   def fake_quantize(params, w, index):
@@ -124,8 +123,8 @@ def lsq_activation(
   def init(x):
     settled()
     grid.check_finite("activation", x)
-    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return {"scale": _scale_per_bits(2 * jnp.abs(x32).mean(), grids)}
+    size = 2 * jnp.abs(grid.widened(x)).mean()
+    return {"scale": _scale_per_bits(size, grids)}
 
   def fake_quantize(params, x, index):
     settled()

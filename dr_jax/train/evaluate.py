@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
+from dr_jax.compilation import jit
 from dr_jax.nn import Functional
 
 
@@ -31,7 +31,7 @@ def make_evaluate(network: Functional) -> Callable[..., Score]:
   those of `data.epoch`: {"image", "label", "mask"}.
   """
 
-  @jax.jit
+  @jit
   def counts(params, batch_stats, index, batch):
     logits, _ = network.apply(params, batch_stats, index, batch["image"])
     losses = optax.softmax_cross_entropy_with_integer_labels(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dr_jax.compilation import jit
 from dr_jax.nn import Functional
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.train import alrs as alrs_lib
@@ -216,8 +217,11 @@ def _apply(parts, state, gradients):
 def _update_scale(rate):
   def update(scale, direction, weighted, total):
     factor = jnp.where(total > 0, weighted / jnp.maximum(total, 1e-37), 0)
-    # Quantizers clamp what they read; the raw parameter must not drift away.
-    return jnp.clip(scale + rate * factor * direction, SCALE_MIN, SCALE_MAX)
+    new = scale + rate * factor * direction
+    # Quantizers clamp what they read; the raw parameter must not drift away,
+    # nor be lost to one overflowing gradient.
+    new = jnp.clip(new, SCALE_MIN, SCALE_MAX)
+    return jnp.where(jnp.isnan(new), scale, new)
 
   return update
 
@@ -250,7 +254,7 @@ def _substep(parts, state, batch, index):
 
 
 def _alternate_unrolled(parts):
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
     losses = []
     for index in range(len(parts.bits)):
@@ -262,7 +266,7 @@ def _alternate_unrolled(parts):
 
 
 def _alternate_sequential(parts):
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jit, donate_argnums=0)
   def substep(state, batch, index):
     state, loss = _substep(parts, state, batch, index)
     last = index == len(parts.bits) - 1
@@ -276,6 +280,9 @@ def _alternate_sequential(parts):
     return state, jnp.stack(losses)
 
   step.compiled_per_bits = substep
+  step.lower_per_bits = lambda state, batch: substep.lower(
+    state, batch, np.int32(0)
+  )
   return step
 
 
@@ -285,7 +292,7 @@ def _finish(parts, state, gradients, stats):
 
 
 def _accumulate_unrolled(parts):
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
     summed, stats, losses = None, state.batch_stats, []
     for index in range(len(parts.bits)):
@@ -298,18 +305,18 @@ def _accumulate_unrolled(parts):
 
 
 def _accumulate_sequential(parts):
-  @functools.partial(jax.jit, donate_argnums=(1, 2))
+  @functools.partial(jit, donate_argnums=(1, 2))
   def accumulate(state, stats, summed, batch, index):
     gradients, stats, loss = _gradients(parts, state, stats, batch, index)
     return stats, _add(summed, gradients), loss
 
-  @jax.jit
+  @jit
   def zeros(state):
     empty = _only_scales(parts, state.params)
     tree = _Gradients(state.params, empty, empty)
     return jax.tree.map(jnp.zeros_like, tree)
 
-  finish = jax.jit(functools.partial(_finish, parts), donate_argnums=(0, 1, 2))
+  finish = jit(functools.partial(_finish, parts), donate_argnums=(0, 2))
 
   def step(state, batch):
     summed, losses = zeros(state), []
@@ -323,11 +330,14 @@ def _accumulate_sequential(parts):
     return finish(state, summed, stats), jnp.stack(losses)
 
   step.compiled_per_bits = accumulate
+  step.lower_per_bits = lambda state, batch: accumulate.lower(
+    state, state.batch_stats, zeros(state), batch, np.int32(0)
+  )
   return step
 
 
 def _accumulate_vmapped(parts):
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
     indices = jnp.arange(len(parts.bits))
     gradients, stats, losses = jax.vmap(

@@ -1,0 +1,181 @@
+"""Tests of the integer artifact."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dr_jax import deploy, models, nn, quant
+
+OPTIONS = {
+  "depth": 8,
+  "num_classes": 5,
+  "channels": 1,
+  "widths": (4, 6, 8),
+}
+METHODS = {
+  "half_even": quant.double_rounding((8, 6, 4, 2)),
+  "floor": quant.double_rounding((8, 5, 3), rounding="floor"),
+  "per_tensor": quant.double_rounding((7, 2), per_channel=False),
+  "four_bits": quant.double_rounding((4, 3, 2), rounding="half_up"),
+  "lsq": quant.lsq((8, 4)),
+  "lsq_single": quant.lsq((4,)),
+}
+
+
+def _images(seed=1, size=6):
+  return jax.random.normal(jax.random.key(seed), (size, 8, 8, 1))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def exported(request, tmp_path_factory):
+  """A quantized network with uneven statistics, and its artifact."""
+  weight = METHODS[request.param]
+  network = nn.quantize(
+    models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS),
+    weight=weight,
+    activation=quant.lsq_activation(weight.bits),
+    sample=_images(0),
+  )
+  for bits in weight.bits:
+    nn.set_bits(network, bits)
+    nn.recalibrate(network, [_images(bits)])
+  path = tmp_path_factory.mktemp("artifact") / "model"
+  deploy.save(path, network, architecture=("resnet", OPTIONS))
+  return network, path
+
+
+def test_every_bit_width_from_the_stored_integers_equals_the_trained_model(
+  exported,
+):
+  network, path = exported
+  loaded = deploy.load(path)
+  trained, stored = nn.functional(network), nn.functional(loaded)
+  for index in range(len(nn.candidates(network))):
+    expected, _ = jax.jit(trained.apply)(
+      trained.params, trained.batch_stats, index, _images()
+    )
+    got, _ = jax.jit(stored.apply)(
+      stored.params, stored.batch_stats, index, _images()
+    )
+    # Kernels are equal to the bit; a norm is folded before and not inside
+    # the program, which may move the last bit of a logit.
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_are_equal_bit_for_bit_at_every_bit_width(exported):
+  network, path = exported
+  loaded = deploy.load(path)
+  layers = nn.bits.quantized_layers(network)
+  stored = nn.bits.quantized_layers(loaded)
+  for index, bits in enumerate(nn.candidates(network)):
+    nn.set_bits(loaded, bits)
+    for name, layer in layers.items():
+      expected = layer.weight_quantizer.fake_quantize(
+        nn.layers.arrays_of(layer.weight_params), layer.kernel[...], index
+      )
+      np.testing.assert_array_equal(stored[name].kernel, expected)
+
+
+def test_per_layer_bits_work_on_a_loaded_model(exported):
+  network, path = exported
+  bits = nn.candidates(network)
+  assignment = {
+    row.name: bits[i % len(bits)]
+    for i, row in enumerate(nn.layer_table(network))
+  }
+  loaded = deploy.load(path, bits=assignment)
+  assert {row.name: row.bits for row in nn.layer_table(loaded)} == assignment
+  nn.set_bits(network, assignment)
+  network.eval()
+  np.testing.assert_allclose(
+    loaded(_images()), network(_images()), rtol=1e-5, atol=1e-5
+  )
+
+
+def test_integer_methods_store_no_float_kernel(exported):
+  network, path = exported
+  weight = next(iter(nn.bits.quantized_layers(network).values()))
+  weight = weight.weight_quantizer
+  _, tensors = deploy.read(path)
+  for row in nn.layer_table(network):
+    if weight.stored_bits == 32:
+      assert tensors[f"{row.name}/weight"].nbytes == 4 * row.parameters
+    else:
+      stored = tensors[f"{row.name}/codes"].nbytes
+      assert stored == -(-row.parameters * weight.stored_bits // 8)
+      assert f"{row.name}/weight" not in tensors
+
+
+def test_sizes_count_codes_at_each_bit_width(exported):
+  network, path = exported
+  sizes = deploy.sizes(path)
+  bits = nn.candidates(network)
+  assert tuple(sizes) == bits
+  _, tensors = deploy.read(path)
+  if METHODS["lsq"].bits == bits:
+    assert len(set(sizes.values())) == 1
+    return
+  assert sizes[bits[0]] == sum(t.nbytes for t in tensors.values())
+  for b in bits:
+    saved = sum(
+      quant.packed_size(row.parameters, bits[0])
+      - quant.packed_size(row.parameters, b)
+      for row in nn.layer_table(network)
+    )
+    assert sizes[b] == sizes[bits[0]] - saved
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.98])
+def test_one_flipped_byte_is_found_and_the_file_named(
+  exported, tmp_path, name, place
+):
+  path = tmp_path / "model"
+  shutil.copytree(exported[1], path)
+  data = bytearray((path / name).read_bytes())
+  data[int(place * len(data))] ^= 1
+  (path / name).write_bytes(data)
+  with pytest.raises(deploy.ArtifactError, match="damaged"):
+    deploy.load(path)
+
+
+def test_missing_and_foreign_files_are_named(exported, tmp_path):
+  with pytest.raises(deploy.ArtifactError, match="manifest.json: No such file"):
+    deploy.load(tmp_path / "nothing")
+  path = tmp_path / "model"
+  shutil.copytree(exported[1], path)
+  manifest = json.loads((path / "manifest.json").read_text())
+  (path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+  with pytest.raises(deploy.ArtifactError, match="version 99; allowed is"):
+    deploy.load(path)
+  (path / "model.safetensors").unlink()
+  with pytest.raises(deploy.ArtifactError, match="safetensors: No such file"):
+    deploy.load(path)
+
+
+def test_another_network_is_refused(exported):
+  other = models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS | {"depth": 14})
+  with pytest.raises(deploy.ArtifactError, match="not among what was stored"):
+    deploy.load(exported[1], model=other)
+  wide = models.build(
+    "resnet", rngs=nnx.Rngs(0), **OPTIONS | {"widths": (4, 6, 10)}
+  )
+  with pytest.raises(deploy.ArtifactError, match="not in this network"):
+    deploy.load(exported[1], model=wide)
+
+
+def test_nothing_is_overwritten(exported):
+  network, path = exported
+  before = (path / "model.safetensors").read_bytes()
+  with pytest.raises(FileExistsError, match="allowed is a new path"):
+    deploy.save(path, network)
+  assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_bits_that_are_no_candidate_are_refused(exported):
+  with pytest.raises(ValueError, match="allowed are"):
+    deploy.load(exported[1], bits=9)

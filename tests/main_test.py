@@ -1,0 +1,236 @@
+"""Tests of the command as a user starts it: real processes, real signals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dr_jax import deploy, nn
+from dr_jax.checkpoint import Checkpoints  # noqa: F401  (Orbax loads once)
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHORT = (
+  "--config.model.options.widths=(4,6,8)",
+  "--config.quant.bits=(8,2)",
+  "--config.pretrain.epochs=2",
+  "--config.train.epochs=6",
+  "--config.train.vectorize=sequential",
+  "--config.checkpoint_every=10",
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """Starts the command on a short job; compiled programs are shared."""
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+    "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+  }
+
+  def command(workdir, *flags):
+    return subprocess.Popen(
+      [
+        sys.executable,
+        "-m",
+        "dr_jax.main",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        *SHORT,
+        *flags,
+      ],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return command
+
+
+@pytest.fixture(scope="module")
+def finished(start, tmp_path_factory):
+  """A directory in which the short job ran to its end, and what it printed."""
+  workdir = tmp_path_factory.mktemp("run") / "whole"
+  process = start(workdir)
+  out, err = process.communicate(timeout=500)
+  assert process.returncode == 0, err
+  return workdir, out, err
+
+
+def _final_arrays(workdir, stage="multi_precision"):
+  """All bytes of the last checkpoint of a stage, by Orbax's own manifest."""
+  steps = [
+    int(p.name) for p in (workdir / stage / "checkpoints").glob("[0-9]*")
+  ]
+  last = workdir / stage / "checkpoints" / str(max(steps))
+  (manifest,) = last.glob("manifest/*.json")
+  return max(steps), manifest.read_text()
+
+
+def test_the_job_prints_a_table_and_writes_what_it_showed(finished):
+  workdir, out, err = finished
+  summary = json.loads((workdir / "summary.json").read_text())
+  export = summary["stages"]["export"]["scores"]
+  for bits in ("8", "2"):
+    assert f"{export[bits]['accuracy']:.2f}" in out
+  assert summary["environment"]["jax"]
+  assert "images/s" in err and "left" in err
+  names = {json.loads(x)["name"] for x in (workdir / "metrics.jsonl").open()}
+  assert names == {"loss", "images_per_second", "accuracy"}
+
+
+def test_the_artifact_reaches_exactly_the_accuracy_of_the_trained_model(
+  finished,
+):
+  stages = json.loads((finished[0] / "summary.json").read_text())["stages"]
+  for bits in ("8", "2"):
+    trained = stages["multi_precision"]["scores"][bits]["accuracy"]
+    assert stages["export"]["scores"][bits]["accuracy"] == trained
+  model = deploy.load(finished[0] / "export" / "model", bits=2)
+  assert {row.bits for row in nn.layer_table(model)} == {2}
+
+
+def test_a_second_start_finds_everything_done(finished, start):
+  workdir, out, _ = finished
+  before = (workdir / "metrics.jsonl").read_bytes()
+  process = start(workdir)
+  again, err = process.communicate(timeout=200)
+  assert process.returncode == 0, err
+  assert again == out
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def _steps(workdir, stage):
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    return 0
+  records = [
+    json.loads(line)
+    for line in path.read_text().splitlines(keepends=True)
+    if line.endswith("\n")
+  ]
+  return max((r["step"] for r in records if r["stage"] == stage), default=0)
+
+
+@pytest.mark.parametrize(
+  ("stage", "at"), [("pretrain", 10), ("multi_precision", 20)]
+)
+def test_a_run_killed_anywhere_ends_in_the_same_bits(
+  finished, start, tmp_path, stage, at
+):
+  workdir = tmp_path / "killed"
+  process = start(workdir)
+  deadline = time.monotonic() + 400
+  while _steps(workdir, stage) < at and time.monotonic() < deadline:
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert not (workdir / "summary.json").exists()
+  process = start(workdir)
+  out, err = process.communicate(timeout=500)
+  assert process.returncode == 0, err
+  for name in ("pretrain", "multi_precision"):
+    assert _final_arrays(workdir, name) == _final_arrays(finished[0], name)
+  model = pathlib.Path("export") / "model" / "model.safetensors"
+  whole = (finished[0] / model).read_bytes()
+  assert (workdir / model).read_bytes() == whole
+  steps = [
+    (r["stage"], r["step"], r["bits"], r["name"])
+    for r in map(json.loads, (workdir / "metrics.jsonl").open())
+  ]
+  assert len(steps) == len(set(steps))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
+  workdir = tmp_path / "stopped"
+  process = start(workdir)
+  while _steps(workdir, "multi_precision") < 10:
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0
+  assert "SIGTERM at step" in err and "Traceback" not in err
+  process = start(workdir)
+  _, err = process.communicate(timeout=500)
+  assert process.returncode == 0, err
+  assert _final_arrays(workdir) == _final_arrays(finished[0])
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--config.train.epohcs=5", "epohcs"),
+    ("--config.train.epochs=many", "invalid literal for int.*'many'"),
+    ("--config.quant.bits=(8,9)", r"quant.bits=\(8, 9\): allowed are"),
+    ("--config.quant.bits=(2,8)", r"quant.bits=\(2, 8\): allowed are"),
+    ("--config.quant.bits=(8,1)", r"quant.bits=\(8, 1\): allowed are"),
+    ("--config.data.batch_size=5000", "data.batch_size is 5000.*1257"),
+    ("--config.data.name=mnist", "data.name is 'mnist'.*digits"),
+    ("--config.model.name=vgg", "model 'vgg': allowed are"),
+    ("--config.model.options.depth=9", "depth=9: allowed are"),
+    ("--config.train.alrs=fast", "train.alrs='fast': allowed are"),
+    ("--config.train.vectorize=vmap", "vectorize='vmap': allowed with"),
+    ("--config.quant.weight=dorefa", "quant.weight='dorefa': allowed are"),
+    ("--config.seed=3", "seed is 0 there, 3 here"),
+    ("--confg=3", "confg"),
+    ("--config=configs/nothing.py", "nothing.py"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(finished, start, flag, message):
+  import re
+
+  workdir = finished[0]
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+  process = start(workdir, flag)
+  out, err = process.communicate(timeout=200)
+  assert process.returncode == 2, err
+  assert out == ""
+  lines = err.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), err
+  assert re.search(message, lines[0]), err
+  after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+  assert after == before
+
+
+def test_a_damaged_artifact_is_named_and_left_alone(finished, start, tmp_path):
+  import shutil
+
+  workdir = tmp_path / "damaged"
+  shutil.copytree(finished[0], workdir)
+  path = workdir / "export" / "model" / "model.safetensors"
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  process = start(workdir)
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == 2
+  assert err.count("\n") == 1 and "model.safetensors: damaged" in err
+  assert path.read_bytes() == data
+  shutil.rmtree(path.parent)
+  process = start(workdir)
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == 2 and "No such file" in err
+
+
+def test_a_directory_that_is_no_run_is_left_alone(start, tmp_path):
+  (tmp_path / "thesis.txt").write_text("precious")
+  process = start(tmp_path)
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == 2 and "is not empty and holds no run" in err
+  assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_bits_of_the_final_state_are_finite(finished):
+  _, tensors = deploy.read(finished[0] / "export" / "model")
+  for name, value in tensors.items():
+    assert np.isfinite(value.astype(np.float32)).all(), name

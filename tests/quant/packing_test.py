@@ -1,0 +1,121 @@
+"""Packing against an independent bit stream of Python integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dr_jax import quant
+
+BITS = range(2, 9)
+
+
+def exact_bytes(codes, bits: int) -> bytes:
+  """The codes as one little-endian integer, first code lowest."""
+  stream = sum(
+    (int(code) % 2**bits) << (i * bits) for i, code in enumerate(codes)
+  )
+  return stream.to_bytes(-(-len(codes) * bits // 8), "little")
+
+
+def codes_of(bits, signed, size, seed=0):
+  low, high = quant.code_range(bits, signed=signed)
+  rng = np.random.default_rng(seed)
+  return rng.integers(low, high, size, endpoint=True).astype(np.int16)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_keeps_its_value_and_its_place(bits, signed):
+  low, high = quant.code_range(bits, signed=signed)
+  codes = np.arange(low, high + 1, dtype=np.int16)
+  data = quant.pack(codes, bits, signed=signed)
+  assert data.dtype == jnp.uint8
+  assert bytes(np.asarray(data)) == exact_bytes(codes, bits)
+  back = quant.unpack(data, bits, codes.size, signed=signed)
+  assert back.dtype == (jnp.int8 if signed else jnp.uint8)
+  np.testing.assert_array_equal(back, codes)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 8, 17])
+@pytest.mark.parametrize("bits", BITS)
+def test_bytes_are_exact_at_every_size_and_padded_with_zeros(bits, size):
+  codes = codes_of(bits, True, size, seed=size)
+  data = jax.jit(quant.pack, static_argnums=1)(codes, bits)
+  assert data.shape == (quant.packed_size(size, bits),)
+  assert bytes(np.asarray(data)) == exact_bytes(codes, bits)
+  back = jax.jit(quant.unpack, static_argnums=(1, 2))(data, bits, size)
+  np.testing.assert_array_equal(back, codes)
+
+
+def test_layout_of_three_bit_codes_by_hand():
+  # 001 011 111 (-1) 100 (-4): the stream, lowest bit first, is
+  # 100 110 111 001 -> bytes 0b11011001, 0b00001001.
+  data = quant.pack(jnp.array([1, 3, -1, -4]), 3)
+  np.testing.assert_array_equal(data, [0b11011001, 0b00001001])
+
+
+def test_two_four_and_eight_bits_cost_what_they_say():
+  assert [quant.packed_size(1000, b) for b in (8, 4, 3, 2)] == [
+    1000,
+    500,
+    375,
+    250,
+  ]
+  assert [quant.packed_size(n, 3) for n in (0, 1, 2, 3, 8)] == [0, 1, 1, 2, 3]
+
+
+def test_packing_takes_any_shape_in_c_order_and_runs_under_jit():
+  codes = codes_of(5, True, 24)
+  flat = quant.pack(codes, 5)
+  pack = jax.jit(lambda c: quant.pack(c, 5))
+  np.testing.assert_array_equal(pack(codes.reshape(2, 3, 4)), flat)
+  unpack = jax.jit(lambda d: quant.unpack(d, 5, 24))
+  np.testing.assert_array_equal(unpack(flat), codes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.uint8])
+def test_packing_takes_every_integer_dtype(dtype):
+  codes = jnp.array([0, 1, 2, 3], dtype)
+  assert bytes(np.asarray(quant.pack(codes, 3))) == exact_bytes(range(4), 3)
+
+
+@pytest.mark.parametrize(
+  "bits, signed, wrong",
+  [
+    (2, True, 2),
+    (2, True, -3),
+    (4, True, 8),
+    (8, True, 128),
+    (8, True, -129),
+    (4, False, -1),
+    (4, False, 16),
+    (8, False, 256),
+  ],
+)
+def test_a_code_that_does_not_fit_is_an_error(bits, signed, wrong):
+  low, high = quant.code_range(bits, signed=signed)
+  with pytest.raises(ValueError) as error:
+    quant.pack(np.array([0, wrong], np.int32), bits, signed=signed)
+  assert str(wrong) in str(error.value)
+  assert f"{low}..{high}" in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0, 2, 4])
+def test_a_wrong_number_of_bytes_is_an_error(length):
+  data = jnp.zeros(length, jnp.uint8)
+  with pytest.raises(ValueError, match=rf"\({length},\).*\(3,\).*7 codes"):
+    quant.unpack(data, 3, 7)
+
+
+def test_bytes_with_a_second_axis_are_an_error():
+  with pytest.raises(ValueError, match=r"\(1, 3\).*\(3,\)"):
+    quant.unpack(jnp.zeros((1, 3), jnp.uint8), 3, 8)
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_bit_widths_outside_two_to_eight_are_an_error(bits):
+  with pytest.raises(ValueError, match=rf"\[{bits}\].*from 8 down to 2"):
+    quant.pack(jnp.zeros(4, jnp.int8), bits)
+  with pytest.raises(ValueError, match=rf"\[{bits}\].*from 8 down to 2"):
+    quant.unpack(jnp.zeros(4, jnp.uint8), bits, 4)

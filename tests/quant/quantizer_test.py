@@ -1,0 +1,521 @@
+"""The laws of the interface, for every registered method.
+
+Equal "bit for bit" leaves out the sign of a zero, which no integer code has.
+"""
+
+import functools
+import itertools
+import json
+
+import hypothesis
+import hypothesis.extra.numpy as arrays_of
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dr_jax import quant
+
+# Every method once with its defaults, and the options that change its code.
+VARIANTS = {
+  "double_rounding": [
+    {"rounding": "half_up", "bits": (7, 5, 3)},
+    {"rounding": "floor", "per_channel": False},
+  ],
+  "lsq": [{"per_channel": False}, {"bits": (4,)}],
+  "lsq_activation": [{"signed": False}],
+}
+SETTLED = {"lsq_activation": {"signed": True}}
+CASES = [
+  (name, {**SETTLED.get(name, {}), **options})
+  for name in quant.NAMES
+  for options in [{}, *VARIANTS.get(name, [])]
+]
+
+
+def build(case):
+  name, options = case
+  return quant.get(name, **options)
+
+
+def is_weight(case):
+  return isinstance(build(case), quant.WeightQuantizer)
+
+
+def label(case):
+  name, options = case
+  return "-".join([name, *map(str, options.values())])
+
+
+every_method = pytest.mark.parametrize("case", CASES, ids=label)
+every_weight = pytest.mark.parametrize(
+  "case", [c for c in CASES if is_weight(c)], ids=label
+)
+
+
+def kernel(shape=(3, 3, 4, 8), seed=0):
+  w = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  w[0, ..., 0] *= 10  # beyond the clip range
+  return w
+
+
+def fitted(case, w):
+  """The quantizer and parameters under which some weights clip."""
+  quantizer = build(case)
+  return quantizer, jax.tree.map(lambda p: p / 2, quantizer.init(w))
+
+
+@every_method
+def test_bits_and_options_rebuild_the_quantizer_through_json(case):
+  quantizer = build(case)
+  options = json.loads(json.dumps(dict(quantizer.options)))
+  again = quant.get(quantizer.name, **options)
+  assert quantizer.name == case[0]
+  assert again.bits == quantizer.bits
+  assert again.options == quantizer.options
+  assert hash(again.options) == hash(quantizer.options)
+  w = kernel()
+  params = quantizer.init(w)
+  for i in range(len(quantizer.bits)):
+    np.testing.assert_array_equal(
+      again.fake_quantize(params, w, i), quantizer.fake_quantize(params, w, i)
+    )
+
+
+@every_method
+def test_shape_and_dtype_are_those_of_the_input(case):
+  for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+    w = jnp.asarray(kernel(), dtype)
+    quantizer, params = fitted(case, w)
+    assert all(p.dtype == jnp.float32 for p in params.values())
+    out = jax.jit(quantizer.fake_quantize)(
+      params, w, jnp.int32(1 % len(quantizer.bits))
+    )
+    assert (out.shape, out.dtype) == (w.shape, dtype)
+
+
+@every_method
+def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  # Multiples of half a scale put weights on the ties of the first rounding.
+  first = params["scale"].reshape(-1)[0]
+  w[1, 1] = np.arange(-16, 16).reshape(4, 8) / 2 * np.asarray(first)
+  indices = jnp.arange(len(quantizer.bits))
+  traced = jax.jit(quantizer.fake_quantize)
+  constant = jax.jit(lambda w, i: quantizer.fake_quantize(params, w, i))
+  vmapped = jax.vmap(quantizer.fake_quantize, (None, None, 0))
+  stacked = jax.jit(vmapped)(params, w, indices)
+  stacked_eagerly = vmapped(params, w, indices)
+  for i in range(len(quantizer.bits)):
+    expected = quantizer.fake_quantize(params, w, i)
+    folded = jax.jit(lambda w, i=i: quantizer.fake_quantize(params, w, i))
+    static = jax.jit(quantizer.fake_quantize, static_argnums=2)
+    for name, found in {
+      "eager, array index": quantizer.fake_quantize(params, w, jnp.int32(i)),
+      "numpy index": quantizer.fake_quantize(params, w, np.int64(i)),
+      "jit, index traced": traced(params, w, jnp.int32(i)),
+      "jit, index static": static(params, w, i),
+      "jit, scale constant": constant(w, jnp.int32(i)),
+      "jit, all constant": folded(w),
+      "vmap under jit": stacked[i],
+      "vmap": stacked_eagerly[i],
+    }.items():
+      np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+def loss_of(quantizer, target):
+  def loss(params, w, index):
+    out = quantizer.fake_quantize(params, w, index)
+    return (jnp.sin(target) * out).sum()
+
+  return loss
+
+
+@every_method
+def test_gradients_agree_between_int_traced_and_vmapped_index(case):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  gradient = jax.grad(loss_of(quantizer, kernel(seed=1)), (0, 1))
+  indices = jnp.arange(len(quantizer.bits))
+  stacked = jax.jit(jax.vmap(gradient, (None, None, 0)))(params, w, indices)
+  for i in range(len(quantizer.bits)):
+    expected = jax.jit(gradient, static_argnums=2)(params, w, i)
+    for found in (
+      jax.jit(gradient)(params, w, jnp.int32(i)),
+      jax.tree.map(lambda x, i=i: x[i], stacked),
+    ):
+      np.testing.assert_array_equal(found[1], expected[1])
+      # The factor and the sum of 288 terms may each round differently.
+      assert_close(found[0], expected[0])
+
+
+def assert_close(found, expected):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4),
+    found,
+    expected,
+  )
+
+
+@every_method
+def test_no_gradient_is_nan_for_huge_and_zero_inputs(case):
+  for w in (np.zeros((4, 8), "f4"), np.full((4, 8), 3e38, "f4")):
+    quantizer = build(case)
+    params = quantizer.init(w)
+    gradient = jax.jit(jax.grad(loss_of(quantizer, w), (0, 1)))
+    for leaf in jax.tree.leaves((params, gradient(params, w, jnp.int32(0)))):
+      assert np.isfinite(leaf).all()
+
+
+# Strategies: any finite float32 (XLA flushes denormals), any positive scale.
+FLOATS = st.floats(
+  allow_nan=False, allow_infinity=False, allow_subnormal=False, width=32
+)
+NEAR = st.integers(-1200, 1200).map(lambda n: n / 8)
+SCALES = st.floats(2.0**-40, 2.0**40, width=32)
+BITS = [
+  bits for n in (1, 2, 3) for bits in itertools.combinations(range(8, 1, -1), n)
+]
+
+
+@st.composite
+def weights_and_scales(draw):
+  """[6, 2] weights, some near codes of their scales, and those [1, 2]."""
+  scale = draw(arrays_of.arrays(np.float32, (1, 2), elements=SCALES))
+  w = draw(arrays_of.arrays(np.float32, (6, 2), elements=FLOATS))
+  codes = draw(arrays_of.arrays(np.float32, (6, 2), elements=NEAR))
+  near = draw(arrays_of.arrays(np.bool_, (6, 2)))
+  return np.where(near, codes * scale, w).astype(np.float32), scale
+
+
+def options_of(draw_rounding, name, bits):
+  rounding = {"rounding": draw_rounding} if name == "double_rounding" else {}
+  return {"bits": bits, **rounding}
+
+
+@pytest.mark.parametrize(
+  "name",
+  sorted({name for name, options in CASES if is_weight((name, options))}),
+)
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+  case=weights_and_scales(),
+  bits=st.sampled_from(BITS),
+  rounding=st.sampled_from(quant.ROUNDINGS),
+  dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_decoded_is_fake_quantized_bit_for_bit(
+  name, case, bits, rounding, dtype
+):
+  w, scale = case
+  w = jnp.clip(jnp.asarray(w), -3e38, 3e38).astype(dtype)
+  quantizer = quant.get(name, **options_of(rounding, name, bits))
+  params = quantizer.init(w)
+  params = {
+    k: jnp.broadcast_to(scale, p.shape) if k == "scale" else p
+    for k, p in params.items()
+  }
+  encoded = quantizer.encode(params, w)
+  for i in range(len(bits)):
+    decoded = quantizer.decode(encoded, i)
+    assert decoded.dtype == jnp.float32
+    np.testing.assert_array_equal(
+      decoded.astype(dtype), quantizer.fake_quantize(params, w, i)
+    )
+    assert np.isfinite(decoded).all()
+
+
+@every_weight
+def test_decode_gives_the_same_bits_for_every_kind_of_index(case):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  encoded = jax.jit(quantizer.encode)(params, w)
+  jax.tree.map(
+    np.testing.assert_array_equal, encoded, quantizer.encode(params, w)
+  )
+  indices = jnp.arange(len(quantizer.bits))
+  decode = jax.jit(jax.vmap(quantizer.decode, (None, 0)))
+  stacked = decode(encoded, indices)
+  for i in range(len(quantizer.bits)):
+    expected = quantizer.fake_quantize(params, w, i)
+    np.testing.assert_array_equal(quantizer.decode(encoded, i), expected)
+    np.testing.assert_array_equal(stacked[i], expected)
+
+
+@every_weight
+def test_bfloat16_params_decode_to_what_they_fake_quantize(case):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+  encoded = quantizer.encode(params, w)
+  for i in range(len(quantizer.bits)):
+    np.testing.assert_array_equal(
+      quantizer.decode(encoded, i), quantizer.fake_quantize(params, w, i)
+    )
+
+
+@every_weight
+def test_stored_integers_fit_the_stored_bits(case):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  integers = [
+    x
+    for x in jax.tree.leaves(quantizer.encode(params, w))
+    if jnp.issubdtype(x.dtype, jnp.integer)
+  ]
+  assert bool(integers) == (quantizer.stored_bits != 32)
+  for codes in integers:
+    low, high = quant.code_range(quantizer.stored_bits)
+    # The kernel clips on both sides, so that both ends are in use.
+    assert (int(codes.min()), int(codes.max())) == (low, high)
+
+
+def mesh_of(devices, kind):
+  return jax.make_mesh(
+    (devices,),
+    ("x",),
+    axis_types=(kind,),
+    devices=jax.devices()[:devices],
+  )
+
+
+OUTPUT_CHANNELS, INPUT_CHANNELS = P(None, None, None, "x"), P(None, None, "x")
+
+
+MESHES = [
+  (2, AxisType.Auto, INPUT_CHANNELS),
+  (4, AxisType.Auto, OUTPUT_CHANNELS),
+  (2, AxisType.Explicit, OUTPUT_CHANNELS),
+  (4, AxisType.Explicit, OUTPUT_CHANNELS),
+  (4, AxisType.Explicit, INPUT_CHANNELS),
+]
+
+
+@pytest.mark.parametrize("devices, kind, spec", MESHES)
+@every_method
+def test_meshes_change_neither_values_nor_gradients(case, devices, kind, spec):
+  w, g = kernel(), np.sin(kernel(seed=1))
+  quantizer, params = fitted(case, w)
+
+  def everything(params, w, g, index):
+    fake = functools.partial(quantizer.fake_quantize, index=index)
+    out, pull = jax.vjp(fake, params, w)
+    decoded = out
+    if is_weight(case):
+      decoded = quantizer.decode(quantizer.encode(params, w), index)
+    return out, decoded, pull(g)
+
+  run = jax.jit(everything)
+  index = jnp.int32(len(quantizer.bits) - 1)
+  expected = run(params, w, g, index)
+  mesh = mesh_of(devices, kind)
+  channels = tuple(spec)[3:] == ("x",)
+  with jax.set_mesh(mesh):
+
+    def place(x, spec):
+      return jax.device_put(x, NamedSharding(mesh, spec))
+
+    def beside(p):
+      return P(*[None] * (p.ndim - 1), "x") if p.shape[-1] == 8 else P()
+
+    placements = [lambda p: P()]
+    if channels and any(p.shape[-1] == 8 for p in params.values()):
+      placements.append(beside)  # the scale lives with its channels
+    for placement in placements:
+      placed = {k: place(p, placement(p)) for k, p in params.items()}
+      ws = place(w, spec)
+      found = run(placed, ws, place(g, spec), index)
+      np.testing.assert_array_equal(found[0], expected[0])
+      np.testing.assert_array_equal(found[1], expected[1])
+      np.testing.assert_array_equal(found[2][1], expected[2][1])
+      assert_close(found[2][0], expected[2][0])
+      assert found[2][1].sharding.is_equivalent_to(ws.sharding, 4)
+      if kind == AxisType.Explicit:
+        for k, p in placed.items():
+          assert jax.typeof(found[2][0][k]) == jax.typeof(p)
+
+
+@every_method
+def test_init_works_on_a_sharded_explicit_weight(case):
+  w = kernel()
+  quantizer = build(case)
+  expected = quantizer.init(w)
+  mesh = mesh_of(4, AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    for spec in (OUTPUT_CHANNELS, INPUT_CHANNELS):
+      params = quantizer.init(jax.device_put(w, NamedSharding(mesh, spec)))
+      assert_close(params, expected)
+
+
+@every_method
+def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
+  """A replicated scale gets the sum of the shards' own gradients."""
+  w, g = kernel((8, 6)), np.sin(kernel((8, 6), seed=1))
+  quantizer, params = fitted(case, w)
+  mesh = mesh_of(4, AxisType.Auto)
+
+  def step(params, w, g, index):
+    out, pull = jax.vjp(
+      lambda p, w: quantizer.fake_quantize(p, w, index), params, w
+    )
+    return out, *pull(g)
+
+  sharded = jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(P(), P("x"), P("x"), P()),
+      out_specs=(P("x"), P(), P("x")),
+    )
+  )
+  index = jnp.int32(len(quantizer.bits) - 1)
+  out, dparams, dw = sharded(params, w, g, index)
+  shards = [
+    jax.jit(step)(params, w[i : i + 2], g[i : i + 2], index)
+    for i in range(0, 8, 2)
+  ]
+  np.testing.assert_array_equal(out, np.concatenate([s[0] for s in shards]))
+  np.testing.assert_array_equal(dw, np.concatenate([s[2] for s in shards]))
+  assert_close(
+    dparams, jax.tree.map(lambda *a: sum(a), *[s[1] for s in shards])
+  )
+
+
+@every_method
+def test_shard_map_runs_one_bit_width_per_device(case):
+  w = kernel((8, 6))
+  quantizer, params = fitted(case, w)
+  n = 2 if len(quantizer.bits) > 1 else 1
+  loss = loss_of(quantizer, kernel((8, 6), seed=1))
+
+  def step(params, w, indices):
+    gradients = jax.grad(loss, (0, 1))(params, w, indices[0])
+    return quantizer.fake_quantize(params, w, indices[0])[None], gradients
+
+  outs, gradients = jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh_of(n, AxisType.Auto),
+      in_specs=(P(), P(), P("x")),
+      out_specs=(P("x"), P()),
+    )
+  )(params, w, jnp.arange(n))
+  alone = [jax.grad(loss, (0, 1))(params, w, i) for i in range(n)]
+  for i in range(n):
+    np.testing.assert_array_equal(
+      outs[i], quantizer.fake_quantize(params, w, i)
+    )
+  assert_close(gradients, jax.tree.map(lambda *a: sum(a), *alone))
+
+
+OPTIMIZERS = {"sgd": optax.sgd(10.0), "adam": optax.adam(0.05)}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@every_method
+def test_learning_rates_100_times_too_large_keep_everything_finite(
+  case, optimizer
+):
+  w = kernel((16, 8)) / 10
+  quantizer = build(case)
+  update = OPTIMIZERS[optimizer].update
+
+  def loss(variables, index):
+    params, x = variables
+    out = quantizer.fake_quantize(params, x, index)
+    return ((out - w) ** 2).sum(), out
+
+  def step(carry, index):
+    variables, state = carry
+    gradients, out = jax.grad(loss, has_aux=True)(variables, index)
+    with jax.numpy_dtype_promotion("standard"):  # Adam counts in integers
+      updates, state = update(gradients, state, variables)
+    variables = optax.apply_updates(variables, updates)
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((gradients, out))]
+    lowest = jnp.stack([p.min() for p in variables[0].values()]).min()
+    return (variables, state), (jnp.stack(finite).all(), lowest)
+
+  variables = (quantizer.init(w), jnp.asarray(w))
+  indices = jnp.arange(400, dtype=jnp.int32) % len(quantizer.bits)
+  carry = (variables, OPTIMIZERS[optimizer].init(variables))
+  (variables, _), (finite, lowest) = jax.jit(
+    lambda carry: jax.lax.scan(step, carry, indices)
+  )(carry)
+  assert finite.all()
+  # The raw parameter did go below zero: the clamp had something to do.
+  assert lowest.min() < 0
+  if is_weight(case):
+    scale = quantizer.encode(*variables)["scale"]
+    assert ((scale > 0) & np.isfinite(scale)).all()
+
+
+@pytest.mark.parametrize("raw", [-3.0, 0.0, -0.0, 1e-38, 1e38])
+@every_method
+def test_any_finite_scale_is_read_as_a_positive_one(case, raw):
+  w = kernel((8, 6))
+  quantizer = build(case)
+  params = jax.tree.map(lambda p: jnp.full_like(p, raw), quantizer.init(w))
+  clamped = float(np.clip(raw, quant.SCALE_MIN, quant.SCALE_MAX))
+  positive = jax.tree.map(lambda p: jnp.full_like(p, clamped), params)
+  np.testing.assert_array_equal(
+    quantizer.fake_quantize(params, w, 0),
+    quantizer.fake_quantize(positive, w, 0),
+  )
+  gradient = jax.grad(loss_of(quantizer, w), (0, 1))(params, w, 0)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@every_weight
+def test_nan_and_infinite_weights_are_an_error_outside_jit(case, bad):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  w[1, 2, 3, 4] = bad
+  for call in (
+    lambda: quantizer.init(w),
+    lambda: quantizer.fake_quantize(params, w, 0),
+    lambda: quantizer.encode(params, w),
+  ):
+    with pytest.raises(ValueError, match="weight: 1 of 288 values are NaN or"):
+      call()
+  jax.jit(quantizer.fake_quantize)(params, w, jnp.int32(0))
+
+
+@every_method
+def test_a_python_index_out_of_range_is_an_error(case):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  n = len(quantizer.bits)
+  for index in (n, -1):
+    message = rf"index={index}: allowed are 0\.\.{n - 1}"
+    with pytest.raises(ValueError, match=message):
+      quantizer.fake_quantize(params, w, index)
+    if is_weight(case):
+      with pytest.raises(ValueError, match=message):
+        quantizer.decode(quantizer.encode(params, w), index)
+
+
+@pytest.mark.parametrize("name", quant.NAMES)
+def test_wrong_bits_are_an_error_that_names_them(name):
+  with pytest.raises(ValueError, match=r"\(9, 4\).*highest first"):
+    quant.get(name, bits=(9, 4))
+
+
+@pytest.mark.parametrize("name", quant.NAMES)
+def test_an_unknown_option_is_an_error_that_lists_the_known_ones(name):
+  known = dict(build((name, SETTLED.get(name, {}))).options)
+  with pytest.raises(ValueError) as error:
+    quant.get(name, temperature=1)
+  assert f"'temperature' of {name}" in str(error.value)
+  assert all(option in str(error.value) for option in known)
+
+
+def test_an_unknown_method_is_an_error_that_lists_the_known_ones():
+  with pytest.raises(ValueError, match="'dorefa'") as error:
+    quant.get("dorefa")
+  assert all(name in str(error.value) for name in quant.NAMES)

@@ -1,0 +1,76 @@
+"""Tests of update directions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dr_jax.train import make_optimizer
+
+KINDS = {"w": "weight", "b": "vector", "n": "norm", "s": "scale"}
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Overrides the strict promotion: optax multiplies floats by its counts."""
+  yield
+
+
+def _tree(seed, shape=(3, 2)):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  return {
+    name: jax.random.normal(key, shape)
+    for name, key in zip(KINDS, keys, strict=True)
+  }
+
+
+@pytest.mark.parametrize(
+  ("name", "reference"),
+  [("adam", optax.scale_by_adam()), ("sgd", optax.trace(0.9))],
+)
+def test_without_decay_every_kind_gets_the_plain_optimizer(name, reference):
+  params = _tree(0)
+  ours = make_optimizer(name, kinds=KINDS)
+  state, expected_state = ours.init(params), reference.init(params)
+  for seed in range(1, 6):
+    gradients = _tree(seed)
+    got, state = jax.jit(ours.update)(gradients, state, params)
+    expected, expected_state = reference.update(gradients, expected_state)
+    for leaf in KINDS:
+      np.testing.assert_allclose(got[leaf], expected[leaf], rtol=1e-5)
+
+
+def test_weight_decay_acts_on_weights_alone():
+  params, zeros = _tree(0), jax.tree.map(jnp.zeros_like, _tree(0))
+  ours = make_optimizer("sgd", kinds=KINDS, weight_decay=0.5, momentum=0.0)
+  got, _ = ours.update(zeros, ours.init(params), params)
+  np.testing.assert_allclose(got["w"], 0.5 * params["w"], rtol=1e-6)
+  for leaf in ("b", "n", "s"):
+    np.testing.assert_array_equal(got[leaf], 0)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_row_that_is_not_used_rests_as_a_separate_parameter_would(name):
+  """Row 0 is used in every other step; it must see only its own gradients."""
+  kinds = {"s": "scale"}
+  ours = make_optimizer(name, kinds=kinds)
+  params = {"s": jnp.ones((2, 3))}
+  state = ours.init(params)
+  alone = optax.scale_by_adam() if name == "adam" else optax.trace(0.9)
+  alone_state = alone.init(jnp.ones(3))
+  for step in range(6):
+    used = step % 2 == 0
+    row = jax.random.normal(jax.random.key(step), (3,))
+    gradients = {"s": jnp.stack([row if used else jnp.zeros(3), jnp.ones(3)])}
+    got, state = ours.update(gradients, state, params)
+    if used:
+      expected, alone_state = alone.update(row, alone_state)
+      np.testing.assert_allclose(got["s"][0], expected, rtol=1e-5)
+    else:
+      np.testing.assert_array_equal(got["s"][0], 0)
+
+
+def test_an_unknown_optimizer_is_named_with_what_is_allowed():
+  with pytest.raises(ValueError, match="optimizer='lion': allowed are .*adam"):
+    make_optimizer("lion", kinds=KINDS)

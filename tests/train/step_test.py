@@ -1,0 +1,301 @@
+"""Tests of training steps: schedules, vectorization, ALRS."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dr_jax import nn
+from dr_jax.compilation import jit
+from dr_jax.quant import SCALE_MAX, SCALE_MIN
+from dr_jax.train import (
+  cross_entropy,
+  init_state,
+  make_optimizer,
+  make_step,
+)
+
+_spec = importlib.util.spec_from_file_location(
+  "training_network", pathlib.Path(__file__).with_name("network.py")
+)
+net = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(net)
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Overrides the strict promotion: optax multiplies floats by its counts."""
+  yield
+
+
+@functools.cache
+def _network(norm="switchable"):
+  return nn.functional(net.quantized(norm=norm))
+
+
+def _run(
+  *,
+  steps=2,
+  schedule="alternate",
+  vectorize="unroll",
+  mode="none",
+  optimizer="sgd",
+  rate=0.05,
+  momentum=0.9,
+  network=None,
+):
+  network = network or _network()
+  transform = make_optimizer(
+    optimizer, kinds=network.kinds, weight_decay=1e-3, momentum=momentum
+  )
+  state = init_state(network, transform, jax.random.key(0))
+  step = make_step(
+    network,
+    net.BITS,
+    transform,
+    optax.constant_schedule(rate),
+    schedule=schedule,
+    vectorize=vectorize,
+    alrs=mode,
+  )
+  losses = []
+  for number in range(steps):
+    state, loss = step(state, net.batch(number))
+    losses.append(np.asarray(loss))
+  return state, np.array(losses)
+
+
+def _assert_close(a, b, rtol=2e-3, atol=1e-5):
+  # Float reductions in another order, then a few steps; rounding to codes may
+  # amplify single entries.
+  for (path, x), y in zip(
+    jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True
+  ):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=str(path))
+
+
+def _direct_gradients(params, stats, index, batch):
+  network = _network()
+
+  def loss(params):
+    logits, new = network.apply(
+      params, stats, index, batch["image"], train=True
+    )
+    return cross_entropy(logits, batch["label"]), new
+
+  return jit(jax.grad(loss, has_aux=True))(params)
+
+
+def test_alternate_is_forward_backward_update_for_each_bit_width_in_turn():
+  network, rate, batch = _network(), 1e-4, net.batch(0)
+  params, stats = network.params, network.batch_stats
+  for index in range(len(net.BITS)):
+    gradients, stats = _direct_gradients(params, stats, index, batch)
+    params = jax.tree.map(
+      lambda p, g, kind: p - rate * (g + 1e-3 * p * (kind == "weight")),
+      params,
+      gradients,
+      network.kinds,
+    )
+  state, _ = _run(steps=1, momentum=0.0, rate=rate)
+  _assert_close(state.params, params, rtol=1e-4, atol=1e-6)
+  _assert_close(state.batch_stats, stats, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("vectorize", ["unroll", "sequential", "vmap"])
+def test_accumulate_updates_once_with_the_sum_of_gradients(vectorize):
+  network, rate, batch = _network(), 1e-4, net.batch(0)
+  stats, total = network.batch_stats, None
+  for index in range(len(net.BITS)):
+    g, stats = _direct_gradients(network.params, stats, index, batch)
+    total = g if total is None else jax.tree.map(jnp.add, total, g)
+  expected = jax.tree.map(
+    lambda p, g, kind: p - rate * (g + 1e-3 * p * (kind == "weight")),
+    network.params,
+    total,
+    network.kinds,
+  )
+  state, _ = _run(
+    steps=1,
+    schedule="accumulate",
+    vectorize=vectorize,
+    momentum=0.0,
+    rate=rate,
+  )
+  _assert_close(state.params, expected, rtol=1e-4, atol=2e-6)
+  _assert_close(state.batch_stats, stats, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["none", "relative"])
+@pytest.mark.parametrize(
+  ("schedule", "vectorize"),
+  [
+    ("alternate", "sequential"),
+    ("accumulate", "sequential"),
+    ("accumulate", "vmap"),
+  ],
+)
+def test_vectorize_modes_reach_the_same_numbers(schedule, vectorize, mode):
+  expected, losses = _run(schedule=schedule, mode=mode)
+  state, got = _run(schedule=schedule, vectorize=vectorize, mode=mode)
+  np.testing.assert_allclose(got, losses, rtol=1e-4)
+  _assert_close(state.params, expected.params)
+  _assert_close(state.batch_stats, expected.batch_stats)
+  assert int(state.step) == int(expected.step) == 2
+
+
+def test_norms_shared_by_all_bit_widths_train_in_every_mode():
+  network = _network("shared")
+  for vectorize in ("unroll", "sequential", "vmap"):
+    state, losses = _run(
+      schedule="accumulate", vectorize=vectorize, network=network
+    )
+    assert np.isfinite(losses).all()
+    assert state.batch_stats["norm1"]["mean"].shape == (1, 4)
+    moved = state.batch_stats["norm1"]["mean"]
+    assert (moved != network.batch_stats["norm1"]["mean"]).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_alrs_scales_the_update_of_scales_and_nothing_else(optimizer):
+  """After one alternate step of the first bit-width alone (eta_b = 1)."""
+  network = nn.functional(net.quantized(bits=(4,)))
+  batch, rate = net.batch(0), 1e-4
+
+  def stepped(mode):
+    transform = make_optimizer(optimizer, kinds=network.kinds, momentum=0.0)
+    step = make_step(
+      network, (4,), transform, optax.constant_schedule(rate), alrs=mode
+    )
+    state = init_state(network, transform, jax.random.key(0))
+    return step(state, batch)[0].params
+
+  plain, relative = stepped("none"), stepped("relative")
+
+  def loss(params):
+    logits, _ = network.apply(
+      params, network.batch_stats, 0, batch["image"], train=True
+    )
+    return cross_entropy(logits, batch["label"])
+
+  gradients = jit(jax.grad(loss))(network.params)
+  kinds = jax.tree.leaves(network.kinds)
+  sizes = [
+    min(float(jnp.abs(g).max()), 1.0)
+    for g, kind in zip(jax.tree.leaves(gradients), kinds, strict=True)
+    if kind == "scale"
+  ]
+  factor = 1 - np.mean(sizes)
+  assert 0 < factor < 0.999
+  for start, a, b, kind in zip(
+    jax.tree.leaves(network.params),
+    jax.tree.leaves(plain),
+    jax.tree.leaves(relative),
+    kinds,
+    strict=True,
+  ):
+    expected = factor * (a - start) if kind == "scale" else a - start
+    # Differences of float32 numbers near 1: absolute error of a few 1e-7.
+    np.testing.assert_allclose(b - start, expected, rtol=1e-2, atol=4e-7)
+
+
+def test_eta_of_one_bit_width_is_plain_adam():
+  network = nn.functional(net.quantized(bits=(4,)))
+
+  def stepped(mode):
+    transform = make_optimizer("adam", kinds=network.kinds)
+    step = make_step(
+      network, (4,), transform, optax.constant_schedule(1e-3), alrs=mode
+    )
+    state = init_state(network, transform, jax.random.key(0))
+    for number in range(3):
+      state, _ = step(state, net.batch(number))
+    return state.params
+
+  jax.tree.map(np.testing.assert_array_equal, stepped("eta"), stepped("none"))
+  adam = optax.adam(1e-3)
+  params, stats = network.params, network.batch_stats
+  opt_state = adam.init(params)
+  for number in range(3):
+    batch = net.batch(number)
+
+    def loss(params, stats=stats, batch=batch):
+      logits, new = network.apply(params, stats, 0, batch["image"], train=True)
+      return cross_entropy(logits, batch["label"]), new
+
+    gradients, stats = jit(jax.grad(loss, has_aux=True))(params)
+    updates, opt_state = adam.update(gradients, opt_state)
+    params = optax.apply_updates(params, updates)
+  _assert_close(stepped("none"), params, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_rows_of_a_bit_width_move_in_its_turn():
+  network = _network()
+  transform = make_optimizer("adam", kinds=network.kinds)
+  step = make_step(
+    network,
+    net.BITS,
+    transform,
+    optax.constant_schedule(1e-3),
+    vectorize="sequential",
+  )
+  state = init_state(network, transform, jax.random.key(0))
+  state, _ = step.compiled_per_bits(state, net.batch(0), np.int32(1))
+  for path in (("conv1", "input_params"), ("norm2",)):
+    before, after = network.params, state.params
+    for key in path:
+      before, after = before[key], after[key]
+    moved = (
+      np.asarray(before["scale"] != after["scale"])
+      .reshape(len(net.BITS), -1)
+      .any(1)
+    )
+    np.testing.assert_array_equal(moved, [False, True])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_scales_stay_positive_and_finite_at_a_rate_100_times_too_large(
+  optimizer,
+):
+  state, _ = _run(steps=12, optimizer=optimizer, rate=5.0)
+  network = _network()
+  for leaf, kind in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(network.kinds), strict=True
+  ):
+    if kind == "scale":
+      assert (leaf >= SCALE_MIN).all() and (leaf <= SCALE_MAX).all()
+
+
+def test_sequential_compiles_once_for_all_bit_widths():
+  network = _network()
+  transform = make_optimizer("sgd", kinds=network.kinds)
+  step = make_step(
+    network,
+    net.BITS,
+    transform,
+    optax.constant_schedule(0.01),
+    vectorize="sequential",
+  )
+  state = init_state(network, transform, jax.random.key(0))
+  for number in range(3):
+    state, _ = step(state, net.batch(number))
+  assert step.compiled_per_bits._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"schedule": "random"}, "schedule='random': allowed are"),
+    ({"vectorize": "scan"}, "vectorize='scan': allowed are"),
+    ({"vectorize": "vmap"}, "vectorize='vmap': allowed with"),
+    ({"mode": "fast"}, "alrs='fast': allowed are"),
+  ],
+)
+def test_names_that_are_not_allowed_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    _run(**options)
