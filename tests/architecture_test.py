@@ -18,9 +18,9 @@ FLOORS = {
       "quant hessian allocate data",
       "nn linen sharding checkpoint compilation metrics models",
       "train search deploy report",
-      "benchmarks config",
+      "config",
       "pipeline",
-      "main",
+      "main benchmarks",
     ],
     start=1,
   )

@@ -64,7 +64,7 @@ def functional(model: nnx.Module) -> Functional:
   layers = len(quantized_layers(model))
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
-    if jnp.ndim(index) and jnp.shape(index) != (layers,):
+    if layers and jnp.shape(index) not in ((), (layers,)):
       raise ValueError(
         f"index: shape {jnp.shape(index)}; allowed are () and ({layers},), "
         "one for each quantized layer"

@@ -184,7 +184,11 @@ def _normalize_backward(epsilon, residuals, gradients):
   shape = (1,) * (x.ndim - 1) + (-1,)
   dx = g * gain.reshape(shape) - x32 * slope.reshape(shape)
   dx = (dx + constant.reshape(shape)).astype(x.dtype)
-  return dx, dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+  dscale, dbias = dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+  # Under shard_map x varies over the mesh and scale and bias do not: the
+  # transpose of this addition sums their gradients over those axes.
+  _, transposed = jax.vjp(lambda s, b: (s + dscale, b + dbias), scale, bias)
+  return dx, *transposed((dscale, dbias))
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)

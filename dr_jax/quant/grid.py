@@ -96,7 +96,9 @@ def check_finite(name: str, x: Float[Array, ...]) -> None:
   """Raises ValueError for NaN or infinite values; under a trace, nothing."""
   if isinstance(x, jax.core.Tracer):
     return
-  bad = x.size - int(jnp.isfinite(x).sum())
+  # A weight that a jitted function closes over is concrete: look at it now.
+  with jax.ensure_compile_time_eval():
+    bad = x.size - int(jnp.isfinite(x).sum())
   if bad:
     raise ValueError(
       f"{name}: {bad} of {x.size} values are NaN or infinite; "

@@ -43,7 +43,8 @@ def pack(
   codes = jnp.asarray(codes)
   low, high = grid.code_range(bits, signed=signed)
   if not isinstance(codes, jax.core.Tracer) and codes.size:
-    smallest, largest = int(codes.min()), int(codes.max())
+    with jax.ensure_compile_time_eval():
+      smallest, largest = int(codes.min()), int(codes.max())
     if smallest < low or largest > high:
       raise ValueError(
         f"codes: {smallest}..{largest}; allowed are {low}..{high} for "

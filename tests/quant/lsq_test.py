@@ -1,5 +1,6 @@
 """LSQ against exact rounding, hand-derived gradients and PyTorch."""
 
+import functools
 import math
 
 import jax
@@ -105,15 +106,18 @@ def test_every_bit_width_has_its_own_scale(per_channel):
   expected = [2 * mean / math.sqrt(2 ** (b - 1) - 1) for b in bits]
   assert params["scale"].dtype == jnp.float32
   np.testing.assert_allclose(params["scale"], np.stack(expected), rtol=1e-5)
+
+  def total(params, index):
+    out = quantizer.fake_quantize(params, w, index)
+    return out.sum(), out
+
+  run = jax.vmap(jax.grad(total, has_aux=True), (None, 0))
+  gradients, outs = jax.jit(run)(params, jnp.arange(4))
   for i, b in enumerate(bits):
-    grads = jax.grad(lambda p, i=i: quantizer.fake_quantize(p, w, i).sum())
-    (used,) = np.flatnonzero(
-      np.abs(grads(params)["scale"]).reshape(4, -1).sum(1)
-    )
-    assert used == i
+    per_scale = np.abs(gradients["scale"][i]).reshape(4, -1).sum(1)
+    assert list(np.flatnonzero(per_scale)) == [i]
     np.testing.assert_array_equal(
-      quantizer.fake_quantize(params, w, i),
-      quant.fake_quantize(w, params["scale"][i], b),
+      outs[i], quant.fake_quantize(w, params["scale"][i], b)
     )
 
 
@@ -164,47 +168,47 @@ def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
     assert dict(settled.options)["signed"] is sign
 
 
-def golden_cases(arrays):
-  for kind, signed in (("w", True), ("a", False)):
-    for name in ("conv", "lin"):
-      for bits in map(int, arrays["bits"]):
-        yield kind, signed, name, bits, f"{kind}.{name}.b{bits}"
+def every_bit_width(x, scales, g, bits, signed):
+  """Value and gradients with a scale per bit-width, each [B, ...]."""
+  quantizer = quant.lsq_activation(bits, signed=signed)
+
+  def one(scales, x, g, index):
+    out, pull = jax.vjp(
+      lambda s, x: quantizer.fake_quantize({"scale": s}, x, index), scales, x
+    )
+    dscales, dx = pull(g)
+    return out, dx, dscales[index]
+
+  run = jax.jit(jax.vmap(one, (None, None, None, 0)))
+  return map(np.asarray, run(scales, x, g, jnp.arange(len(bits))))
 
 
-def test_values_and_gradients_match_pytorch_where_its_mask_agrees(golden):
+@pytest.mark.parametrize("name", ["conv", "lin"])
+@pytest.mark.parametrize("kind, signed", [("w", True), ("a", False)])
+def test_values_and_gradients_match_pytorch_but_for_its_mask(
+  golden, kind, signed, name
+):
   """PyTorch masks on round(v), LSQ on v: they part within half a step."""
   arrays = golden("lsq_torch_builtin.npz")
-  parted = {}
-  for kind, signed, name, bits, key in golden_cases(arrays):
-    x, g = arrays[f"{kind}.{name}.in"], arrays[f"gout.{name}"]
-    scale = arrays[f"{key}.scale"]
-    out, dx, dscale = value_and_gradients(x, scale, g, bits, signed)
-    low, high = ends(bits, signed)
-    v = x.astype(np.float64) / scale
-    apart = ((v < low) & (np.rint(v) >= low)) | (
-      (v > high) & (np.rint(v) <= high)
-    )
-    parted[key] = int(apart.sum())
-    np.testing.assert_allclose(
-      out, arrays[f"{key}.out"], rtol=1e-5, atol=1e-6, err_msg=key
-    )
+  bits = tuple(sorted(map(int, arrays["bits"]), reverse=True))
+  keys = [f"{kind}.{name}.b{b}" for b in bits]
+  x, g = arrays[f"{kind}.{name}.in"], arrays[f"gout.{name}"]
+  scales = np.array([arrays[f"{key}.scale"] for key in keys])
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  outs, dxs, dscales = every_bit_width(x, scales, g, bits, signed)
+  for i, (b, key) in enumerate(zip(bits, keys, strict=True)):
+    low, high = ends(b, signed)
+    v = x.astype(np.float64) / scales[i]
+    parted = (v < low) & (np.rint(v) >= low)
+    parted |= (v > high) & (np.rint(v) <= high)
+    # On these inputs only 2-bit weights are that near to the ends.
+    assert parted.any() == (kind == "w" and b == 2)
+    close(outs[i], arrays[f"{key}.out"])
     # There PyTorch passes the gradient, and takes round(v) - v for the scale.
-    np.testing.assert_array_equal(np.asarray(dx)[apart], 0)
-    np.testing.assert_array_equal(arrays[f"{key}.gin"][apart], g[apart])
-    np.testing.assert_allclose(
-      np.asarray(dx)[~apart],
-      arrays[f"{key}.gin"][~apart],
-      rtol=1e-5,
-      atol=1e-6,
-      err_msg=key,
-    )
-    factor = float(arrays[f"{key}.gradscale"])
-    np.testing.assert_allclose(factor, 1 / math.sqrt(x.size * high), rtol=1e-6)
-    theirs = arrays[f"{key}.gscale"] + factor * (g * v)[apart].sum()
-    np.testing.assert_allclose(
-      dscale, theirs, rtol=1e-5, atol=1e-6, err_msg=key
-    )
-  assert sum(parted.values()) > 0
-  assert all(
-    n == 0 for key, n in parted.items() if key[0] == "a" or "b2" not in key
-  )
+    theirs = arrays[f"{key}.gin"]
+    np.testing.assert_array_equal(dxs[i][parted], 0)
+    np.testing.assert_array_equal(theirs[parted], g[parted])
+    close(dxs[i][~parted], theirs[~parted])
+    factor = 1 / math.sqrt(x.size * high)
+    close(arrays[f"{key}.gradscale"], factor)
+    close(dscales[i], arrays[f"{key}.gscale"] + factor * (g * v)[parted].sum())

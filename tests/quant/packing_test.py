@@ -72,6 +72,9 @@ def test_packing_takes_any_shape_in_c_order_and_runs_under_jit():
   np.testing.assert_array_equal(pack(codes.reshape(2, 3, 4)), flat)
   unpack = jax.jit(lambda d: quant.unpack(d, 5, 24))
   np.testing.assert_array_equal(unpack(flat), codes)
+  for closed_over in (codes, jnp.asarray(codes)):
+    constant = jax.jit(lambda c=closed_over: quant.pack(c, 5))
+    np.testing.assert_array_equal(constant(), flat)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.uint8])

@@ -114,12 +114,10 @@ def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
   for i in range(len(quantizer.bits)):
     expected = quantizer.fake_quantize(params, w, i)
     folded = jax.jit(lambda w, i=i: quantizer.fake_quantize(params, w, i))
-    static = jax.jit(quantizer.fake_quantize, static_argnums=2)
     for name, found in {
       "eager, array index": quantizer.fake_quantize(params, w, jnp.int32(i)),
       "numpy index": quantizer.fake_quantize(params, w, np.int64(i)),
       "jit, index traced": traced(params, w, jnp.int32(i)),
-      "jit, index static": static(params, w, i),
       "jit, scale constant": constant(w, jnp.int32(i)),
       "jit, all constant": folded(w),
       "vmap under jit": stacked[i],
@@ -468,6 +466,18 @@ def test_any_finite_scale_is_read_as_a_positive_one(case, raw):
   )
   gradient = jax.grad(loss_of(quantizer, w), (0, 1))(params, w, 0)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@every_method
+def test_a_jitted_function_may_close_over_the_weight(case):
+  w = kernel()
+  quantizer, params = fitted(case, w)
+  expected = quantizer.fake_quantize(params, w, 0)
+  for closed_over in (w, jnp.asarray(w)):
+    found = jax.jit(
+      lambda p, w=closed_over: quantizer.fake_quantize(p, w, jnp.int32(0))
+    )(params)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
