@@ -201,6 +201,7 @@ def round_straight_through(
     out = q * scale * step
     d out / d x = 1 where low <= v <= top, else 0
     d out / d scale = step / sqrt(N * high) * (q - v inside, q outside)
+  Under shard_map, N counts the elements of one shard.
 
   Args:
     x: any shape, any float dtype; computed in at least float32.

@@ -6,8 +6,9 @@ functions. Two laws hold for every WeightQuantizer and are tested for each:
   decode(encode(params, w), i) == fake_quantize(params, w, i)   bit for bit
   fake_quantize(params, w, 2) == fake_quantize(params, w, jnp.int32(2))
 
-`index` is always a position in `bits`, a Python int or an int32 scalar; both
-work under jit, vmap over the index, shard_map and every kind of mesh.
+(but for the sign of a zero, which no integer code has). `index` is always a
+position in `bits`, a Python int or an int32 scalar; both work under jit, vmap
+over the index, shard_map and every kind of mesh.
 """
 
 from __future__ import annotations
