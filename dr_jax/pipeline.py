@@ -71,6 +71,7 @@ class Run:
     self.workdir = workdir
     self.interrupted = interrupted
     self.data = data.load(config.data.name)
+    self.trained: dict[str, nnx.Module] = {}
     # Before anything is written: values that only the library can judge.
     self._batches(config.seed)
     self._model()
@@ -102,7 +103,7 @@ class Run:
   def pretrain(self) -> None:
     """Trains the float network."""
     if self._result("pretrain") is None:
-      self._float(train_it=True)
+      self._float()
 
   def multi_precision(self) -> None:
     """Trains one network at all bit-widths jointly, from the float one."""
@@ -163,15 +164,20 @@ class Run:
       "environment": environment(),
     }
 
-  def _float(self, *, train_it=False):
-    """The float network, trained; restored if its stage is done."""
-    model = self._model()
-    if train_it or "pretrain" in self.config.stages:
+  def _float(self):
+    """The float network, trained if there is such a stage."""
+    if "pretrain" not in self.config.stages:
+      return self._model()
+    if "pretrain" not in self.trained:
+      model = self._model()
       self._train("pretrain", model, (None,), self.config.pretrain)
-    return model
+      self.trained["pretrain"] = model
+    return self.trained["pretrain"]
 
   def _quantized(self, stage, weight, activation, recipe):
     """A quantized network, trained; restored if its stage is done."""
+    if stage in self.trained:
+      return self.trained[stage]
     sample = self._batches(self.config.seed)[0]["image"]
     network = nn.quantize(
       self._float(),
@@ -181,6 +187,7 @@ class Run:
       norm=self.config.quant.norm,
     )
     self._train(stage, network, weight.bits, recipe)
+    self.trained[stage] = network
     return network
 
   def _train(self, stage, model, bits, recipe: TrainConfig):
