@@ -239,7 +239,8 @@ class Run:
       if self._result(stage) is None:
         scores = self._scores(nn.functional(model), bits)
         for key, score in scores.items():
-          metrics.write(stage, steps, score, bits=_bits_or_none(key))
+          named = {f"test_{name}": value for name, value in score.items()}
+          metrics.write(stage, steps, named, bits=_bits_or_none(key))
         self._finish(stage, scores, started)
 
   def _scores(self, network, bits):

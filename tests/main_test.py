@@ -84,7 +84,12 @@ def test_the_job_prints_a_table_and_writes_what_it_showed(finished):
   assert summary["environment"]["jax"]
   assert "images/s" in err and "left" in err
   names = {json.loads(x)["name"] for x in (workdir / "metrics.jsonl").open()}
-  assert names == {"loss", "images_per_second", "accuracy"}
+  assert names == {
+    "loss",
+    "images_per_second",
+    "test_accuracy",
+    "test_loss",
+  }
 
 
 def test_the_artifact_reaches_exactly_the_accuracy_of_the_trained_model(
