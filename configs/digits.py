@@ -6,9 +6,9 @@
 pre-activation ResNet8 of 0.38 M parameters: float training, joint training at
 four bit-widths, and one integer artifact that serves them all.
 
-Expected on two CPU cores: about a minute and a half, compilation included;
-test accuracy 98.5 to 99.5 % at 8, 6 and 4 bits and 98 to 99 % at 2 bits. Add
-the stage "separate" to train LSQ at each bit-width for comparison. Recipe
+Add the stage "separate" to train LSQ at each
+bit-width for comparison; `python -m dr_jax.benchmarks.digits` gives means over
+seeds. Recipe
 after arXiv 2502.01199, section 4 (Adam, cosine, weight decay 5e-5), with a
 larger learning rate and fewer epochs.
 """

@@ -106,7 +106,7 @@ def resnet20(**kwargs) -> ResNet:
 
 
 def resnet32(**kwargs) -> ResNet:
-  """The CIFAR ResNet32 (0.46 M parameters)."""
+  """The CIFAR ResNet32 (0.47 M parameters)."""
   return ResNet(32, **kwargs)
 
 
@@ -116,7 +116,7 @@ def resnet44(**kwargs) -> ResNet:
 
 
 def resnet56(**kwargs) -> ResNet:
-  """The CIFAR ResNet56 (0.85 M parameters)."""
+  """The CIFAR ResNet56 (0.86 M parameters)."""
   return ResNet(56, **kwargs)
 
 

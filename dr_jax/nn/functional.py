@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dr_jax.nn.bits import (
@@ -64,14 +65,15 @@ def functional(model: nnx.Module) -> Functional:
   layers = len(quantized_layers(model))
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
-    if layers and jnp.shape(index) not in ((), (layers,)):
+    shape = np.shape(index)
+    if layers and shape not in ((), (layers,)):
       raise ValueError(
-        f"index: shape {jnp.shape(index)}; allowed are () and ({layers},), "
+        f"index: shape {shape}; allowed are () and ({layers},), "
         "one for each quantized layer"
       )
 
     def bits_at(path):
-      return index if jnp.ndim(index) == 0 else index[followed[path]]
+      return index if shape == () else index[followed[path]]
 
     state = nnx.from_flat_state(
       [(path, v.replace(_get(params_tree, path))) for path, v in params]

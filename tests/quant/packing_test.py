@@ -1,5 +1,7 @@
 """Packing against an independent bit stream of Python integers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +31,12 @@ def codes_of(bits, signed, size, seed=0):
 def test_every_code_keeps_its_value_and_its_place(bits, signed):
   low, high = quant.code_range(bits, signed=signed)
   codes = np.arange(low, high + 1, dtype=np.int16)
-  data = quant.pack(codes, bits, signed=signed)
+  pack = jax.jit(functools.partial(quant.pack, bits=bits, signed=signed))
+  data = pack(codes)
   assert data.dtype == jnp.uint8
   assert bytes(np.asarray(data)) == exact_bytes(codes, bits)
-  back = quant.unpack(data, bits, codes.size, signed=signed)
+  unpack = functools.partial(quant.unpack, signed=signed)
+  back = jax.jit(unpack, static_argnums=(1, 2))(data, bits, codes.size)
   assert back.dtype == (jnp.int8 if signed else jnp.uint8)
   np.testing.assert_array_equal(back, codes)
 

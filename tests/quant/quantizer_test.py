@@ -78,12 +78,12 @@ def test_bits_and_options_rebuild_the_quantizer_through_json(case):
   assert again.bits == quantizer.bits
   assert again.options == quantizer.options
   assert hash(again.options) == hash(quantizer.options)
-  w = kernel()
+  w, last = kernel(), len(quantizer.bits) - 1
   params = quantizer.init(w)
-  for i in range(len(quantizer.bits)):
-    np.testing.assert_array_equal(
-      again.fake_quantize(params, w, i), quantizer.fake_quantize(params, w, i)
-    )
+  np.testing.assert_array_equal(
+    again.fake_quantize(params, w, last),
+    quantizer.fake_quantize(params, w, last),
+  )
 
 
 @every_method
@@ -141,10 +141,11 @@ def test_gradients_agree_between_int_traced_and_vmapped_index(case):
   gradient = jax.grad(loss_of(quantizer, kernel(seed=1)), (0, 1))
   indices = jnp.arange(len(quantizer.bits))
   stacked = jax.jit(jax.vmap(gradient, (None, None, 0)))(params, w, indices)
-  for i in range(len(quantizer.bits)):
+  traced = jax.jit(gradient)
+  for i in {0, len(quantizer.bits) - 1}:  # without and with a second rounding
     expected = jax.jit(gradient, static_argnums=2)(params, w, i)
     for found in (
-      jax.jit(gradient)(params, w, jnp.int32(i)),
+      traced(params, w, jnp.int32(i)),
       jax.tree.map(lambda x, i=i: x[i], stacked),
     ):
       np.testing.assert_array_equal(found[1], expected[1])
