@@ -35,6 +35,9 @@ def start(tmp_path_factory):
   }
 
   def command(workdir, *flags):
+    # A second value for a tuple would be appended to the first.
+    given = {flag.split("=")[0] for flag in flags}
+    short = [flag for flag in SHORT if flag.split("=")[0] not in given]
     return subprocess.Popen(
       [
         sys.executable,
@@ -42,7 +45,7 @@ def start(tmp_path_factory):
         "dr_jax.main",
         "--config=configs/digits.py",
         f"--workdir={workdir}",
-        *SHORT,
+        *short,
         *flags,
       ],
       cwd=ROOT,
