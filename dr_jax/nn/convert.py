@@ -90,6 +90,11 @@ def quantize(
       f"layers are {names}"
     )
   rows = len(weight.bits) if norm == "switchable" else 1
+  # One program for all layers: eagerly, each shape compiles its own.
+  kernels = {name: calls[name].module.kernel[...] for name in quantized}
+  scales = jax.jit(lambda trees: {n: weight.init(w) for n, w in trees.items()})(
+    kernels
+  )
   replacements, order = {}, 0
   for name, call in calls.items():
     if name in quantized:
@@ -97,7 +102,12 @@ def quantize(
       place = layers.Place(name, order, call.macs)
       signed = activation and activation.with_sign(call.signed)
       new = layers.QUANTIZED[type(call.module)](
-        call.module, place, weight, signed, call.params
+        call.module,
+        place,
+        weight,
+        signed,
+        input_params=call.params,
+        weight_arrays=scales[name],
       )
     elif type(call.module) is nnx.BatchNorm:
       new = norms.BatchNorm(call.module, rows=rows, order=order)
@@ -219,7 +229,10 @@ def _input_statistics(module, xs, activation):
   params = ({}, {})
   if activation is not None and type(module) is not nnx.BatchNorm:
     params = tuple(activation.with_sign(sign).init(x) for sign in (False, True))
-  return jnp.isfinite(x).all(), (x < 0).any(), params
+  # Not (x < 0).any(): behind a ReLU, XLA folds that constant at compile time,
+  # element by element.
+  low, high = x.min(), x.max()
+  return jnp.isfinite(low) & jnp.isfinite(high), low < 0, params
 
 
 def _is_array(x):

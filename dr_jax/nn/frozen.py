@@ -121,8 +121,8 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
       part.place,
       part.weight,
       part.activation,
-      part.input_params,
-      part.encoded,
+      input_params=part.input_params,
+      weight_arrays=part.encoded,
     )
   for name, part in frozen.norms.items():
     norm = modules.get(name)

@@ -53,25 +53,29 @@ class Quantized:
     weight_quantizer, input_quantizer: static; the latter None for float input.
   """
 
+  _omit: tuple[str, ...] = ("promote_dtype",)
+
   def __init__(
     self,
     layer: nnx.Module,
     place: Place,
     weight: WeightQuantizer,
     activation: ActivationQuantizer | None,
+    *,
     input_params: dict[str, jax.Array],
+    weight_arrays: dict[str, jax.Array],
   ):
-    adopt(self, layer, omit=("promote_dtype",))
-    self._place(layer, place, weight, activation, input_params)
-    self.weight_params = _variables(Scale, weight.init(layer.kernel[...]))
-
-  def _place(self, layer, place, weight, activation, input_params):
+    adopt(self, layer, omit=self._omit)
     self.name, self.order, self.macs = place
     self.bits = Bits(jnp.int32(0))
     self.weight_quantizer = weight
     self.input_quantizer = activation
     self.input_params = _variables(Scale, input_params)
+    self._hold(weight_arrays)
     self.promote = layer.promote_dtype
+
+  def _hold(self, weight_arrays):
+    self.weight_params = _variables(Scale, weight_arrays)
 
   def promote_dtype(self, arrays, /, dtype=None):
     inputs, kernel, bias = arrays
@@ -101,18 +105,10 @@ class Linear(Quantized, nnx.Linear):
 class Stored(Quantized):
   """A quantized layer that holds stored codes in place of a float kernel."""
 
-  def __init__(
-    self,
-    layer: nnx.Module,
-    place: Place,
-    weight: WeightQuantizer,
-    activation: ActivationQuantizer | None,
-    input_params: dict[str, jax.Array],
-    encoded: dict[str, jax.Array],
-  ):
-    adopt(self, layer, omit=("kernel", "promote_dtype"))
-    self._place(layer, place, weight, activation, input_params)
-    self.encoded = _variables(Encoded, encoded)
+  _omit = ("kernel", "promote_dtype")
+
+  def _hold(self, weight_arrays):
+    self.encoded = _variables(Encoded, weight_arrays)
 
   @property
   def kernel(self) -> jax.Array:
