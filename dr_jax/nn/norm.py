@@ -160,9 +160,10 @@ def normalize(
 
 def _normalize_forward(x, scale, bias, epsilon):
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  axes = tuple(range(x.ndim - 1))
-  mean = wide.mean(axes)
-  var = jnp.maximum(jnp.square(wide).mean(axes) - jnp.square(mean), 0)
+  count = x.size // x.shape[-1]
+  total, squares = _two_sums(wide, jnp.square(wide))
+  mean = total / count
+  var = jnp.maximum(squares / count - jnp.square(mean), 0)
   gain, offset = _fold(mean, var, scale, bias, epsilon)
   y = _affine(x, gain, offset, -1)
   return (y, mean, var), (x, scale, bias, mean, var)
@@ -172,12 +173,11 @@ def _normalize_backward(epsilon, residuals, gradients):
   x, scale, bias, mean, var = residuals
   wide = mean.dtype
   x32, g = x.astype(wide), gradients[0].astype(wide)
-  axes = tuple(range(x.ndim - 1))
   count = x.size // x.shape[-1]
   inverse = jax.lax.rsqrt(var + epsilon)
   # y = (x - mean) * inverse * scale + bias, mean and inverse functions of x.
-  dbias = g.sum(axes)
-  dscale = ((g * x32).sum(axes) - mean * dbias) * inverse
+  dbias, product = _two_sums(g, g * x32)
+  dscale = (product - mean * dbias) * inverse
   gain = inverse * scale.astype(wide)
   slope = gain * inverse * dscale / count
   constant = mean * slope - gain * dbias / count
@@ -192,6 +192,15 @@ def _normalize_backward(epsilon, residuals, gradients):
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _two_sums(a, b):
+  """Sums a and b over all axes but the last, reading memory once."""
+  zero = jnp.zeros((), a.dtype)
+  add = lambda x, y: (x[0] + y[0], x[1] + y[1])  # noqa: E731
+  axes = tuple(range(1, a.ndim - 1))
+  a, b = jax.lax.reduce((a, b), (zero, zero), add, axes)
+  return a.sum(0), b.sum(0)
 
 
 def _fold(mean, var, scale, bias, epsilon):
