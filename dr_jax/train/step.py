@@ -32,9 +32,9 @@ from dr_jax.train import alrs as alrs_lib
 SCHEDULES = ("alternate", "accumulate")
 VECTORIZE = ("auto", "unroll", "sequential", "vmap")
 
-# From `python -m dr_jax.benchmarks.joint_step`; a backend that is not listed
-# has not been measured and gets the first.
-_FASTEST = {"cpu": "unroll"}
+# From `python -m dr_jax.benchmarks.joint_step`. Unrolled gradients that are
+# only summed need four times the memory on CPU, and are slower.
+_FASTEST = {("cpu", "alternate"): "unroll", ("cpu", "accumulate"): "sequential"}
 
 Batch = dict[str, jax.Array]
 Step = Callable[["TrainState", Batch], tuple["TrainState", jax.Array]]
@@ -100,7 +100,7 @@ def resolve_vectorize(vectorize: str, schedule: str) -> str:
       "that update one after the other cannot be a batch dimension"
     )
   if vectorize == "auto":
-    return _FASTEST.get(jax.default_backend(), "unroll")
+    return _FASTEST.get((jax.default_backend(), schedule), "unroll")
   return vectorize
 
 
