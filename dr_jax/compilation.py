@@ -8,6 +8,7 @@ AVX2 cores). Training programs leave it out.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import jax
@@ -30,3 +31,12 @@ def compiler_options() -> dict[str, str] | None:
   except Exception:  # An experimental option: XLA may drop or rename it.
     return None
   return _CPU
+
+
+def cache_on_disk() -> None:
+  """Keeps compiled programs between processes, unless JAX is told where."""
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    jax.config.update(
+      "jax_compilation_cache_dir", os.path.join(cache, "dr_jax", "jax")
+    )

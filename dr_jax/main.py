@@ -10,13 +10,12 @@ import os
 import signal
 import sys
 
-import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import pipeline
+from dr_jax import compilation, pipeline
 from dr_jax.checkpoint import CheckpointError
 from dr_jax.config import from_dict
 from dr_jax.train import InterruptedRun, NonFiniteError
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
     if _CONFIG.value is None:
       raise ValueError("--config: missing; allowed is a configuration file")
     config = from_dict(_CONFIG.value.to_dict())
-    _cache_compilations()
+    compilation.cache_on_disk()
     workdir = _WORKDIR.value or os.path.join("runs", config.name)
     summary = pipeline.run(config, workdir, interrupted=_on_signals())
   except (ValueError, OSError, CheckpointError) as error:
@@ -116,25 +115,31 @@ def _on_signals():
   return lambda: received[0] if received else None
 
 
-def _cache_compilations():
-  """Keeps compiled programs between runs, unless JAX is told where already."""
-  if jax.config.jax_compilation_cache_dir is None:
-    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    jax.config.update(
-      "jax_compilation_cache_dir", os.path.join(cache, "dr_jax", "jax")
-    )
-
-
 def _parse(argv):
   """Parses flags; anything wrong is one line and exit code 2."""
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
-    sys.exit(_fail(f"unknown config field: {error.args[0]}", 2))
+    sys.exit(_fail(_unknown_field(argv) or error, 2))
   except (flags.Error, TypeError, ValueError) as error:
     sys.exit(_fail(error, 2))
   except (OSError, ImportError) as error:
     sys.exit(_fail(f"--config: {error}", 2))
+
+
+def _unknown_field(argv):
+  """Describes the first --config.x.y that the file does not have, if any."""
+  overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
+  flags.FLAGS([a for a in argv if a not in overrides])
+  for override in overrides:
+    node = _CONFIG.value
+    for key in override.partition("=")[0].split(".")[1:]:
+      if not isinstance(node, config_dict.ConfigDict):
+        return f"{override}: {key!r} is below a plain value; allowed is a field"
+      if key not in node:
+        return f"{override}: no field {key!r}; allowed are {', '.join(node)}"
+      node = node[key]
+  return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""The method itself on real data: what adaptive learning rates are for."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dr_jax import data, models, nn, quant, train
+
+BITS = (8, 6, 4, 2)
+EPOCHS, BATCH = 15, 128
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Training runs as users run it."""
+  yield
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def pretrained(digits):
+  model = models.ResNet(
+    8, widths=(16, 32, 64), num_classes=10, channels=1, rngs=nnx.Rngs(0)
+  )
+  _fit(model, digits, (32,), rate=0.1, momentum=0.9, alrs="none")
+  return model
+
+
+def _fit(model, digits, bits, *, rate, momentum, alrs):
+  network = nn.functional(model)
+  optimizer = train.make_optimizer(
+    "sgd", kinds=network.kinds, weight_decay=5e-5, momentum=momentum
+  )
+  steps = EPOCHS * len(digits.train) // BATCH
+  step = train.make_step(
+    network,
+    bits,
+    optimizer,
+    optax.cosine_decay_schedule(rate, steps),
+    vectorize="sequential",
+    alrs=alrs,
+  )
+  state = train.init_state(network, optimizer, jax.random.key(0))
+  batches = data.batches(digits.train, batch_size=BATCH, seed=0)
+  for number in range(steps):
+    state, _ = step(state, batches[number])
+  nn.update(model, params=state.params, batch_stats=state.batch_stats)
+
+
+def _accuracies(model, digits):
+  network = nn.functional(model)
+  evaluate = train.make_evaluate(network)
+  return np.array(
+    [
+      evaluate(
+        network.params,
+        network.batch_stats,
+        index,
+        data.epoch(digits.test, batch_size=540),
+      ).accuracy
+      for index in range(len(BITS))
+    ]
+  )
+
+
+def _joint(pretrained, digits, alrs):
+  model = nn.quantize(
+    pretrained,
+    weight=quant.double_rounding(BITS, per_channel=False),
+    activation=quant.lsq_activation(BITS),
+    sample=data.batches(digits.train, batch_size=BATCH, seed=0)[0]["image"],
+  )
+  _fit(model, digits, BITS, rate=0.02, momentum=0, alrs=alrs)
+  return _accuracies(model, digits)
+
+
+def test_plain_sgd_diverges_without_alrs(pretrained, digits):
+  *_, four, two = _joint(pretrained, digits, "none")
+  assert max(four, two) < 50
+
+
+def test_plain_sgd_learns_with_alrs(pretrained, digits):
+  *high, two = _joint(pretrained, digits, "relative")
+  assert min(high) > 96 and two > 90
