@@ -130,7 +130,9 @@ def _parse(argv):
 def _unknown_field(argv):
   """Describes the first --config.x.y that the file does not have, if any."""
   overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
-  flags.FLAGS([a for a in argv if a not in overrides])
+  # Parse the rest alone, to see the file; config_flags looks at sys.argv.
+  sys.argv = [a for a in argv if a not in overrides]
+  flags.FLAGS(sys.argv)
   for override in overrides:
     node = _CONFIG.value
     for key in override.partition("=")[0].split(".")[1:]:
