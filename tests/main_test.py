@@ -177,8 +177,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--config.train.epohcs=5", "no field 'epohcs'; allowed are epochs, opt"),
-    ("--config.trian.epochs=5", "no field 'trian'; allowed are name, seed"),
+    ("--config.train.epohcs=5", "no field 'epohcs'; allowed are alrs, epochs"),
+    ("--config.trian.epochs=5", "no field 'trian'; allowed are check"),
     ("--config.train.epochs.x=5", "'x' is below a plain value"),
     ("--config.train.epochs=many", "epochs=many: invalid literal for int"),
     ("--config.quant.bits=(8,9)", r"quant.bits=\(8, 9\): allowed are"),

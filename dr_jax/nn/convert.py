@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,10 @@ def quantize(
 
   Every nnx.Conv (grouped, depthwise, dilated, strided), nnx.Linear and
   nnx.BatchNorm is replaced, wherever it is stored; the model itself is left
-  unchanged. Starts at the highest bit-width; see `nn.set_bits`.
+  unchanged. Other layers with a kernel, and subclasses of these three, stay
+  float, and a warning names them. A norm follows the bits of the layer whose
+  output it normalizes, else of the last one called before it. Starts at the
+  highest bit-width; see `nn.set_bits`.
 
   Args:
     model: the float network, preferably trained.
@@ -89,6 +93,7 @@ def quantize(
       f"skip: leaves nothing to quantize; the model's nnx.Conv and nnx.Linear "
       f"layers are {names}"
     )
+  _warn_of_float_layers(model)
   rows = len(weight.bits) if norm == "switchable" else 1
   # One program for all layers: eagerly, each shape compiles its own.
   kernels = {name: calls[name].module.kernel[...] for name in quantized}
@@ -110,7 +115,9 @@ def quantize(
         weight_arrays=scales[name],
       )
     elif type(call.module) is nnx.BatchNorm:
-      new = norms.BatchNorm(call.module, rows=rows, order=order)
+      source = call.source
+      follows = quantized.index(source) if source in quantized else order
+      new = norms.BatchNorm(call.module, rows=rows, order=follows)
     else:
       continue
     replacements[id(call.module)] = new
@@ -125,12 +132,14 @@ class _Call(NamedTuple):
     macs: multiply-accumulates for one example, over all its calls.
     signed: sign of the input codes.
     params: initial parameters of the input quantizer at that sign.
+    source: name of the layer whose output it was first called on, if any.
   """
 
   module: nnx.Module
   macs: int
   signed: bool
   params: dict[str, jax.Array]
+  source: str | None
 
 
 def _calibrate(model, activation, sample) -> dict[str, _Call]:
@@ -161,8 +170,13 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
         )
   inputs: dict[str, list[jax.Array]] = {}
   macs = dict.fromkeys(modules, 0)
+  sources: dict[str, str | None] = {}
+  outputs: list[tuple[jax.Array, str]] = []
 
   def record(name, x, y):
+    found = [source for output, source in outputs if output is x]
+    sources.setdefault(name, found[0] if found else None)
+    outputs.append((y, name))
     inputs.setdefault(name, []).append(x)
     module = modules[name]
     if type(module) is not nnx.BatchNorm:
@@ -185,6 +199,7 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
   @jax.jit
   def statistics(state, arrays):
     inputs.clear()
+    outputs.clear()
     rest = iter(arrays)
     filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
     nnx.merge(graph, state)(*jax.tree.unflatten(structure, filled))
@@ -217,7 +232,9 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
     signed = bool(negative)
     if activation is not None and activation.signed is not None:
       signed = activation.signed
-    calls[name] = _Call(modules[name], macs[name], signed, params[signed])
+    calls[name] = _Call(
+      modules[name], macs[name], signed, params[signed], sources[name]
+    )
   return calls
 
 
@@ -255,6 +272,26 @@ def _observer(module, record):
       return y
 
   return Observer()
+
+
+def _warn_of_float_layers(model):
+  """Names layers with a kernel, and norms, that `quantize` does not know."""
+  known = (*_OBSERVED, *layers.QUANTIZED.values())
+  left = [
+    f"{'/'.join(map(str, path))} ({type(module).__name__})"
+    for path, module in nnx.iter_modules(model)
+    if type(module) not in known
+    and (
+      isinstance(getattr(module, "kernel", None), nnx.Param)
+      or isinstance(module, _OBSERVED)
+    )
+  ]
+  if left:
+    warnings.warn(
+      f"these layers stay as they are: {', '.join(left)}; quantize replaces "
+      "nnx.Conv, nnx.Linear and nnx.BatchNorm, and not their subclasses",
+      stacklevel=3,
+    )
 
 
 def _skipped(skip, names) -> set[str]:

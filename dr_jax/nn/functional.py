@@ -102,15 +102,17 @@ def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
     params, batch_stats: nested dicts as `functional` returns them.
 
   Raises:
-    ValueError: if an array is missing or has another shape; nothing is
-      changed then.
+    ValueError: if an array is missing, left over or has another shape;
+      nothing is changed then.
   """
   _, trained, bits, rest = nnx.split(model, nnx.Param, Bits, ...)
   del bits
   writes = []
   for state, tree in ((trained, params), (rest, batch_stats)):
+    names = set()
     for path, variable in nnx.to_flat_state(state):
       name = "/".join(map(str, path))
+      names.add(name)
       try:
         value = _get(tree, path)
       except (KeyError, TypeError):
@@ -120,6 +122,12 @@ def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
           f"{name}: shape {value.shape}; allowed is {variable.shape}"
         )
       writes.append((path, variable.replace(jnp.asarray(value))))
+    extra = [name for name in _names(tree) if name not in names]
+    if extra:
+      raise ValueError(
+        f"{', '.join(extra)}: not in this model; allowed is what "
+        "nn.functional returned"
+      )
   nnx.update(model, nnx.from_flat_state(writes))
 
 
@@ -134,7 +142,8 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     batches: inputs [batch, ...], or tuples of all positional arguments.
 
   Raises:
-    ValueError: if there is no batch.
+    ValueError: if there is no batch, or a norm did not see the batches or was
+      told to use its running average.
   """
   norms = {
     path: module
@@ -152,9 +161,17 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
   @jax.jit
   def statistics(state, arguments):
     merged = nnx.merge(graph, state, copy=True)
+    found = dict(nnx.iter_modules(merged))
+    before = {path: found[path].mean.get_value() for path in norms}
     merged(*arguments)
-    modules = dict(nnx.iter_modules(merged))
-    seen = {path: modules[path] for path in norms}
+    seen = {path: found[path] for path in norms}
+    for path, norm in seen.items():
+      if norm.mean.get_value() is before[path]:
+        raise ValueError(
+          f"norm {'/'.join(map(str, path))}: the model's call keeps its "
+          "statistics; allowed are models that leave use_running_average to "
+          "model.train() and model.eval(), and batches that reach every norm"
+        )
     return {p: (n.mean[n.row], n.var[n.row]) for p, n in seen.items()}
 
   total, count = None, 0
@@ -192,6 +209,14 @@ def _kind(variable):
 
 def _get(tree, path):
   return functools.reduce(operator.getitem, map(str, path), tree)
+
+
+def _names(tree, prefix=""):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _names(value, f"{prefix}{key}/")
+    else:
+      yield f"{prefix}{key}"
 
 
 def _nest(items) -> Tree:

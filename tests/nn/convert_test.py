@@ -1,6 +1,7 @@
 """Networks that were not written for the library, turned multi-precision."""
 
 import functools
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -625,3 +626,32 @@ def test_a_half_quantized_network_is_not_quantized_again():
   once = quantize(model, x, skip=nn.first_and_last)
   with pytest.raises(ValueError, match="quantized already"):
     quantize(once, x)
+
+
+class Special(nnx.Conv):
+  """A user's own convolution."""
+
+
+class WithOthers(nnx.Module):
+  def __init__(self, rngs):
+    self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+    self.special = Special(4, 4, (3, 3), rngs=rngs)
+    self.general = nnx.LinearGeneral(4, (2, 2), rngs=rngs)
+
+  def __call__(self, x):
+    return self.general(self.special(self.conv(x)))
+
+
+def test_layers_that_stay_float_are_named_in_a_warning():
+  message = r"general \(LinearGeneral\), special \(Special\); quantize replaces"
+  x = random(2, 6, 6, 3)
+  with pytest.warns(UserWarning, match=message):
+    model = quantize(WithOthers(nnx.Rngs(0)), x)
+  assert [row.name for row in nn.layer_table(model)] == ["conv"]
+
+
+def test_networks_of_known_layers_give_no_warning():
+  model, x = network("separable")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    quantize(model, x)

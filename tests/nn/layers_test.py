@@ -239,8 +239,8 @@ def test_stored_layers_equal_the_trained_layer_bit_for_bit(kind, dtype):
     place,
     quantized.weight_quantizer,
     quantized.input_quantizer,
-    layers.arrays_of(quantized.input_params),
-    layers.encode(quantized),
+    input_params=layers.arrays_of(quantized.input_params),
+    weight_arrays=layers.encode(quantized),
   )
   for bits in BITS:
     nn.set_bits(quantized, bits)

@@ -343,6 +343,27 @@ def test_a_norm_follows_the_layer_called_last_before_it(model, followed):
       assert int(getattr(quantized, norm).bits[...]) == BITS.index(bits)
 
 
+class Crossed(nnx.Module):
+  """Both convolutions come before both norms."""
+
+  def __init__(self, rngs):
+    self.conv1 = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+    self.conv2 = nnx.Conv(3, 4, (1, 1), rngs=rngs)
+    self.norm1 = nnx.BatchNorm(4, rngs=rngs)
+    self.norm2 = nnx.BatchNorm(4, rngs=rngs)
+
+  def __call__(self, x):
+    left, right = self.conv1(x), self.conv2(x)
+    return self.norm1(left) + self.norm2(right)
+
+
+def test_a_norm_follows_the_layer_whose_output_it_sees():
+  model = quantize(Crossed(nnx.Rngs(0)))
+  nn.set_bits(model, {"conv1": BITS[1], "conv2": BITS[2]})
+  assert int(model.norm1.bits[...]) == 1
+  assert int(model.norm2.bits[...]) == 2
+
+
 def test_a_norm_after_a_skipped_layer_follows_the_quantized_one_before():
   quantized = quantize(Post(nnx.Rngs(0)), skip="conv2")
   nn.set_bits(quantized, {"conv1": 2})
@@ -446,6 +467,20 @@ def test_recalibration_without_batches_is_an_error():
   model = quantize(Post(nnx.Rngs(0)))
   with pytest.raises(ValueError, match="batches: empty"):
     nn.recalibrate(model, [])
+
+
+class AlwaysFrozen(Post):
+  """Passes use_running_average itself, so that nobody else can."""
+
+  def __call__(self, x):
+    x = self.norm1(self.conv1(x), use_running_average=True)
+    return self.norm2(self.conv2(x))
+
+
+def test_recalibrating_a_norm_that_does_not_listen_is_an_error():
+  model = quantize(AlwaysFrozen(nnx.Rngs(0)))
+  with pytest.raises(ValueError, match="norm norm1: the model's call keeps"):
+    nn.recalibrate(model, [images()])
 
 
 @pytest.mark.parametrize("norm_dtype", [None, jnp.bfloat16])
