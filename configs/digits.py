@@ -13,10 +13,15 @@ rate and fewer epochs.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config(arg=None):
   """Returns the configuration; "432" as argument takes bits {4, 3, 2}."""
+  if arg and not arg.isdecimal():
+    raise ValueError(
+      f"digits.py:{arg}: allowed are bit-widths, as digits.py:432"
+    )
   config = ml_collections.ConfigDict()
   config.name = "digits" if not arg else f"digits_{arg}"
   config.seed = 0
@@ -37,9 +42,10 @@ def get_config(arg=None):
   config.quant = ml_collections.ConfigDict()
   config.quant.bits = tuple(map(int, arg)) if arg else (8, 6, 4, 2)
   config.quant.weight = "double_rounding"
+  # Not set: the method's own; so that another method needs no other file.
   config.quant.weight_options = ml_collections.ConfigDict()
-  config.quant.weight_options.rounding = "half_even"
-  config.quant.weight_options.per_channel = True
+  config.quant.weight_options.rounding = config_dict.placeholder(str)
+  config.quant.weight_options.per_channel = config_dict.placeholder(bool)
   config.quant.activation = "lsq_activation"
   config.quant.norm = "switchable"
 
@@ -58,5 +64,5 @@ def get_config(arg=None):
   config.train.momentum = 0.9
   config.train.schedule = "alternate"
   config.train.vectorize = "auto"
-  config.train.alrs = "relative"
+  config.train.alrs = "eta"
   return config

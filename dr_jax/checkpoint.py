@@ -27,6 +27,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 
@@ -69,8 +70,11 @@ class Checkpoints:
       self.directory,
       context=context,
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-      cleanup_tmp_directories=True,
     )
+    # Orbax's own cleanup goes on in a thread that nobody waits for.
+    if jax.process_index() == 0:
+      for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
+        path.rmtree()
 
   def save(self, step, state, *, blocking=False):
     """Saves a state as the latest one.

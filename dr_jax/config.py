@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from dr_jax import quant
+from dr_jax import nn, quant
 from dr_jax.train import OPTIMIZERS, SCHEDULES, VECTORIZE, alrs
 
 STAGES = ("pretrain", "multi_precision", "separate", "export", "report")
@@ -39,7 +39,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-  """Candidate bit-widths and the quantizers of `quant.get`."""
+  """Candidate bit-widths and the quantizers of `quant.get`.
+
+  An entry None of `weight_options` leaves that option to the method.
+  """
 
   bits: tuple = (8, 6, 4, 2)
   weight: str = "double_rounding"
@@ -73,7 +76,7 @@ class Config:
   model: ModelConfig = ModelConfig()
   quant: QuantConfig = QuantConfig()
   pretrain: TrainConfig = TrainConfig()
-  train: TrainConfig = TrainConfig(alrs="relative")
+  train: TrainConfig = TrainConfig(alrs="eta")
   checkpoint_every: int = 100
   log_every: int = 10
 
@@ -91,6 +94,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   except ValueError as error:
     raise ConfigError(f"quant.{error}") from None
   _one_of("quant.weight", config.quant.weight, quant.NAMES)
+  _one_of("quant.activation", config.quant.activation, quant.NAMES)
+  _one_of("quant.norm", config.quant.norm, nn.NORMS)
   for stage in config.stages:
     _one_of("stages", stage, STAGES)
   if "multi_precision" not in config.stages and "export" in config.stages:

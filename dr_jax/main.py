@@ -67,12 +67,12 @@ def table(summary: dict) -> Table:
     shown.add_row(*_row("float", score, size, size))
   for bits in summary["bits"]:
     result = export or stages.get("multi_precision")
-    if result is None:
-      continue
-    size = export and export["bytes_at"][str(bits)]
-    whole = export and export["float_bytes"]
-    row = _row(str(bits), result["scores"][str(bits)], size, whole)
     alone = stages.get(f"separate/{bits}")
+    row = [str(bits)] + [""] * 4
+    if result is not None:
+      size = export and export["bytes_at"][str(bits)]
+      whole = export and export["float_bytes"]
+      row = _row(str(bits), result["scores"][str(bits)], size, whole)
     if alone is not None:
       row.append(f"{alone['scores'][str(bits)]['accuracy']:.2f}")
     shown.add_row(*row)

@@ -38,13 +38,16 @@ class MetricsWriter:
     os.truncate(self._path, whole)
     self._file = self._path.open("a", encoding="utf-8")
 
-  def resume(self, stage, step):
-    """Drops what `stage` wrote after `step`, which it is about to redo."""
+  def resume(self, stage, step, *, names=None):
+    """Drops what `stage` wrote after `step`, which it is about to redo.
+
+    With `names` it keeps only these numbers of the stage.
+    """
     kept = [
       line
       for line in self._path.read_text(encoding="utf-8").splitlines(True)
       if (record := json.loads(line))["stage"] != stage
-      or record["step"] <= step
+      or (record["step"] <= step and (not names or record["name"] in names))
     ]
     self._file.close()
     # The file is replaced as a whole: killed here, all of it is still there.

@@ -77,14 +77,20 @@ class Run:
     self._model()
     self.bits = quant.check_bits(config.quant.bits)
     self._quantizers(self.bits)
-    train.resolve_vectorize(config.train.vectorize, config.train.schedule)
+    for recipe in (config.pretrain, config.train):
+      train.resolve_vectorize(recipe.vectorize, recipe.schedule)
 
   def claim(self) -> None:
     """Writes config.json, or checks that it is this run's."""
     path = self.workdir / "config.json"
     mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
     if path.exists():
-      theirs = json.loads(path.read_text())
+      try:
+        theirs = json.loads(path.read_text())
+      except ValueError:
+        raise ConfigError(
+          f"{path}: damaged, no JSON; allowed is a new directory"
+        ) from None
       if theirs != mine:
         raise ConfigError(
           f"workdir={self.workdir}: holds another configuration "
@@ -92,7 +98,8 @@ class Run:
           "or the same configuration"
         )
       return
-    if self.workdir.is_dir() and any(self.workdir.iterdir()):
+    draft = _draft(path)
+    if any(p != draft for p in _entries(self.workdir)):
       raise ConfigError(
         f"workdir={self.workdir}: is not empty and holds no run; allowed is a "
         "new or empty directory"
@@ -135,10 +142,15 @@ class Run:
     architecture = (self.config.model.name, self._model_options())
     if not path.exists():
       deploy.save(path, network, architecture=architecture)
-    loaded = nn.functional(deploy.load(path))
+    scores = self._scores(deploy.load(path), self.bits)
+    trained = self._result("multi_precision")["scores"]
+    if scores != trained:
+      raise deploy.ArtifactError(
+        f"{path}: scores {scores}, but the trained network {trained}"
+      )
     self._finish(
       "export",
-      self._scores(loaded, self.bits),
+      scores,
       started,
       bytes_at={str(b): n for b, n in deploy.sizes(path).items()},
       stored_bytes=sum(file.stat().st_size for file in path.iterdir()),
@@ -237,14 +249,27 @@ class Run:
         state = loop.run(state)
       nn.update(model, params=state.params, batch_stats=state.batch_stats)
       if self._result(stage) is None:
-        scores = self._scores(nn.functional(model), bits)
+        scores = self._scores(self._served(model), bits)
+        # A process killed right here has written some of them already.
+        metrics.resume(stage, steps, names=("loss", "images_per_second"))
         for key, score in scores.items():
           named = {f"test_{name}": value for name, value in score.items()}
           metrics.write(stage, steps, named, bits=_bits_or_none(key))
         self._finish(stage, scores, started)
 
-  def _scores(self, network, bits):
+  def _served(self, model):
+    """A quantized network as it is deployed; a float one as it is.
+
+    Folding norms before the program, and not inside, moves last bits that
+    rounding to codes can amplify: what is scored is what will be served.
+    """
+    if not nn.layer_table(model):
+      return model
+    return nn.thaw(self._model(), nn.freeze(model))
+
+  def _scores(self, model, bits):
     """{bit-width: {"accuracy": percent, "loss": cross-entropy}} on test."""
+    network = nn.functional(model)
     evaluate = train.make_evaluate(network)
     size = min(len(self.data.test), 512)
     scores = {}
@@ -272,8 +297,18 @@ class Run:
 
   def _quantizers(self, bits):
     config = self.config.quant
-    weight = quant.get(config.weight, bits=bits, **config.weight_options)
+    chosen = {k: v for k, v in config.weight_options.items() if v is not None}
+    weight = quant.get(config.weight, bits=bits, **chosen)
     activation = quant.get(config.activation, bits=bits)
+    for field, quantizer, role in (
+      ("weight", weight, quant.WeightQuantizer),
+      ("activation", activation, quant.ActivationQuantizer),
+    ):
+      if not isinstance(quantizer, role):
+        raise ConfigError(
+          f"quant.{field}={quantizer.name!r}: is a "
+          f"{type(quantizer).__name__}; allowed is a {role.__name__}"
+        )
     return weight, activation
 
   def _result(self, stage):
@@ -312,9 +347,17 @@ def _bits_or_none(key):
 def _write_json(path, value):
   """Writes a file that is complete or absent."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  draft = path.with_name(path.name + ".partial")
+  draft = _draft(path)
   draft.write_text(json.dumps(value, indent=2) + "\n")
   draft.replace(path)
+
+
+def _draft(path):
+  return path.with_name(path.name + ".partial")
+
+
+def _entries(directory):
+  return directory.iterdir() if directory.is_dir() else ()
 
 
 def _first_difference(theirs, mine, prefix=""):

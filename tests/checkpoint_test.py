@@ -144,6 +144,22 @@ def test_saving_an_earlier_step_discards_the_later_ones(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["10", "20"]
 
 
+def test_opening_removes_what_is_half_written_and_leaves_no_thread(tmp_path):
+  (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+  code = (
+    "import sys; from dr_jax.checkpoint import Checkpoints\n"
+    "with Checkpoints(sys.argv[1]) as c: assert c.latest() is None"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, tmp_path],
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert os.listdir(tmp_path) == []
+
+
 def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with Checkpoints("run") as checkpoints:

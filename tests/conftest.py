@@ -1,4 +1,4 @@
-"""Strict numerics for every test: dtype promotion, ranks, and warnings."""
+"""Strict numerics for every test: no implicit dtype or rank promotion."""
 
 import os
 import pathlib

@@ -102,6 +102,8 @@ def test_the_artifact_reaches_exactly_the_accuracy_of_the_trained_model(
   for bits in ("8", "2"):
     trained = stages["multi_precision"]["scores"][bits]["accuracy"]
     assert stages["export"]["scores"][bits]["accuracy"] == trained
+  # Not the accuracies alone: every last bit of the cross-entropies.
+  assert stages["export"]["scores"] == stages["multi_precision"]["scores"]
   model = deploy.load(finished[0] / "export" / "model", bits=2)
   assert {row.bits for row in nn.layer_table(model)} == {2}
 
@@ -191,6 +193,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
     ("--config.train.alrs=fast", "train.alrs='fast': allowed are"),
     ("--config.train.vectorize=vmap", "vectorize='vmap': allowed with"),
     ("--config.quant.weight=dorefa", "quant.weight='dorefa': allowed are"),
+    (
+      "--config.quant.weight=lsq_activation",
+      "quant.weight='lsq_activation': i",
+    ),
+    ("--config.quant.activation=lsq", "quant.activation='lsq': is a Weight"),
+    ("--config.quant.norm=swichable", "quant.norm='swichable': allowed are"),
+    ("--config.pretrain.vectorize=vmap", "vectorize='vmap': allowed with"),
+    ("--config.model.options.widths=(4,6)", r"widths=\(4, 6\): allowed are"),
+    ("--config=configs/digits.py:4x2", "digits.py:4x2: allowed are"),
     ("--config.seed=3", "seed is 0 there, 3 here"),
     ("--confg=3", "confg"),
     ("--config=configs/nothing.py", "nothing.py"),

@@ -75,8 +75,11 @@ def save(
     tensors[f"{name}/gain"], tensors[f"{name}/offset"] = part.gain, part.offset
   for name, value in frozen.floats.items():
     tensors[f"float/{name}"] = value
+  arrays = {name: np.asarray(value) for name, value in tensors.items()}
+  # safetensors reads no bfloat16 into numpy: its bits travel as uint16.
+  halves = [name for name, a in arrays.items() if a.dtype == jnp.bfloat16]
   data = safetensors.numpy.save(
-    {name: np.asarray(value) for name, value in tensors.items()}
+    arrays | {name: arrays[name].view(np.uint16) for name in halves}
   )
   first = next(iter(frozen.layers.values()))
   manifest = {
@@ -87,6 +90,7 @@ def save(
     "architecture": architecture,
     "layers": layers,
     "norms": {name: part.order for name, part in frozen.norms.items()},
+    "bfloat16": halves,
     "sha256": hashlib.sha256(data).hexdigest(),
   }
   manifest["manifest_sha256"] = _digest(manifest)
@@ -121,7 +125,10 @@ def read(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
     raise ArtifactError(f"{path / _MANIFEST}: damaged, checksum differs")
   if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
     raise ArtifactError(f"{path / _TENSORS}: damaged, checksum differs")
-  return manifest, safetensors.numpy.load(data)
+  tensors = safetensors.numpy.load(data)
+  for name in manifest["bfloat16"]:
+    tensors[name] = tensors[name].view(jnp.bfloat16)
+  return manifest, tensors
 
 
 def load(

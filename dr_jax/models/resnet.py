@@ -49,7 +49,7 @@ class ResNet(nnx.Module):
     rngs: source of initial weights.
 
   Raises:
-    ValueError: if depth is not 6 n + 2 with n >= 1.
+    ValueError: if depth is not 6 n + 2 with n >= 1, or widths are not three.
   """
 
   def __init__(
@@ -64,6 +64,10 @@ class ResNet(nnx.Module):
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
       raise ValueError(f"depth={depth}: allowed are 6 n + 2, as 8, 14, 20, 32")
+    if len(widths) != 3:
+      raise ValueError(
+        f"widths={tuple(widths)}: allowed are three, as 16, 32, 64"
+      )
     self.stem = _conv(channels, widths[0], 3, 1, rngs)
     c_in = widths[0]
     stages = []

@@ -14,9 +14,11 @@ from dr_jax.nn.convert import first_and_last, quantize
 from dr_jax.nn.frozen import Frozen, StoredLayer, StoredNorm, freeze, thaw
 from dr_jax.nn.functional import Functional, functional, recalibrate, update
 from dr_jax.nn.layers import Conv, Linear, StoredConv, StoredLinear
+from dr_jax.nn.norm import KINDS as NORMS
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 
 __all__ = [
+  "NORMS",
   "BatchNorm",
   "Bits",
   "Conv",

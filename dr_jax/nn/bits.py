@@ -141,8 +141,9 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
 def bits_holders(model: nnx.Module) -> Iterator[tuple[nnx.Module, int]]:
   """Yields modules that hold `bits`, with the number of the layer they follow.
 
-  A quantized layer follows itself; a norm follows the quantized layer that
-  was called last before it (the first layer, if there was none).
+  A quantized layer follows itself; a norm follows the quantized layer whose
+  output it normalizes, else the one that was called last before it (the first
+  layer, if there was none).
   """
   for module in _modules(model):
     if isinstance(getattr(module, "bits", None), Bits):

@@ -154,7 +154,10 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
   arrays = [leaf for leaf in leaves if _is_array(leaf) and leaf.ndim]
   if not arrays:
     raise ValueError(f"sample={sample!r}: allowed are arrays [batch, ...]")
-  examples = len(arrays[0])
+  # Of several arrays the one with most axes is the batch: a table has fewer.
+  examples = len(max(arrays, key=lambda array: array.ndim))
+  if not examples:
+    raise ValueError("sample: has no example; allowed are arrays [batch, ...]")
   modules = {
     "/".join(map(str, path)) or type(module).__name__.lower(): module
     for path, module in nnx.iter_modules(model)
@@ -275,12 +278,11 @@ def _observer(module, record):
 
 
 def _warn_of_float_layers(model):
-  """Names layers with a kernel, and norms, that `quantize` does not know."""
-  known = (*_OBSERVED, *layers.QUANTIZED.values())
+  """Names layers with a kernel that `quantize` does not know."""
   left = [
     f"{'/'.join(map(str, path))} ({type(module).__name__})"
     for path, module in nnx.iter_modules(model)
-    if type(module) not in known
+    if type(module) not in _OBSERVED
     and (
       isinstance(getattr(module, "kernel", None), nnx.Param)
       or isinstance(module, _OBSERVED)

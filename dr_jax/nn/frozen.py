@@ -57,11 +57,20 @@ def freeze(model: nnx.Module) -> Frozen:
   """Takes a quantized network apart; it is not changed.
 
   Raises:
-    ValueError: if the model has no quantized layer.
+    ValueError: if the model has no quantized layer, is frozen already, or a
+      float layer shares the kernel of a quantized one.
   """
   found = quantized_layers(model)
   if not found:
     raise ValueError("model: no quantized layer; call nn.quantize first")
+  for name, layer in found.items():
+    if isinstance(layer, layers.Stored):
+      raise ValueError(
+        f"layer {name}: holds stored codes; allowed is what nn.quantize "
+        "returned (copy an artifact as files)"
+      )
+  paths = {id(m): "/".join(map(str, p)) for p, m in nnx.iter_modules(model)}
+  _check_kernels(model, found, paths)
   stored = {
     name: StoredLayer(
       place=layers.Place(name, layer.order, layer.macs),
@@ -74,13 +83,13 @@ def freeze(model: nnx.Module) -> Frozen:
     for name, layer in found.items()
   }
   norms = {
-    "/".join(map(str, path)): StoredNorm(module.order, *module.fold())
-    for path, module in nnx.iter_modules(model)
+    paths[id(module)]: StoredNorm(module.order, *module.fold())
+    for _, module in nnx.iter_modules(model)
     if isinstance(module, BatchNorm)
   }
   inside = tuple(f"{name}/" for name in norms) + tuple(
-    f"{name}/{part}"
-    for name in found
+    f"{paths[id(layer)]}/{part}".lstrip("/")  # a model can be one layer
+    for layer in found.values()
     for part in ("kernel", "weight_params/", "input_params/")
   )
   floats = {
@@ -139,6 +148,19 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
   _write(model, frozen.floats)
   model.eval()
   return model
+
+
+def _check_kernels(model, found, paths):
+  """Rejects a kernel that a float layer would lose."""
+  kernels = {id(layer.kernel): name for name, layer in found.items()}
+  for _, module in nnx.iter_modules(model):
+    if not isinstance(module, layers.Quantized):
+      for value in vars(module).values():
+        if id(value) in kernels:
+          raise ValueError(
+            f"layer {paths[id(module)]}: stays float and shares the kernel of "
+            f"{kernels[id(value)]}; allowed is to quantize both or neither"
+          )
 
 
 def _variables(model) -> dict[str, Any]:

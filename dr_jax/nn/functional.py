@@ -150,6 +150,11 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     for path, module in nnx.iter_modules(model)
     if isinstance(module, BatchNorm)
   }
+  if not norms:
+    raise ValueError(
+      "model: no batch norm that collects statistics; allowed is what "
+      "nn.quantize returned (a loaded artifact has folded norms)"
+    )
   fresh = nnx.clone(model)
   fresh.eval()
   for _, module in nnx.iter_modules(fresh):

@@ -1,9 +1,10 @@
 """Batch norm with one set of parameters and statistics per bit-width.
 
 Statistics come from one pass over the activations (mean of x and of x^2, in
-float32); the two-pass form costs a quarter to a third of a training step on
-CPU. Lower bit-widths have other activation statistics: arXiv 1812.08928
-(switchable batch norm), arXiv 2502.01199, section 3.2.
+float32), unless the norm was built with use_fast_variance=False; the two-pass
+form costs a quarter to a third of a training step on CPU. Lower bit-widths
+have other activation statistics: arXiv 1812.08928 (switchable batch norm),
+arXiv 2502.01199, section 3.2.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class BatchNorm(nnx.BatchNorm):
     """Whether `normalize` serves: the usual case, with its own gradient."""
     return (
       mask is None
+      and self.use_fast_variance
       and self.axis_name is None
       and self.axis % x.ndim == x.ndim - 1
       and self.scale is not None
@@ -102,6 +104,9 @@ class BatchNorm(nnx.BatchNorm):
     axis = self.axis % x.ndim
     axes = tuple(a for a in range(x.ndim) if a != axis)
     mean = x.mean(axes, where=mask)
+    if not self.use_fast_variance and self.axis_name is None:
+      centered = x - jnp.expand_dims(mean, axes)
+      return mean, jnp.square(centered).mean(axes, where=mask)
     square = jnp.square(x).mean(axes, where=mask)
     if self.axis_name is not None:
       mean, square = jax.lax.pmean(

@@ -119,8 +119,8 @@ def switch_codes(
     int8 codes in [-2^(to_bits-1), 2^(to_bits-1) - 1], same shape.
 
   Raises:
-    ValueError: if to_bits > from_bits, either is outside 2..8, or the
-      rounding is unknown.
+    ValueError: if to_bits > from_bits, either is outside 2..8, the rounding is
+      unknown, or codes are no integers.
 
   References:
     arXiv 2502.01199, eq. 2.
@@ -131,7 +131,8 @@ def switch_codes(
   if to_bits > from_bits:
     raise ValueError(f"to_bits={to_bits}: allowed are 2..from_bits={from_bits}")
   low, high = grid.code_range(to_bits)
-  shifted = _shift_codes(jnp.asarray(codes), from_bits - to_bits, rounding)
+  codes = grid.check_integers("codes", codes)
+  shifted = _shift_codes(codes, from_bits - to_bits, rounding)
   return jnp.clip(shifted, low, high).astype(jnp.int8)
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-  from jaxtyping import Array, Float
+  from jaxtyping import Array, Float, Int
 
 # Learned scales are read through a clamp to this interval, which keeps them
 # positive and finite whatever an optimizer does to the raw parameter. Powers
@@ -104,6 +104,14 @@ def check_finite(name: str, x: Float[Array, ...]) -> None:
       f"{name}: {bad} of {x.size} values are NaN or infinite; "
       "allowed are finite numbers"
     )
+
+
+def check_integers(name: str, codes: Int[Array, ...]) -> Int[Array, ...]:
+  """Returns codes as an array; raises ValueError unless they are integers."""
+  codes = jnp.asarray(codes)
+  if not jnp.issubdtype(codes.dtype, jnp.integer):
+    raise ValueError(f"{name}: dtype {codes.dtype}; allowed are integers")
+  return codes
 
 
 def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:

@@ -37,10 +37,11 @@ def pack(
     uint8 [ceil(codes.size * bits / 8)].
 
   Raises:
-    ValueError: if bits is outside 2..8, or, outside jit, a code does not fit.
+    ValueError: if bits is outside 2..8, codes are no integers, or, outside
+      jit, a code does not fit.
   """
   (bits,) = grid.check_bits([bits])
-  codes = jnp.asarray(codes)
+  codes = grid.check_integers("codes", codes)
   low, high = grid.code_range(bits, signed=signed)
   if not isinstance(codes, jax.core.Tracer) and codes.size:
     with jax.ensure_compile_time_eval():

@@ -92,9 +92,10 @@ class Loop:
     return state
 
   def _save(self, state, *, blocking):
-    if not _all_finite(state.params, state.batch_stats):
+    if not _all_finite(state.params, state.batch_stats, state.opt_state):
       raise NonFiniteError(
-        f"{self.stage}: a parameter is NaN or infinite after step "
+        f"{self.stage}: a parameter or its optimizer is NaN or infinite after "
+        "step "
         f"{int(state.step)}; {self._kept()}"
       )
     if self.checkpoints is not None:

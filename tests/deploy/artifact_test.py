@@ -1,9 +1,11 @@
 """Tests of the integer artifact."""
 
+import functools
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -179,3 +181,74 @@ def test_nothing_is_overwritten(exported):
 def test_bits_that_are_no_candidate_are_refused(exported):
   with pytest.raises(ValueError, match="allowed are"):
     deploy.load(exported[1], bits=9)
+
+
+class Half(nnx.Module):
+  """Parameters in bfloat16."""
+
+  def __init__(self, rngs):
+    make = functools.partial(nnx.Linear, param_dtype=jnp.bfloat16, rngs=rngs)
+    self.first, self.middle, self.last = make(6, 5), make(5, 5), make(5, 3)
+
+  def __call__(self, x):
+    return self.last(nnx.relu(self.middle(nnx.relu(self.first(x)))))
+
+
+@pytest.fixture
+def mixed_dtypes(strict_numerics):
+  """Layers of bfloat16 parameters take float32 inputs, as Flax lets them."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def _half(**options):
+  x = jax.random.normal(jax.random.key(0), (4, 6))
+  model = nn.quantize(
+    Half(nnx.Rngs(0)),
+    weight=quant.double_rounding((8, 2)),
+    activation=quant.lsq_activation((8, 2)),
+    sample=x,
+    **options,
+  )
+  return model, x
+
+
+@pytest.mark.usefixtures("mixed_dtypes")
+def test_bfloat16_parameters_come_back_as_they_were(tmp_path):
+  model, x = _half()
+  deploy.save(tmp_path / "model", model)
+  loaded = deploy.load(tmp_path / "model", model=Half(nnx.Rngs(1)))
+  assert loaded.first.kernel.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(loaded(x), model(x))
+
+
+@pytest.mark.usefixtures("mixed_dtypes")
+def test_a_loaded_network_is_not_saved_again(tmp_path):
+  deploy.save(tmp_path / "model", _half()[0])
+  loaded = deploy.load(tmp_path / "model", model=Half(nnx.Rngs(1)))
+  with pytest.raises(ValueError, match="layer middle: holds stored codes"):
+    deploy.save(tmp_path / "again", loaded)
+  with pytest.raises(ValueError, match="model: no batch norm that collects"):
+    nn.recalibrate(loaded, [jnp.ones((2, 6))])
+
+
+@pytest.mark.usefixtures("mixed_dtypes")
+def test_a_kernel_that_a_float_layer_shares_is_an_error(tmp_path):
+  model, _ = _half()
+  model.middle.kernel = model.first.kernel = nnx.Param(jnp.ones((6, 6)))
+  with pytest.raises(ValueError, match="layer first: stays float and shares"):
+    deploy.save(tmp_path / "model", model)
+  assert not (tmp_path / "model").exists()
+
+
+def test_a_network_that_is_one_layer_stores_its_codes_only(tmp_path):
+  layer = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(0), (4, 6))
+  model = nn.quantize(
+    layer, weight=quant.double_rounding((8, 2)), sample=x, skip=()
+  )
+  deploy.save(tmp_path / "model", model)
+  tensors = deploy.read(tmp_path / "model")[1]
+  assert set(tensors) == {"linear/codes", "linear/scale", "float/bias"}
+  loaded = deploy.load(tmp_path / "model", model=layer)
+  np.testing.assert_array_equal(loaded(x), model(x))

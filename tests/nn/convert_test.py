@@ -655,3 +655,21 @@ def test_networks_of_known_layers_give_no_warning():
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     quantize(model, x)
+
+
+def test_a_table_beside_the_batch_does_not_set_the_number_of_examples():
+  class Lookup(nnx.Module):
+    def __init__(self):
+      self.linear = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, inputs):
+      return self.linear(inputs["x"]) + inputs["a_table"].sum()
+
+  model = quantize(Lookup(), {"a_table": random(10), "x": random(5, 6)})
+  assert nn.layer_table(model)[0].macs == 24
+
+
+def test_a_sample_without_examples_is_an_error():
+  model, _ = network("mlp")
+  with pytest.raises(ValueError, match="sample: has no example"):
+    quantize(model, jnp.zeros((0, 6)))

@@ -512,3 +512,24 @@ def test_folded_norms_equal_inference_at_every_bit_width(norm_dtype):
     np.testing.assert_allclose(
       expected, hand * ours["scale"] + ours["bias"], rtol=1e-4, atol=1e-4
     )
+
+
+def test_two_passes_are_kept_where_the_float_norm_asks_for_them():
+  """A mean far from zero: one pass in float32 loses the variance."""
+  norm = nnx.BatchNorm(4, use_fast_variance=False, rngs=nnx.Rngs(0))
+
+  class Net(nnx.Module):
+    def __init__(self):
+      self.conv = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+      self.norm = norm
+
+    def __call__(self, x):
+      return self.norm(self.conv(x))
+
+  x = jnp.reshape(images(64), (-1, 4)) + 1e4
+  quantized = nn.quantize(
+    Net(), weight=quant.double_rounding(BITS), sample=x, skip=()
+  )
+  norm.train()
+  quantized.norm.train()
+  np.testing.assert_allclose(quantized.norm(x), norm(x), rtol=1e-3, atol=1e-3)

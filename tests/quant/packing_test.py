@@ -126,3 +126,14 @@ def test_bit_widths_outside_two_to_eight_are_an_error(bits):
     quant.pack(jnp.zeros(4, jnp.int8), bits)
   with pytest.raises(ValueError, match=rf"\[{bits}\].*from 8 down to 2"):
     quant.unpack(jnp.zeros(4, jnp.uint8), bits, 4)
+
+
+def test_codes_that_are_no_integers_are_an_error():
+  for call in (
+    lambda x: quant.pack(x, 4),
+    lambda x: quant.switch_codes(x, 8, 4),
+  ):
+    with pytest.raises(
+      ValueError, match="codes: dtype float32; allowed are in"
+    ):
+      call(np.float32([1.7]))

@@ -85,6 +85,7 @@ def test_plain_sgd_diverges_without_alrs(pretrained, digits):
   assert max(four, two) < 50
 
 
-def test_plain_sgd_learns_with_alrs(pretrained, digits):
-  *high, two = _joint(pretrained, digits, "relative")
+@pytest.mark.parametrize("alrs", ["relative", "eta"])
+def test_plain_sgd_learns_with_alrs(pretrained, digits, alrs):
+  *high, two = _joint(pretrained, digits, alrs)
   assert min(high) > 96 and two > 90

@@ -162,6 +162,63 @@ def test_norms_shared_by_all_bit_widths_train_in_every_mode():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("mode", ["eta", "paper", "relative"])
+def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
+  """One update at 4 of (8, 4) bits, whose eta is 0.01, against plain."""
+  network, rate = _network(), 1e-4
+  batch = net.batch(0)
+
+  def moved(mode):
+    transform = make_optimizer(optimizer, kinds=network.kinds, momentum=0.0)
+    step = make_step(
+      network,
+      net.BITS,
+      transform,
+      optax.constant_schedule(rate),
+      vectorize="sequential",
+      alrs=mode,
+    )
+    state = init_state(network, transform, jax.random.key(0))
+    new, _ = step.compiled_per_bits(state, batch, np.int32(1))
+    return [
+      np.asarray(after - before)
+      for after, before, kind in zip(
+        jax.tree.leaves(new.params),
+        jax.tree.leaves(network.params),
+        jax.tree.leaves(network.kinds),
+        strict=True,
+      )
+      if kind == "scale"
+    ]
+
+  def loss(params):
+    logits, _ = network.apply(
+      params, network.batch_stats, 1, batch["image"], train=True
+    )
+    return cross_entropy(logits, batch["label"])
+
+  gradients = jit(jax.grad(loss))(network.params)
+  m = np.mean(
+    [
+      min(float(jnp.abs(g).max()), 1.0)
+      for g, kind in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(network.kinds), strict=True
+      )
+      if kind == "scale"
+    ]
+  )
+  factor = {
+    "eta": 0.01,
+    "relative": 0.01 * (1 - m),
+    "paper": 0.01 * max(rate - m, 0) / rate,
+  }[mode]
+  plain, scaled = moved("none"), moved(mode)
+  assert any(np.abs(p).max() > 0 for p in plain)
+  for p, s in zip(plain, scaled, strict=True):
+    np.testing.assert_allclose(s, factor * p, rtol=0.05, atol=2e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_alrs_scales_the_update_of_scales_and_nothing_else(optimizer):
   """After one alternate step of the first bit-width alone (eta_b = 1)."""
   network = nn.functional(net.quantized(bits=(4,)))
