@@ -27,7 +27,11 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> int:
-  """Runs the configuration; returns the exit code."""
+  """Runs the configuration; returns the exit code.
+
+  0: finished. 1: training diverged. 2: bad input. 128 + signal: stopped by a
+  signal; the same command goes on.
+  """
   logging.set_verbosity(logging.WARNING)  # Orbax tells every file at INFO.
   try:
     if len(argv) > 1:
@@ -44,7 +48,7 @@ def main(argv: list[str]) -> int:
     return _fail(error, 1)
   except InterruptedRun as error:
     print(error, file=sys.stderr)
-    return 0
+    return 128 + error.signal
   Console().print(table(summary))
   print(f"workdir: {workdir}")
   return 0

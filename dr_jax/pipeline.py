@@ -12,7 +12,9 @@ say where it stands.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -58,9 +60,10 @@ def run(
   """
   job = Run(config, pathlib.Path(workdir), interrupted)
   job.claim()
-  for stage in config.stages:
-    getattr(job, stage)()
-  return job.summary()
+  with job.alone():
+    for stage in config.stages:
+      getattr(job, stage)()
+    return job.summary()
 
 
 class Run:
@@ -77,8 +80,12 @@ class Run:
     self._model()
     self.bits = quant.check_bits(config.quant.bits)
     self._quantizers(self.bits)
-    for recipe in (config.pretrain, config.train):
-      train.resolve_vectorize(recipe.vectorize, recipe.schedule)
+    for name in ("pretrain", "train"):
+      recipe = getattr(config, name)
+      try:
+        train.resolve_vectorize(recipe.vectorize, recipe.schedule)
+      except ValueError as error:
+        raise ConfigError(f"{name}.{error}") from None
 
   def claim(self) -> None:
     """Writes config.json, or checks that it is this run's."""
@@ -106,6 +113,19 @@ class Run:
       )
     self.workdir.mkdir(parents=True, exist_ok=True)
     _write_json(path, mine)
+
+  @contextlib.contextmanager
+  def alone(self):
+    """Keeps other processes out of the directory; a kill lets them in."""
+    with (self.workdir / "lock").open("w") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError:
+        raise ConfigError(
+          f"workdir={self.workdir}: another process is at work in it; allowed "
+          "is one at a time"
+        ) from None
+      yield
 
   def pretrain(self) -> None:
     """Trains the float network."""

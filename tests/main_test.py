@@ -160,6 +160,23 @@ def test_a_run_killed_anywhere_ends_in_the_same_bits(
   assert len(steps) == len(set(steps))
 
 
+def test_a_second_process_in_the_same_directory_is_turned_away(
+  start, finished, tmp_path
+):
+  workdir = tmp_path / "shared"
+  first = start(workdir)
+  while _steps(workdir, "pretrain") < 1:
+    assert first.poll() is None, first.communicate()[1]
+    time.sleep(0.01)
+  second = start(workdir)
+  _, err = second.communicate(timeout=100)
+  first.kill()
+  first.communicate()
+  assert second.returncode == 2
+  assert "another process is at work in it" in err
+  assert len(err.strip().splitlines()) == 1
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
   workdir = tmp_path / "stopped"
   process = start(workdir)
@@ -168,7 +185,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
     time.sleep(0.01)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=60)
-  assert process.returncode == 0
+  assert process.returncode == 128 + signal.SIGTERM
   assert "SIGTERM at step" in err and "Traceback" not in err
   process = start(workdir)
   _, err = process.communicate(timeout=500)
@@ -191,7 +208,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
     ("--config.model.name=vgg", "model 'vgg': allowed are"),
     ("--config.model.options.depth=9", "depth=9: allowed are"),
     ("--config.train.alrs=fast", "train.alrs='fast': allowed are"),
-    ("--config.train.vectorize=vmap", "vectorize='vmap': allowed with"),
+    ("--config.train.vectorize=vmap", "train.vectorize='vmap': allowed with"),
     ("--config.quant.weight=dorefa", "quant.weight='dorefa': allowed are"),
     (
       "--config.quant.weight=lsq_activation",
@@ -199,7 +216,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
     ),
     ("--config.quant.activation=lsq", "quant.activation='lsq': is a Weight"),
     ("--config.quant.norm=swichable", "quant.norm='swichable': allowed are"),
-    ("--config.pretrain.vectorize=vmap", "vectorize='vmap': allowed with"),
     ("--config.model.options.widths=(4,6)", r"widths=\(4, 6\): allowed are"),
     ("--config=configs/digits.py:4x2", "digits.py:4x2: allowed are"),
     ("--config.seed=3", "seed is 0 there, 3 here"),

@@ -165,7 +165,7 @@ def _report(rows, bits):
     "step",
     "median s",
     "least s",
-    "of the single steps",
+    "of singles",
     "temporary MiB",
     "compile s",
     "compilations",
@@ -183,7 +183,7 @@ def _report(rows, bits):
       f"{row.compile_seconds:.1f}" if row.compilations else "",
       str(row.compilations) if row.compilations else "",
     )
-  console = Console(width=110)
+  console = Console(width=120)
   console.print(table)
   slowest = max(median[f"single {b}"] for b in bits)
   console.print(f"single / float: {slowest / median['float']:.2f}")

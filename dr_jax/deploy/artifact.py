@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -94,12 +95,16 @@ def save(
     "sha256": hashlib.sha256(data).hexdigest(),
   }
   manifest["manifest_sha256"] = _digest(manifest)
-  draft = path.with_name(path.name + ".partial")
-  shutil.rmtree(draft, ignore_errors=True)
-  draft.mkdir(parents=True)
-  (draft / _TENSORS).write_bytes(data)
-  (draft / _MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")))
-  draft.rename(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = pathlib.Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+  try:
+    (draft / _TENSORS).write_bytes(data)
+    (draft / _MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")))
+    draft.chmod(0o755)
+    draft.rename(path)
+  except BaseException:
+    shutil.rmtree(draft)
+    raise
 
 
 def read(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:

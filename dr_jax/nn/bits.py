@@ -132,7 +132,7 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
   wrong = {name: b for name, b in bits.items() if b not in allowed}
   if wrong:
     name, b = next(iter(wrong.items()))
-    raise ValueError(f"bits={b} for {name}: allowed are {allowed}")
+    raise ValueError(f"bits={b!r} for {name}: allowed are {allowed}")
   index = [allowed.index(bits[name]) for name in layers]
   for holder, order in bits_holders(model):
     holder.bits.set_value(jnp.int32(index[order]))

@@ -114,9 +114,10 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
   """
   model = nnx.clone(model)
   modules = {
-    "/".join(map(str, path)) or type(module).__name__.lower(): module
-    for path, module in nnx.iter_modules(model)
+    "/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
   }
+  if type(model) in layers.STORED:  # a model can be one layer, without a path
+    modules[type(model).__name__.lower()] = model
   replacements = {}
   for name, part in frozen.layers.items():
     layer = modules.get(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,15 @@ class NonFiniteError(RuntimeError):
 
 
 class InterruptedRun(RuntimeError):
-  """A signal asked the run to stop; its state is in the last checkpoint."""
+  """A signal asked the run to stop; its state is in the last checkpoint.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, message: str, name: str):
+    super().__init__(message)
+    self.signal = int(signal.Signals[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +88,16 @@ class Loop:
         batch = self.batches[number]
         state, losses = self.step(state, batch)
         watch.add(number + 1, losses, len(batch["label"]), progress)
-        signal = self.interrupted()
+        stopped = self.interrupted()
         last = number + 1 == self.steps
-        if last or signal or (number + 1) % self.checkpoint_every == 0:
+        if last or stopped or (number + 1) % self.checkpoint_every == 0:
           watch.drain(progress)
-          self._save(state, blocking=last or signal is not None)
-        if signal and not last:
+          self._save(state, blocking=last or stopped is not None)
+        if stopped and not last:
           raise InterruptedRun(
-            f"{self.stage}: {signal} at step {number + 1} of {self.steps}; "
-            "saved, the same command goes on from there"
+            f"{self.stage}: {stopped} at step {number + 1} of {self.steps}; "
+            "saved, the same command goes on from there",
+            stopped,
           )
     return state
 

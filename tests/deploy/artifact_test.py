@@ -252,3 +252,28 @@ def test_a_network_that_is_one_layer_stores_its_codes_only(tmp_path):
   assert set(tensors) == {"linear/codes", "linear/scale", "float/bias"}
   loaded = deploy.load(tmp_path / "model", model=layer)
   np.testing.assert_array_equal(loaded(x), model(x))
+
+
+class Inner(nnx.Module):
+  """Its class has the name of one of its layers."""
+
+  def __init__(self, rngs):
+    self.first = nnx.Linear(6, 6, rngs=rngs)
+    self.inner = nnx.Linear(6, 6, rngs=rngs)
+    self.last = nnx.Linear(6, 6, rngs=rngs)
+
+  def __call__(self, x):
+    return self.last(self.inner(self.first(x)))
+
+
+def test_a_layer_may_have_the_name_of_its_model(tmp_path):
+  x = jax.random.normal(jax.random.key(0), (4, 6))
+  model = nn.quantize(
+    Inner(nnx.Rngs(0)), weight=quant.double_rounding((8, 2)), sample=x
+  )
+  neighbour = tmp_path / "model.partial"
+  neighbour.mkdir()
+  deploy.save(tmp_path / "model", model)
+  loaded = deploy.load(tmp_path / "model", model=Inner(nnx.Rngs(1)))
+  np.testing.assert_array_equal(loaded(x), model(x))
+  assert sorted(tmp_path.iterdir()) == [tmp_path / "model", neighbour]
