@@ -1,8 +1,9 @@
 """`jit` with the compiler options that training needs on each backend.
 
 XLA:CPU of jaxlib 0.10 hands float convolutions to YNNPACK, whose kernel
-gradients took 3 to 7 times as long as XLA's own (3x3, 16 to 64 channels, two
-AVX2 cores). Training programs leave it out.
+gradients took 1.3 times (AVX-512) to 3 to 7 times (AVX2) as long as XLA's own;
+`python -m dr_jax.benchmarks.convolution` measures it. Training programs leave
+it out.
 """
 
 from __future__ import annotations
