@@ -318,7 +318,10 @@ class Run:
   def _quantizers(self, bits):
     config = self.config.quant
     chosen = {k: v for k, v in config.weight_options.items() if v is not None}
-    weight = quant.get(config.weight, bits=bits, **chosen)
+    try:
+      weight = quant.get(config.weight, bits=bits, **chosen)
+    except ValueError as error:
+      raise ConfigError(f"quant.weight_options: {error}") from None
     activation = quant.get(config.activation, bits=bits)
     for field, quantizer, role in (
       ("weight", weight, quant.WeightQuantizer),
