@@ -15,7 +15,17 @@ from flax import nnx
 
 
 class Bits(nnx.Variable):
-  """Position in the candidate bit-widths: an int32 scalar, not trained."""
+  """Position in the candidate bit-widths: an int32 scalar, not trained.
+
+  Each says by itself which quantized layer it follows, so that a module may
+  hold several: a norm for every pair of neighbouring bit-widths (transitional
+  batch norm, ICCV 2021 Bit-Mixer) holds its layer's and the previous layer's.
+  """
+
+  @classmethod
+  def following(cls, order: int) -> Bits:
+    """The Bits of the quantized layer number `order`, at the highest."""
+    return cls(jnp.int32(0), follows=order)
 
 
 class Scale(nnx.Param):
@@ -64,7 +74,8 @@ class LayerTable(tuple[LayerRow, ...]):
 
 def quantized_layers(model: nnx.Module) -> dict[str, nnx.Module]:
   """Returns the quantized layers of a model by name, in call order."""
-  found = [m for m in _modules(model) if hasattr(m, "input_params")]
+  modules = [node for _, node in nnx.iter_modules(model)]
+  found = [m for m in modules if hasattr(m, "input_params")]
   return {m.name: m for m in sorted(found, key=lambda m: m.order)}
 
 
@@ -134,21 +145,17 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
     name, b = next(iter(wrong.items()))
     raise ValueError(f"bits={b!r} for {name}: allowed are {allowed}")
   index = [allowed.index(bits[name]) for name in layers]
-  for holder, order in bits_holders(model):
-    holder.bits.set_value(jnp.int32(index[order]))
+  for _, variable, order in all_bits(model):
+    variable.set_value(jnp.int32(index[order]))
 
 
-def bits_holders(model: nnx.Module) -> Iterator[tuple[nnx.Module, int]]:
-  """Yields modules that hold `bits`, with the number of the layer they follow.
+def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits, int]]:
+  """Yields every Bits variable: its path, itself, the layer that it follows.
 
   A quantized layer follows itself; a norm follows the quantized layer whose
   output it normalizes, else the one that was called last before it (the first
   layer, if there was none).
   """
-  for module in _modules(model):
-    if isinstance(getattr(module, "bits", None), Bits):
-      yield module, module.order
-
-
-def _modules(model):
-  return [node for _, node in nnx.iter_modules(model)]
+  for path, node in nnx.iter_graph(model):
+    if isinstance(node, Bits):
+      yield path, node, node.get_metadata("follows")

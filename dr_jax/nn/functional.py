@@ -21,7 +21,7 @@ from dr_jax.nn.bits import (
   Bits,
   NormParam,
   Scale,
-  bits_holders,
+  all_bits,
   quantized_layers,
 )
 from dr_jax.nn.norm import BatchNorm
@@ -61,7 +61,7 @@ def functional(model: nnx.Module) -> Functional:
   params, bits, rest = (
     list(nnx.to_flat_state(state)) for state in (params, bits, rest)
   )
-  followed = _followed_layers(model)
+  followed = {path: order for path, _, order in all_bits(model)}
   layers = len(quantized_layers(model))
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
@@ -192,16 +192,6 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     for statistic, value in zip((norm.mean, norm.var), sums, strict=True):
       rows = statistic[...].at[norm.row].set(value / count)
       statistic.set_value(rows)
-
-
-def _followed_layers(model):
-  """Maps the path of each Bits variable to the layer number it follows."""
-  orders = {id(holder.bits): order for holder, order in bits_holders(model)}
-  return {
-    path: orders[id(node)]
-    for path, node in nnx.iter_graph(model)
-    if isinstance(node, Bits)
-  }
 
 
 def _kind(variable):

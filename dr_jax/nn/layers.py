@@ -67,7 +67,7 @@ class Quantized:
   ):
     adopt(self, layer, omit=self._omit)
     self.name, self.order, self.macs = place
-    self.bits = Bits(jnp.int32(0))
+    self.bits = Bits.following(self.order)
     self.weight_quantizer = weight
     self.input_quantizer = activation
     self.input_params = _variables(Scale, input_params)

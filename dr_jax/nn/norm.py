@@ -35,7 +35,7 @@ class BatchNorm(nnx.BatchNorm):
     adopt(self, norm, omit=("scale", "bias", "mean", "var", "promote_dtype"))
     self.rows = rows
     self.order = order
-    self.bits = Bits(jnp.int32(0))
+    self.bits = Bits.following(order)
     self.promote = norm.promote_dtype
     for name in ("scale", "bias"):
       value = getattr(norm, name)
@@ -136,7 +136,7 @@ class FoldedNorm(nnx.Module):
     self.axis, self.dtype = norm.axis, norm.dtype
     self.promote = norm.promote_dtype
     self.order = order
-    self.bits = Bits(jnp.int32(0))
+    self.bits = Bits.following(order)
     self.gain = nnx.BatchStat(gain)
     self.offset = nnx.BatchStat(offset)
 

@@ -174,3 +174,38 @@ def test_bits_survive_a_clone_and_a_split(model):
   graph, state = nnx.split(nnx.clone(model))
   again = nnx.merge(graph, state)
   assert nn.layer_table(again) == nn.layer_table(model)
+
+
+def test_a_module_may_follow_several_layers():
+  """What a norm for pairs of neighbouring bit-widths needs."""
+
+  class Pairs(nnx.Module):
+    def __init__(self):
+      self.bits = nn.Bits.following(1)
+      self.previous = nn.Bits.following(0)
+
+    def __call__(self, x):
+      row = self.previous.get_value() * 3 + self.bits.get_value()
+      return x + 0 * row, row
+
+  class Net(nnx.Module):
+    def __init__(self):
+      self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+      self.second = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+      x = self.second(self.first(x))
+      return self.pairs(x) if hasattr(self, "pairs") else x
+
+  x = jnp.ones((2, 4))
+  model = nn.quantize(
+    Net(), weight=quant.double_rounding((8, 4, 2)), sample=x, skip=()
+  )
+  model.pairs = Pairs()
+  nn.set_bits(model, {"first": 4, "second": 2})
+  assert int(model(x)[1]) == 1 * 3 + 2
+  split = nn.functional(model)
+  (_, row), _ = jax.jit(split.apply)(
+    split.params, split.batch_stats, jnp.array([2, 1]), x
+  )
+  assert int(row) == 2 * 3 + 1
