@@ -1,5 +1,6 @@
 """Multi-precision quantizers as pure functions on arrays."""
 
+from dr_jax.quant.bit_mixer import bit_mixer
 from dr_jax.quant.double_rounding import double_rounding, switch_codes
 from dr_jax.quant.grid import (
   ROUNDINGS,
@@ -19,6 +20,7 @@ __all__ = [
   "SCALE_MIN",
   "ActivationQuantizer",
   "WeightQuantizer",
+  "bit_mixer",
   "check_bits",
   "code_range",
   "double_rounding",
@@ -34,6 +36,7 @@ __all__ = [
 
 _FACTORIES = {
   "double_rounding": double_rounding,
+  "bit_mixer": bit_mixer,
   "lsq": lsq,
   "lsq_activation": lsq_activation,
 }

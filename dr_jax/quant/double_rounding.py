@@ -10,7 +10,7 @@ all that is stored. arXiv 2502.01199, eq. 1 to 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -54,12 +54,40 @@ def double_rounding(
   """
   bits = grid.check_bits(bits)
   grid.check_rounding(rounding)
-  grids = grid.nested_grids(bits, rounding)
-  low, high = grid.code_range(bits[0])
+
+  def scale_of(w):
+    return three_sigma_scale(w, bits[0], per_channel=per_channel)
+
+  quantizer = nested(
+    bits, grid.nested_grids(bits, rounding), rounding, scale_of
+  )
+  options = (
+    ("bits", bits),
+    ("rounding", rounding),
+    ("per_channel", per_channel),
+  )
+  return quantizer._replace(name="double_rounding", options=options)
+
+
+def nested(
+  bits: tuple[int, ...],
+  grids: tuple[grid.Grid, ...],
+  rounding: str,
+  scale_of: Callable[[Float[Array, ...]], Float[Array, ...]],
+) -> WeightQuantizer:
+  """Builds a quantizer whose lower codes derive from the highest ones.
+
+  Args:
+    bits: candidate bit-widths, checked.
+    grids: one per bit-width, from `grid.nested_grids`.
+    rounding: rule of the second rounding.
+    scale_of: initial scale of a weight, float32, broadcastable to it.
+  """
+  low, high = int(grids[0].first_low), int(grids[0].first_high)
 
   def init(w):
     grid.check_finite("weight", w)
-    return {"scale": three_sigma_scale(w, bits[0], per_channel=per_channel)}
+    return {"scale": scale_of(w)}
 
   def fake_quantize(params, w, index):
     grid.check_index(index, bits)
@@ -83,11 +111,6 @@ def double_rounding(
     codes = jnp.clip(codes.astype(scale.dtype), target.low, target.high)
     return codes * (scale * target.step)
 
-  options = (
-    ("bits", bits),
-    ("rounding", rounding),
-    ("per_channel", per_channel),
-  )
   return WeightQuantizer(
     bits=bits,
     init=init,
@@ -95,8 +118,6 @@ def double_rounding(
     encode=encode,
     decode=decode,
     stored_bits=bits[0],
-    name="double_rounding",
-    options=options,
   )
 
 

@@ -45,7 +45,8 @@ class Grid(NamedTuple):
   step: Number  # 2^D, the width of a level in units of the scale
   first_low: Number  # code range of the first rounding, at step 1
   first_high: Number
-  top: Number  # largest v = w / (scale * step) that still has a gradient
+  bottom: Number  # smallest and largest v = w / (scale * step) that still
+  top: Number  # have a gradient
 
 
 class _Core(NamedTuple):
@@ -124,22 +125,28 @@ def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
 def single_grids(bits: tuple[int, ...], *, signed: bool) -> tuple[Grid, ...]:
   """Grids of methods with one rounding: codes of `b` bits at step 1."""
   ranges = [code_range(b, signed=signed) for b in bits]
-  return tuple(Grid(low, high, 1, low, high, high) for low, high in ranges)
+  return tuple(Grid(*ends, 1, *ends, *ends) for ends in ranges)
 
 
-def nested_grids(bits: tuple[int, ...], rounding: str) -> tuple[Grid, ...]:
+def nested_grids(
+  bits: tuple[int, ...], rounding: str, *, symmetric: bool = False
+) -> tuple[Grid, ...]:
   """Grids of a signed integer model whose lower bit-widths derive from it.
 
   Under "floor" the second rounding never clips, so that the gradient lives on
-  the whole range of the first one: `top` is its largest code.
+  the whole range of the first one: `top` is its largest code. `symmetric`
+  leaves the lowest code of the highest bit-width out.
   """
   first_low, first_high = code_range(bits[0])
+  if symmetric:
+    first_low = -first_high
   grids = []
   for b in bits:
     low, high = code_range(b)
     step = 2 ** (bits[0] - b)
     top = first_high / step if rounding == "floor" else high
-    grids.append(Grid(low, high, step, first_low, first_high, top))
+    bottom = first_low / step
+    grids.append(Grid(low, high, step, first_low, first_high, bottom, top))
   return tuple(grids)
 
 
@@ -207,7 +214,7 @@ def round_straight_through(
   With v = x / (scale * step), q the code, and N the number of elements that
   share a scale entry:
     out = q * scale * step
-    d out / d x = 1 where low <= v <= top, else 0
+    d out / d x = 1 where bottom <= v <= top, else 0
     d out / d scale = step / sqrt(N * high) * (q - v inside, q outside)
   Under shard_map, N counts the elements of one shard.
 
@@ -248,7 +255,7 @@ def _backward(core, residuals, g):
   q, x32, unit = _quantize(core, x, scale, numbers)
   # Explicit masks: jnp.clip would pass half of the gradient at exact ends. On
   # x, not on v, whose rounding error would push the end codes themselves out.
-  inside = (x32 >= numbers.low * unit) & (x32 <= numbers.top * unit)
+  inside = (x32 >= numbers.bottom * unit) & (x32 <= numbers.top * unit)
   slope = q - jnp.where(inside, x32 * (1 / unit), 0)
   elements = max(x.size // max(jnp.size(scale), 1), 1)
   slope *= numbers.step / (math.sqrt(elements) * _sqrt(numbers.high))

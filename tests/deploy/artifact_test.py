@@ -23,6 +23,7 @@ METHODS = {
   "floor": quant.double_rounding((8, 5, 3), rounding="floor"),
   "per_tensor": quant.double_rounding((7, 2), per_channel=False),
   "four_bits": quant.double_rounding((4, 3, 2), rounding="half_up"),
+  "bit_mixer": quant.bit_mixer((8, 4, 2)),
   "lsq": quant.lsq((8, 4)),
   "lsq_single": quant.lsq((4,)),
 }

@@ -129,11 +129,14 @@ def test_select_gives_the_same_numbers_for_int_and_traced_index():
 
 def test_nested_grids_extend_the_gradient_to_the_first_range_under_floor():
   eight, two = grid.nested_grids((8, 2), "half_even")
-  assert eight == (-128, 127, 1, -128, 127, 127)
-  assert two == (-2, 1, 64, -128, 127, 1)
+  assert eight == (-128, 127, 1, -128, 127, -128, 127)
+  assert two == (-2, 1, 64, -128, 127, -2, 1)
   eight, two = grid.nested_grids((8, 2), "floor")
-  assert eight == (-128, 127, 1, -128, 127, 127)
-  assert two == (-2, 1, 64, -128, 127, 127 / 64)
+  assert eight == (-128, 127, 1, -128, 127, -128, 127)
+  assert two == (-2, 1, 64, -128, 127, -2, 127 / 64)
+  eight, two = grid.nested_grids((8, 2), "floor", symmetric=True)
+  assert eight == (-128, 127, 1, -127, 127, -127, 127)
+  assert two == (-2, 1, 64, -127, 127, -127 / 64, 127 / 64)
 
 
 def test_positive_clamps_any_scale_to_its_interval():
