@@ -6,6 +6,7 @@ import pytest
 
 from dr_jax import pipeline
 from dr_jax.config import ConfigError, from_dict
+from dr_jax.deploy import ArtifactError
 from dr_jax.main import table
 
 
@@ -15,16 +16,15 @@ def strict_numerics():
   yield
 
 
-def _config(**changes):
+def _config():
   return from_dict(
     {
-      "stages": ("pretrain", "multi_precision", "separate"),
+      "stages": ("pretrain", "multi_precision", "separate", "export"),
       "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 3, 4)}},
       "quant": {"bits": (8, 2)},
       "pretrain": {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1},
       "train": {"epochs": 1, "vectorize": "sequential"},
     }
-    | changes
   )
 
 
@@ -40,7 +40,7 @@ def test_separate_trains_one_network_per_bit_width_beside_the_joint_one(
   workdir, summary = finished
   stages = summary["stages"]
   assert set(stages) == {
-    "pretrain", "multi_precision", "separate/8", "separate/2"
+    "pretrain", "multi_precision", "separate/8", "separate/2", "export"
   }  # fmt: skip
   for bits in ("8", "2"):
     assert list(stages[f"separate/{bits}"]["scores"]) == [bits]
@@ -63,7 +63,7 @@ def test_the_table_shows_separate_runs_also_without_a_joint_one(finished):
     for b in ("8", "2")
   ]
   assert list(column.cells)[1:] == [f"{score:.2f}" for score in scores]
-  del summary["stages"]["multi_precision"]
+  del summary["stages"]["multi_precision"], summary["stages"]["export"]
   assert list(table(summary).columns[-1].cells)[1:] == [
     f"{score:.2f}" for score in scores
   ]
@@ -81,6 +81,23 @@ def test_a_kill_between_the_last_number_and_the_result_repeats_nothing(
   assert json.loads(result.read_text())["scores"] == before
   again = sorted((workdir / "metrics.jsonl").read_text().splitlines())
   assert again == numbers
+
+
+def test_an_artifact_that_scores_otherwise_than_the_network_is_an_error(
+  finished,
+):
+  workdir, _ = finished
+  trained = workdir / "multi_precision" / "result.json"
+  before = trained.read_text()
+  other = json.loads(before)
+  other["scores"]["2"]["loss"] += 1e-6
+  trained.write_text(json.dumps(other))
+  (workdir / "export" / "result.json").unlink()
+  with pytest.raises(ArtifactError, match="export/model: scores .* but the tr"):
+    pipeline.run(_config(), workdir)
+  assert not (workdir / "export" / "result.json").exists()
+  trained.write_text(before)
+  pipeline.run(_config(), workdir)
 
 
 def test_a_kill_while_the_configuration_is_written_leaves_a_usable_directory(

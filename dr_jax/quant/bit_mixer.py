@@ -11,13 +11,11 @@ LSQ's for the scale) is our reading, and no parity is claimed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-
-import jax.numpy as jnp
 
 from dr_jax.quant import grid
 from dr_jax.quant.double_rounding import nested
+from dr_jax.quant.lsq import initial_scale
 from dr_jax.quant.quantizer import WeightQuantizer
 
 
@@ -49,12 +47,7 @@ def bit_mixer(
   grids = grid.nested_grids(bits, "floor", symmetric=True)
 
   def scale_of(w):
-    w = grid.widened(w)
-    axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
-    size = 2 * jnp.abs(w).mean(axes, keepdims=True)
-    return grid.positive(size / math.sqrt(grids[0].first_high)).astype(
-      jnp.float32
-    )
+    return initial_scale(w, grids[0].first_high, per_channel=per_channel)
 
   quantizer = nested(bits, grids, "floor", scale_of)
   options = (("bits", bits), ("per_channel", per_channel))

@@ -51,9 +51,8 @@ def lsq(
 
   def init(w):
     grid.check_finite("weight", w)
-    axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
-    size = 2 * jnp.abs(grid.widened(w)).mean(axes, keepdims=True)
-    return {"scale": _scale_per_bits(size, grids)}
+    scales = [initial_scale(w, g.high, per_channel=per_channel) for g in grids]
+    return {"scale": jnp.stack(scales)}
 
   def fake_quantize(params, w, index):
     grid.check_index(index, bits)
@@ -124,7 +123,7 @@ def lsq_activation(
     settled()
     grid.check_finite("activation", x)
     size = 2 * jnp.abs(grid.widened(x)).mean()
-    return {"scale": _scale_per_bits(size, grids)}
+    return {"scale": jnp.stack([_scale(size, g.high) for g in grids])}
 
   def fake_quantize(params, x, index):
     settled()
@@ -178,7 +177,23 @@ def fake_quantize(
   return grid.round_straight_through(x, scale, grids, 0)
 
 
-def _scale_per_bits(size, grids):
-  """Stacks size / sqrt(Q_P) over bit-widths: float32 [B, *size.shape]."""
-  scales = [size / math.sqrt(g.high) for g in grids]
-  return grid.positive(jnp.stack(scales)).astype(jnp.float32)
+def initial_scale(
+  w: Float[Array, ...], high: grid.Number, *, per_channel: bool
+) -> Float[Array, ...]:
+  """LSQ's first scale of a weight, 2 mean|w| / sqrt(high).
+
+  Args:
+    w: weight [..., c_out].
+    high: the largest code, Q_P.
+    per_channel: reduce over all axes but the last, else over all.
+
+  Returns:
+    float32, rank of w: [1, ..., 1, c_out], or all ones.
+  """
+  axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
+  size = 2 * jnp.abs(grid.widened(w)).mean(axes, keepdims=True)
+  return _scale(size, high)
+
+
+def _scale(size, high):
+  return grid.positive(size / math.sqrt(high)).astype(jnp.float32)

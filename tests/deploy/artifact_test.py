@@ -202,14 +202,13 @@ def mixed_dtypes(strict_numerics):
     yield
 
 
-def _half(**options):
+def _half():
   x = jax.random.normal(jax.random.key(0), (4, 6))
   model = nn.quantize(
     Half(nnx.Rngs(0)),
     weight=quant.double_rounding((8, 2)),
     activation=quant.lsq_activation((8, 2)),
     sample=x,
-    **options,
   )
   return model, x
 

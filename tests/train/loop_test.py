@@ -27,14 +27,16 @@ class _Batches:
     return {"label": np.full(4, step)}
 
 
-def _step(nan_at=None, poison=None):
+def _step(nan_at=None, poison=None, spoil=None):
   def step(state, batch):
     number = int(batch["label"][0]) + 1
     params = {"w": state.params["w"] + number}
     losses = jnp.array([1.0, jnp.nan if number == nan_at else 2.0])
     if number == poison:
       params = {"w": params["w"] * jnp.inf}
-    return state._replace(step=state.step + 1, params=params), losses
+    opt_state = {"m": jnp.full(2, jnp.nan if number == spoil else 0.0)}
+    state = state._replace(params=params, opt_state=opt_state)
+    return state._replace(step=state.step + 1), losses
 
   return step
 
@@ -95,3 +97,12 @@ def test_metrics_hold_the_mean_loss_of_each_bit_width(tmp_path):
     (r["step"], r["bits"], r["value"]) for r in records if r["name"] == "loss"
   ]
   assert losses == [(5, 8, 1.0), (5, 2, 2.0), (10, 8, 1.0), (10, 2, 2.0)]
+
+
+def test_a_spoilt_optimizer_is_not_saved(tmp_path):
+  with Checkpoints(tmp_path / "c") as checkpoints:
+    loop = _loop(tmp_path, checkpoints, step=_step(spoil=8))
+    message = "its optimizer is NaN or infinite after step 8; .* step 4 is kept"
+    with pytest.raises(NonFiniteError, match=message):
+      loop.run(_state())
+    assert checkpoints.latest() == 4
