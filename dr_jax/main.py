@@ -136,7 +136,7 @@ def _unknown_field(argv):
   overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
   # Parse the rest alone, to see the file; config_flags looks at sys.argv.
   sys.argv = [a for a in argv if a not in overrides]
-  flags.FLAGS(sys.argv)
+  flags.FLAGS(sys.argv, known_only=True)
   for override in overrides:
     node = _CONFIG.value
     for key in override.partition("=")[0].split(".")[1:]:

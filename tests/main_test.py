@@ -198,6 +198,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
   [
     ("--config.train.epohcs=5", "no field 'epohcs'; allowed are alrs, epochs"),
     ("--config.trian.epochs=5", "no field 'trian'; allowed are check"),
+    ("--config.train.epohcs=5 --bogus=1", "no field 'epohcs'; allowed are"),
     ("--config.train.epochs.x=5", "'x' is below a plain value"),
     ("--config.train.epochs=many", "epochs=many: invalid literal for int"),
     ("--config.quant.bits=(8,9)", r"quant.bits=\(8, 9\): allowed are"),
@@ -228,7 +229,7 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, start, flag, message):
 
   workdir = finished[0]
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-  process = start(workdir, flag)
+  process = start(workdir, *flag.split(" "))
   out, err = process.communicate(timeout=200)
   assert process.returncode == 2, err
   assert out == ""

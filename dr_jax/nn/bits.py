@@ -27,6 +27,11 @@ class Bits(nnx.Variable):
     """The Bits of the quantized layer number `order`, at the highest."""
     return cls(jnp.int32(0), follows=order)
 
+  @property
+  def order(self) -> int:
+    """Number of the layer it follows, in call order."""
+    return self.get_metadata("follows")
+
 
 class Scale(nnx.Param):
   """A learned quantization parameter: trained, never decayed."""
@@ -145,12 +150,12 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
     name, b = next(iter(wrong.items()))
     raise ValueError(f"bits={b!r} for {name}: allowed are {allowed}")
   index = [allowed.index(bits[name]) for name in layers]
-  for _, variable, order in all_bits(model):
-    variable.set_value(jnp.int32(index[order]))
+  for _, variable in all_bits(model):
+    variable.set_value(jnp.int32(index[variable.order]))
 
 
-def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits, int]]:
-  """Yields every Bits variable: its path, itself, the layer that it follows.
+def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits]]:
+  """Yields every Bits variable with its path.
 
   A quantized layer follows itself; a norm follows the quantized layer whose
   output it normalizes, else the one that was called last before it (the first
@@ -158,4 +163,4 @@ def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits, int]]:
   """
   for path, node in nnx.iter_graph(model):
     if isinstance(node, Bits):
-      yield path, node, node.get_metadata("follows")
+      yield path, node

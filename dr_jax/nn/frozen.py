@@ -83,7 +83,7 @@ def freeze(model: nnx.Module) -> Frozen:
     for name, layer in found.items()
   }
   norms = {
-    paths[id(module)]: StoredNorm(module.order, *module.fold())
+    paths[id(module)]: StoredNorm(module.bits.order, *module.fold())
     for _, module in nnx.iter_modules(model)
     if isinstance(module, BatchNorm)
   }

@@ -61,7 +61,7 @@ def functional(model: nnx.Module) -> Functional:
   params, bits, rest = (
     list(nnx.to_flat_state(state)) for state in (params, bits, rest)
   )
-  followed = {path: order for path, _, order in all_bits(model)}
+  followed = {path: variable.order for path, variable in all_bits(model)}
   layers = len(quantized_layers(model))
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):

@@ -26,7 +26,6 @@ class BatchNorm(nnx.BatchNorm):
 
   Attributes:
     bits: Bits, selects the row; follows one quantized layer.
-    order: number of that layer, in call order.
     scale, bias: NormParam [rows, features], or None.
     mean, var: BatchStat [rows, features], float32; var is the biased one.
   """
@@ -34,7 +33,6 @@ class BatchNorm(nnx.BatchNorm):
   def __init__(self, norm: nnx.BatchNorm, *, rows: int, order: int):
     adopt(self, norm, omit=("scale", "bias", "mean", "var", "promote_dtype"))
     self.rows = rows
-    self.order = order
     self.bits = Bits.following(order)
     self.promote = norm.promote_dtype
     for name in ("scale", "bias"):
@@ -126,7 +124,7 @@ class FoldedNorm(nnx.Module):
   """A BatchNorm for inference: one gain and offset per bit-width.
 
   Attributes:
-    bits, order: as in BatchNorm.
+    bits: as in BatchNorm.
     gain, offset: BatchStat [rows, features].
   """
 
@@ -135,7 +133,6 @@ class FoldedNorm(nnx.Module):
   ):
     self.axis, self.dtype = norm.axis, norm.dtype
     self.promote = norm.promote_dtype
-    self.order = order
     self.bits = Bits.following(order)
     self.gain = nnx.BatchStat(gain)
     self.offset = nnx.BatchStat(offset)
