@@ -1,17 +1,36 @@
 """Multi-precision quantizers as pure functions on arrays."""
 
+from collections.abc import Callable
+
+from dr_jax.quant.adabits import adabits, pact_activation
+from dr_jax.quant.any_precision import any_precision, unit_activation
 from dr_jax.quant.bit_mixer import bit_mixer
+from dr_jax.quant.bitwave import bitwave, skipped_columns
 from dr_jax.quant.double_rounding import double_rounding, switch_codes
+from dr_jax.quant.extreme import binary, ternary
+from dr_jax.quant.float_weight import float_weight
 from dr_jax.quant.grid import (
   ROUNDINGS,
   SCALE_MAX,
   SCALE_MIN,
   check_bits,
   code_range,
+  straight_through,
 )
 from dr_jax.quant.lsq import fake_quantize, lsq, lsq_activation
-from dr_jax.quant.packing import pack, packed_size, unpack
-from dr_jax.quant.quantizer import ActivationQuantizer, WeightQuantizer
+from dr_jax.quant.lsq_plus import lsq_plus, lsq_plus_activation
+from dr_jax.quant.multi_resolution import (
+  multi_resolution,
+  multi_resolution_activation,
+)
+from dr_jax.quant.packing import pack, packed_size, storage, unpack
+from dr_jax.quant.quantizer import (
+  ActivationQuantizer,
+  Storage,
+  WeightQuantizer,
+)
+from dr_jax.quant.term import term_activation, term_quantization
+from dr_jax.quant.truncation import truncation
 
 __all__ = [
   "NAMES",
@@ -19,18 +38,38 @@ __all__ = [
   "SCALE_MAX",
   "SCALE_MIN",
   "ActivationQuantizer",
+  "Storage",
   "WeightQuantizer",
+  "adabits",
+  "any_precision",
+  "binary",
   "bit_mixer",
+  "bitwave",
   "check_bits",
   "code_range",
   "double_rounding",
   "fake_quantize",
+  "float_weight",
   "get",
   "lsq",
   "lsq_activation",
+  "lsq_plus",
+  "lsq_plus_activation",
+  "multi_resolution",
+  "multi_resolution_activation",
   "pack",
   "packed_size",
+  "pact_activation",
+  "skipped_columns",
+  "register",
+  "storage",
+  "straight_through",
   "switch_codes",
+  "term_activation",
+  "term_quantization",
+  "ternary",
+  "truncation",
+  "unit_activation",
   "unpack",
 ]
 
@@ -38,10 +77,41 @@ _FACTORIES = {
   "double_rounding": double_rounding,
   "bit_mixer": bit_mixer,
   "lsq": lsq,
+  "lsq_plus": lsq_plus,
+  "float_weight": float_weight,
+  "truncation": truncation,
+  "bitwave": bitwave,
+  "binary": binary,
+  "ternary": ternary,
   "lsq_activation": lsq_activation,
+  "lsq_plus_activation": lsq_plus_activation,
+  "term_quantization": term_quantization,
+  "term_activation": term_activation,
+  "multi_resolution": multi_resolution,
+  "multi_resolution_activation": multi_resolution_activation,
+  "adabits": adabits,
+  "pact_activation": pact_activation,
+  "any_precision": any_precision,
+  "unit_activation": unit_activation,
 }
 
-NAMES = tuple(_FACTORIES)
+NAMES = _FACTORIES.keys()
+
+
+def register(name: str, factory: Callable) -> None:
+  """Adds a method to the registry, for configurations and artifacts.
+
+  Args:
+    name: what `get`, a configuration and an artifact call it; equal to the
+      `name` of what the factory returns.
+    factory: `factory(bits=..., *, option=default, ...)`, returning a
+      WeightQuantizer or an ActivationQuantizer.
+
+  Raises:
+    ValueError: if the name is taken by another factory.
+  """
+  if _FACTORIES.setdefault(name, factory) is not factory:
+    raise ValueError(f"quantizer {name!r}: is taken; allowed is another name")
 
 
 def get(name: str, **options) -> WeightQuantizer | ActivationQuantizer:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dr_jax.quant import grid
+from dr_jax.quant.packing import storage
 from dr_jax.quant.quantizer import WeightQuantizer
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def double_rounding(
   *,
   rounding: str = "half_even",
   per_channel: bool = True,
+  shared: bool = True,
 ) -> WeightQuantizer:
   """Builds the Double Rounding weight quantizer.
 
@@ -38,12 +40,21 @@ def double_rounding(
   Params: {"scale": float32 [1, ..., 1, c_out]}, or all ones per tensor; starts
   at max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1).
 
+  With `shared=False` only the weights are shared: b bits take the same two
+  roundings with a scale of their own, s_b in place of s. Codes of different
+  scales do not nest, so that float32 weights are stored. Choose that to
+  measure what sharing the scale costs. Params then: {"scale": float32
+  [B, 1, ..., 1, c_out]}, all in units of the highest bit-width and all started
+  alike.
+
   Args:
     bits: candidate bit-widths in 2..8, highest first.
     rounding: rule of the second rounding. "half_even" (the paper's round),
       "half_up" ((q + 2^(D-1)) >> D, needs only the top l+1 bit-planes) or
       "floor" (q >> D, the top l bit-planes).
     per_channel: one scale per entry of the last axis, else one per tensor.
+    shared: one scale for all bit-widths (the paper's method), else one for
+      each (its "Ours*").
 
   Raises:
     ValueError: for bits outside 2..8 or not descending, an unknown rounding,
@@ -58,13 +69,13 @@ def double_rounding(
   def scale_of(w):
     return three_sigma_scale(w, bits[0], per_channel=per_channel)
 
-  quantizer = nested(
-    bits, grid.nested_grids(bits, rounding), rounding, scale_of
-  )
+  build = nested if shared else _unshared
+  quantizer = build(bits, grid.nested_grids(bits, rounding), rounding, scale_of)
   options = (
     ("bits", bits),
     ("rounding", rounding),
     ("per_channel", per_channel),
+    ("shared", shared),
   )
   return quantizer._replace(name="double_rounding", options=options)
 
@@ -74,6 +85,9 @@ def nested(
   grids: tuple[grid.Grid, ...],
   rounding: str,
   scale_of: Callable[[Float[Array, ...]], Float[Array, ...]],
+  *,
+  first: str = "half_even",
+  center: float = 0.0,
 ) -> WeightQuantizer:
   """Builds a quantizer whose lower codes derive from the highest ones.
 
@@ -82,6 +96,8 @@ def nested(
     grids: one per bit-width, from `grid.nested_grids`.
     rounding: rule of the second rounding.
     scale_of: initial scale of a weight, float32, broadcastable to it.
+    first: rule of the first rounding.
+    center: added to a code when it becomes a weight, at every bit-width.
   """
   low, high = int(grids[0].first_low), int(grids[0].first_high)
 
@@ -93,22 +109,31 @@ def nested(
     grid.check_index(index, bits)
     grid.check_finite("weight", w)
     return grid.round_straight_through(
-      w, params["scale"], grids, index, rounding=rounding, double=True
+      w,
+      params["scale"],
+      grids,
+      index,
+      rounding=rounding,
+      double=True,
+      first=first,
+      center=center,
     )
 
   def encode(params, w):
     grid.check_finite("weight", w)
     w, scale = grid.working_floats(w, params["scale"])
-    codes = grid.first_codes(w, scale, low, high)
+    codes = grid.first_codes(w, scale, low, high, first)
     return {"codes": codes.astype(jnp.int8), "scale": scale}
 
   def decode(encoded, index):
     grid.check_index(index, bits)
     shift = _at([bits[0] - b for b in bits], index)
-    codes = _shift_codes(encoded["codes"], shift, rounding)
+    codes = shift_codes(encoded["codes"], shift, rounding)
     target = grid.select(grids, index)
     scale = encoded["scale"]
     codes = jnp.clip(codes.astype(scale.dtype), target.low, target.high)
+    if center:
+      codes = codes + center
     return codes * (scale * target.step)
 
   return WeightQuantizer(
@@ -118,6 +143,7 @@ def nested(
     encode=encode,
     decode=decode,
     stored_bits=bits[0],
+    storage=storage(bits, bits[0]),
   )
 
 
@@ -153,7 +179,7 @@ def switch_codes(
     raise ValueError(f"to_bits={to_bits}: allowed are 2..from_bits={from_bits}")
   low, high = grid.code_range(to_bits)
   codes = grid.check_integers("codes", codes)
-  shifted = _shift_codes(codes, from_bits - to_bits, rounding)
+  shifted = shift_codes(codes, from_bits - to_bits, rounding)
   return jnp.clip(shifted, low, high).astype(jnp.int8)
 
 
@@ -178,7 +204,42 @@ def three_sigma_scale(
   return grid.positive(bound / 2 ** (bits - 1)).astype(jnp.float32)
 
 
-def _shift_codes(codes, shift, rounding):
+def _unshared(bits, grids, rounding, scale_of):
+  """Double Rounding with a scale per bit-width on shared float weights."""
+
+  def init(w):
+    grid.check_finite("weight", w)
+    return {"scale": jnp.stack([scale_of(w)] * len(bits))}
+
+  def fake_quantize(params, w, index):
+    grid.check_index(index, bits)
+    grid.check_finite("weight", w)
+    return grid.round_straight_through(
+      w, params["scale"][index], grids, index, rounding=rounding, double=True
+    )
+
+  def encode(params, w):
+    grid.check_finite("weight", w)
+    w, scale = grid.working_floats(w, params["scale"])
+    return {"weight": w, "scale": scale}
+
+  def decode(encoded, index):
+    return fake_quantize(encoded, encoded["weight"], index)
+
+  return WeightQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    encode=encode,
+    decode=decode,
+    stored_bits=32,
+    storage=storage(bits, 32),
+  )
+
+
+def shift_codes(
+  codes: Int[Array, ...], shift: grid.Index, rounding: str
+) -> Int[Array, ...]:
   """Rounds codes / 2^shift in int32; `shift` is an int or an int32 scalar."""
   q = codes.astype(jnp.int32)
   half = (1 << shift) >> 1

@@ -55,26 +55,36 @@ class _Core(NamedTuple):
   rounding: str
   double: bool
   grid: Grid | None
+  first: str
+  center: float
 
 
 def check_bits(
-  bits: Sequence[int], *, lowest: int = 2, highest: int = 8
+  bits: Sequence[int], *, lowest: int = 2, highest: int = 8, method: str = ""
 ) -> tuple[int, ...]:
   """Returns candidate bit-widths as a tuple of ints.
+
+  Args:
+    bits: candidates, highest first.
+    lowest, highest: what is allowed.
+    method: whose bit-widths they are, for the message.
 
   Raises:
     ValueError: if `bits` is empty, not strictly descending, or has an entry
       that is no integer or is outside [lowest, highest].
   """
-  allowed = f"integers from {highest} down to {lowest}, highest first"
+  whose = f"{method} takes" if method else "allowed are"
+  allowed = f"{whose} integers from {highest} down to {lowest}, highest first"
+  if lowest == highest:
+    allowed = f"{whose} ({lowest},) only, candidates being highest first"
   try:
     checked = tuple(operator.index(b) for b in bits)
   except TypeError:
-    raise ValueError(f"bits={bits!r}: allowed are {allowed}") from None
+    raise ValueError(f"bits={bits!r}: {allowed}") from None
   descending = all(a > b for a, b in zip(checked, checked[1:], strict=False))
   inside = all(lowest <= b <= highest for b in checked)
   if not checked or not descending or not inside:
-    raise ValueError(f"bits={bits!r}: allowed are {allowed}")
+    raise ValueError(f"bits={bits!r}: {allowed}")
   return checked
 
 
@@ -189,7 +199,11 @@ def working_floats(
 
 
 def first_codes(
-  w: Float[Array, ...], scale: Float[Array, ...], low: Number, high: Number
+  w: Float[Array, ...],
+  scale: Float[Array, ...],
+  low: Number,
+  high: Number,
+  rounding: str = "half_even",
 ) -> Float[Array, ...]:
   """Integer-valued floats clip(round(w / scale), low, high).
 
@@ -197,7 +211,7 @@ def first_codes(
   operand into that product in some programs and not in others, so that w /
   scale would round differently under jit, eagerly and with a constant scale.
   """
-  return jnp.clip(jnp.round(w * (1 / scale)), low, high)
+  return jnp.clip(round_by(rounding, w * (1 / scale)), low, high)
 
 
 def round_straight_through(
@@ -208,11 +222,13 @@ def round_straight_through(
   *,
   rounding: str = "half_even",
   double: bool = False,
+  first: str = "half_even",
+  center: float = 0.0,
 ) -> Float[Array, ...]:
   """Fake-quantizes x with straight-through gradients for x and scale.
 
-  With v = x / (scale * step), q the code, and N the number of elements that
-  share a scale entry:
+  With v = x / (scale * step), q the code plus `center`, and N the number of
+  elements that share a scale entry:
     out = q * scale * step
     d out / d x = 1 where bottom <= v <= top, else 0
     d out / d scale = step / sqrt(N * high) * (q - v inside, q outside)
@@ -223,18 +239,48 @@ def round_straight_through(
     scale: broadcasts against x with the same rank, or a scalar.
     grids: one per candidate bit-width.
     index: which grid; a Python int folds all constants.
-    rounding: rule of the second rounding; the first is half-to-even.
+    rounding: rule of the second rounding.
     double: whether there is a second rounding.
+    first: rule of the first rounding.
+    center: what a code stands for beyond itself, in levels: 1/2 where codes
+      are floors, so that a value lies amid those that it stands for.
 
   Returns:
     The quantized values, shape and dtype of x.
   """
   if isinstance(index, int | np.integer):
     grid = select(grids, index)
-    core = _Core(rounding, double and bool(grid.step != 1), grid)
+    double = double and bool(grid.step != 1)
+    core = _Core(rounding, double, grid, first, center)
     return _round_straight_through(core, x, scale, None)
   grid = select(grids, index)
-  return _round_straight_through(_Core(rounding, double, None), x, scale, grid)
+  core = _Core(rounding, double, None, first, center)
+  return _round_straight_through(core, x, scale, grid)
+
+
+@jax.custom_vjp
+def straight_through(
+  x: Float[Array, ...], x_hat: Float[Array, ...]
+) -> Float[Array, ...]:
+  """Returns x_hat bit for bit, and passes its gradient to x unchanged.
+
+  (x + stop_gradient(x_hat - x) would round.)
+
+  Args:
+    x: any shape.
+    x_hat: shape and dtype of x, computed from stop_gradient(x): it gets no
+      gradient.
+  """
+  return x_hat
+
+
+def _pass_through(x, g):
+  # Transposing the sum adds over the axes that only x_hat varies over.
+  _, transposed = jax.vjp(lambda x: x + jnp.zeros_like(g), x)
+  return *transposed(g), None
+
+
+straight_through.defvjp(lambda x, x_hat: (x_hat, x), _pass_through)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -274,12 +320,14 @@ _round_straight_through.defvjp(_forward, _backward)
 
 
 def _quantize(core, x, scale, grid):
-  """Returns code, x, and unit = scale * step, all as floats."""
+  """Returns code + center, x, and unit = scale * step, all as floats."""
   x, scale = working_floats(x, scale)
-  q = first_codes(x, scale, grid.first_low, grid.first_high)
+  q = first_codes(x, scale, grid.first_low, grid.first_high, core.first)
   if core.double:
     q = round_by(core.rounding, q / grid.step)
     q = jnp.clip(q, grid.low, grid.high)
+  if core.center:
+    q = q + core.center
   return q, x, scale * grid.step
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from dr_jax.quant import grid
+from dr_jax.quant.packing import storage
 from dr_jax.quant.quantizer import ActivationQuantizer, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def lsq(
   """
   bits = grid.check_bits(bits)
   grids = grid.single_grids(bits, signed=True)
+  stored_bits = bits[0] if len(bits) == 1 else 32
 
   def init(w):
     grid.check_finite("weight", w)
@@ -82,7 +84,8 @@ def lsq(
     fake_quantize=fake_quantize,
     encode=encode,
     decode=decode,
-    stored_bits=bits[0] if len(bits) == 1 else 32,
+    stored_bits=stored_bits,
+    storage=storage(bits, stored_bits),
     name="lsq",
     options=(("bits", bits), ("per_channel", per_channel)),
   )

@@ -17,10 +17,29 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Params = dict[str, jax.Array]
 Encoded = dict[str, jax.Array]
 Options = tuple[tuple[str, Any], ...]
+
+
+class Storage(NamedTuple):
+  """How the encoded arrays of one weight become bytes in a file, and back.
+
+  Host functions on numpy arrays; `quant.storage` builds the usual one.
+
+  Attributes:
+    pack: `pack(encoded) -> packed`, a dict of arrays as a file holds them.
+    unpack: `unpack(packed, shape) -> encoded`, the inverse; `shape` is that of
+      the weight.
+    size: `size(encoded, index) -> bytes` of a copy of the weight that serves
+      the bit-width at `index` and no other.
+  """
+
+  pack: Callable[[Encoded], dict[str, np.ndarray]]
+  unpack: Callable[[dict[str, np.ndarray], tuple[int, ...]], Encoded]
+  size: Callable[[Encoded, int], int]
 
 
 class WeightQuantizer(NamedTuple):
@@ -29,15 +48,18 @@ class WeightQuantizer(NamedTuple):
   Attributes:
     bits: candidate bit-widths, highest first.
     init: `init(w) -> params`, the learned quantization parameters of a weight
-      `w` [..., c_out]: a dict of float32 arrays, possibly empty.
+      `w` [..., c_in, c_out]: a dict of float32 arrays, possibly empty. An
+      entry named "scale" is positive: training keeps it in [SCALE_MIN,
+      SCALE_MAX].
     fake_quantize: `fake_quantize(params, w, index) -> w_hat`, shape and dtype
       of w, differentiable in params and w.
     encode: `encode(params, w) -> encoded`, a dict of arrays: all that a
-      deployed model stores. Integer entries hold codes of `stored_bits` bits.
+      deployed model stores.
     decode: `decode(encoded, index) -> w_hat` in float32, equal to
       fake_quantize bit for bit (after a cast to the dtype of w).
-    stored_bits: bits that one stored weight costs; 32 if a method must keep
-      its floats.
+    stored_bits: bits that one stored weight costs, beside what a channel or
+      layer costs; 32 if a method must keep its floats.
+    storage: how encoded arrays become bytes.
     name: key in the registry: `get(name, **dict(options))` rebuilds this.
     options: keyword arguments of the factory, hashable and JSON-friendly.
   """
@@ -48,6 +70,7 @@ class WeightQuantizer(NamedTuple):
   encode: Callable[[Params, jax.Array], Encoded]
   decode: Callable[[Encoded, Any], jax.Array]
   stored_bits: int
+  storage: Storage
   name: str = ""
   options: Options = ()
 
@@ -57,7 +80,7 @@ class ActivationQuantizer(NamedTuple):
 
   Attributes:
     bits: candidate bit-widths, highest first.
-    init: `init(x) -> params` from one calibration batch.
+    init: `init(x) -> params` from one calibration batch; "scale" as above.
     fake_quantize: `fake_quantize(params, x, index) -> x_hat`, shape and dtype
       of x, differentiable in params and x.
     signed: True for codes -2^(b-1)..2^(b-1)-1, False for 0..2^b-1, None if

@@ -316,6 +316,50 @@ def test_only_the_highest_codes_and_the_scales_are_stored():
   assert quantizer.stored_bits == 6
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_unshared_scales_act_like_a_shared_one_each_on_its_own_bit_width(
+  rounding, per_channel
+):
+  bits = (8, 5, 4, 2)
+  rng = np.random.default_rng(2)
+  w = rng.normal(size=(3, 3, 4, 6)).astype(np.float32)
+  g = rng.normal(size=w.shape).astype(np.float32)
+  options = {"rounding": rounding, "per_channel": per_channel}
+  shared = quant.double_rounding(bits, **options)
+  unshared = quant.double_rounding(bits, shared=False, **options)
+  params = unshared.init(w)
+  first = shared.init(w)["scale"]
+  assert params["scale"].shape == (4, *first.shape)
+  np.testing.assert_array_equal(params["scale"], np.stack([first] * 4))
+  # Scales that drifted apart, so that some weights clip.
+  factors = np.array([0.5, 0.7, 0.6, 0.4], np.float32).reshape(4, 1, 1, 1, 1)
+  scales = np.asarray(params["scale"]) * factors
+  decode = over_bits(lambda encoded, _, i: unshared.decode(encoded, i), shared)
+  decoded = decode(unshared.encode({"scale": scales}, w), w)
+  outs = over_bits(unshared.fake_quantize, shared)({"scale": scales}, w)
+  dscales, dws = gradients(unshared)(scales, w, g)
+  for i in range(4):
+    alone = {"scale": scales[i]}
+    expected = shared.fake_quantize(alone, w, i)
+    np.testing.assert_array_equal(outs[i], expected)
+    np.testing.assert_array_equal(decoded[i], expected)
+    dscale, dw = (d[i] for d in gradients(shared)(scales[i], w, g))
+    np.testing.assert_array_equal(dws[i], dw)
+    np.testing.assert_allclose(dscales[i, i], dscale, rtol=1e-5, atol=1e-5)
+    assert (np.delete(dscales[i], i, axis=0) == 0).all()
+
+
+def test_unshared_scales_store_float_weights():
+  quantizer = quant.double_rounding((6, 4, 2), shared=False)
+  w = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+  encoded = quantizer.encode(quantizer.init(w), w)
+  assert set(encoded) == {"weight", "scale"}
+  np.testing.assert_array_equal(encoded["weight"], w)
+  assert encoded["scale"].shape == (3, 1, 3)
+  assert quantizer.stored_bits == 32
+
+
 @pytest.mark.parametrize(
   "kw, message",
   [
