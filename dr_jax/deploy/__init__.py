@@ -1,5 +1,19 @@
 """One integer file for every bit-width."""
 
-from dr_jax.deploy.artifact import ArtifactError, load, read, save, sizes
+from dr_jax.deploy.artifact import (
+  ArtifactError,
+  layer_sizes,
+  load,
+  read,
+  save,
+  sizes,
+)
 
-__all__ = ["ArtifactError", "load", "read", "save", "sizes"]
+__all__ = [
+  "ArtifactError",
+  "layer_sizes",
+  "load",
+  "read",
+  "save",
+  "sizes",
+]

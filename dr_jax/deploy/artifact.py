@@ -2,8 +2,9 @@
 
 An artifact is a directory:
 
-  model.safetensors  per quantized layer packed codes of `stored_bits` bits,
-                     scales, input scales; folded norms; float parameters
+  model.safetensors  per quantized layer what its method's `storage` packs
+                     (codes, scales), input scales; folded norms; float
+                     parameters
   manifest.json      format version, method and its options (tie rule,
                      candidate bits), layer table, architecture, SHA-256 of
                      the tensors and of the manifest itself
@@ -31,7 +32,7 @@ from dr_jax import models, nn, quant
 from dr_jax.nn.layers import Place
 
 FORMAT = "dr_jax"
-VERSION = 1
+VERSION = 2
 _TENSORS, _MANIFEST = "model.safetensors", "manifest.json"
 
 
@@ -65,10 +66,9 @@ def save(
   frozen = nn.freeze(model)
   tensors, layers = {}, []
   for name, part in frozen.layers.items():
-    layers.append(_describe(part))
-    for key, value in part.encoded.items():
-      if jnp.issubdtype(value.dtype, jnp.integer):
-        value = quant.pack(value, part.weight.stored_bits)
+    packed = part.weight.storage.pack(part.encoded)
+    layers.append(_describe(part, packed))
+    for key, value in packed.items():
       tensors[f"{name}/{key}"] = value
     for key, value in part.input_params.items():
       tensors[f"{name}/input/{key}"] = value
@@ -90,7 +90,7 @@ def save(
     "activation": _spec(first.activation),
     "architecture": architecture,
     "layers": layers,
-    "norms": {name: part.order for name, part in frozen.norms.items()},
+    "norms": {name: part.orders for name, part in frozen.norms.items()},
     "bfloat16": halves,
     "sha256": hashlib.sha256(data).hexdigest(),
   }
@@ -179,21 +179,32 @@ def load(
 def sizes(path: str | os.PathLike) -> dict[int, int]:
   """Bytes that a copy of the model takes at each candidate bit-width.
 
-  Codes of b bits in place of the stored ones, and everything else as it is.
-  A method that keeps float weights takes the same at every bit-width.
+  Of each quantized weight what that bit-width needs, by its method's
+  `storage.size`, and everything else as it is.
   """
-  manifest, tensors = read(path)
-  bits = manifest["method"]["options"]["bits"]
+  layers = layer_sizes(path)
+  _, tensors = read(path)
   total = sum(tensor.nbytes for tensor in tensors.values())
-  codes = [
-    (int(np.prod(layer["shape"])), tensors[f"{layer['name']}/codes"].nbytes)
-    for layer in manifest["layers"]
-    if f"{layer['name']}/codes" in tensors
-  ]
+  stored = sum(layer["stored"] for layer in layers.values())
+  bits = [key for key in next(iter(layers.values())) if key != "stored"]
   return {
-    b: total + sum(quant.packed_size(n, b) - stored for n, stored in codes)
-    for b in bits
+    b: total - stored + sum(layer[b] for layer in layers.values()) for b in bits
   }
+
+
+def layer_sizes(path: str | os.PathLike) -> dict[str, dict[int | str, int]]:
+  """Bytes of each quantized weight: {layer: {"stored": n, 8: n, 4: n, ...}}."""
+  manifest, tensors = read(path)
+  weight = _quantizer(manifest["method"])
+  found = {}
+  for layer in manifest["layers"]:
+    packed = _packed(layer, tensors)
+    encoded = weight.storage.unpack(packed, tuple(layer["shape"]))
+    found[layer["name"]] = {
+      "stored": sum(array.nbytes for array in packed.values()),
+      **{b: weight.storage.size(encoded, i) for i, b in enumerate(weight.bits)},
+    }
+  return found
 
 
 def _frozen(manifest, tensors) -> nn.Frozen:
@@ -202,13 +213,7 @@ def _frozen(manifest, tensors) -> nn.Frozen:
   layers = {}
   for layer in manifest["layers"]:
     name, shape = layer["name"], tuple(layer["shape"])
-    encoded = {}
-    for key in layer["encoded"]:
-      value = jnp.asarray(tensors[f"{name}/{key}"])
-      if key in layer["packed"]:
-        size = int(np.prod(shape))
-        value = quant.unpack(value, weight.stored_bits, size).reshape(shape)
-      encoded[key] = value
+    encoded = weight.storage.unpack(_packed(layer, tensors), shape)
     params = {
       key: jnp.asarray(tensors[f"{name}/input/{key}"]) for key in layer["input"]
     }
@@ -222,11 +227,11 @@ def _frozen(manifest, tensors) -> nn.Frozen:
     )
   norms = {
     name: nn.StoredNorm(
-      order,
+      tuple(orders),
       jnp.asarray(tensors[f"{name}/gain"]),
       jnp.asarray(tensors[f"{name}/offset"]),
     )
-    for name, order in manifest["norms"].items()
+    for name, orders in manifest["norms"].items()
   }
   floats = {
     name.removeprefix("float/"): jnp.asarray(value)
@@ -236,19 +241,18 @@ def _frozen(manifest, tensors) -> nn.Frozen:
   return nn.Frozen(layers, norms, floats)
 
 
-def _describe(part):
+def _packed(layer, tensors):
+  return {key: tensors[f"{layer['name']}/{key}"] for key in layer["packed"]}
+
+
+def _describe(part, packed):
   return {
     "name": part.place.name,
     "order": part.place.order,
     "macs": part.place.macs,
     "shape": part.shape,
     "signed": part.activation and part.activation.signed,
-    "encoded": list(part.encoded),
-    "packed": [
-      key
-      for key, value in part.encoded.items()
-      if jnp.issubdtype(value.dtype, jnp.integer)
-    ],
+    "packed": list(packed),
     "input": list(part.input_params),
   }
 
@@ -258,7 +262,8 @@ def _spec(quantizer):
     return None
   if quantizer.name not in quant.NAMES:
     raise ValueError(
-      f"quantizer {quantizer.name!r}: allowed in an artifact are {quant.NAMES}"
+      f"quantizer {quantizer.name!r}: allowed in an artifact are "
+      f"{', '.join(quant.NAMES)}; see quant.register"
     )
   options = dict(quantizer.options)
   options.pop("signed", None)

@@ -5,6 +5,7 @@ from dr_jax.nn.bits import (
   LayerRow,
   LayerTable,
   NormParam,
+  Offset,
   Scale,
   candidates,
   layer_table,
@@ -16,6 +17,7 @@ from dr_jax.nn.functional import Functional, functional, recalibrate, update
 from dr_jax.nn.layers import Conv, Linear, StoredConv, StoredLinear
 from dr_jax.nn.norm import KINDS as NORMS
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
+from dr_jax.nn.requantize import requantize
 
 __all__ = [
   "NORMS",
@@ -29,6 +31,7 @@ __all__ = [
   "LayerTable",
   "Linear",
   "NormParam",
+  "Offset",
   "Scale",
   "StoredConv",
   "StoredLayer",
@@ -41,6 +44,7 @@ __all__ = [
   "layer_table",
   "quantize",
   "recalibrate",
+  "requantize",
   "set_bits",
   "thaw",
   "update",

@@ -1,4 +1,4 @@
-"""The bit-width as state: one int32 per quantized layer and switchable norm.
+"""The bit-width as state: one int32 per quantized layer, one or two per norm.
 
 A `Bits` variable holds a position in the candidate bit-widths. Because it is
 an array and not an argument, one compiled program serves every assignment and
@@ -34,11 +34,18 @@ class Bits(nnx.Variable):
 
 
 class Scale(nnx.Param):
-  """A learned quantization parameter: trained, never decayed."""
+  """A learned scale of a quantizer: trained, never decayed, kept positive."""
+
+
+class Offset(nnx.Param):
+  """Any other learned quantization parameter (an offset, a clipping level).
+
+  Trained and never decayed, as scales are, but of either sign.
+  """
 
 
 class NormParam(nnx.Param):
-  """Scale or bias of a switchable norm, one row per bit-width."""
+  """Scale or bias of a norm with rows: one per bit-width, or pair of them."""
 
 
 class LayerRow(NamedTuple):
@@ -122,8 +129,8 @@ def layer_table(model: nnx.Module) -> LayerTable:
 def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
   """Sets the bit-width of every quantized layer, in place.
 
-  Norms go along with the layer whose output they see. Nothing is changed if
-  anything is wrong.
+  Norms go along with the layer whose output they see, transitional ones with
+  the layer before that, too. Nothing is changed if anything is wrong.
 
   Args:
     model: what `nn.quantize` or `deploy.load` returned.
@@ -159,7 +166,8 @@ def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits]]:
 
   A quantized layer follows itself; a norm follows the quantized layer whose
   output it normalizes, else the one that was called last before it (the first
-  layer, if there was none).
+  layer, if there was none). A transitional norm also follows the quantized
+  layer that was called just before that one.
   """
   for path, node in nnx.iter_graph(model):
     if isinstance(node, Bits):

@@ -61,8 +61,14 @@ def quantize(
       negative.
     sample: one calibration batch, an array [batch, ...], or a tuple of all
       positional arguments of the model's `__call__`.
-    norm: "switchable", batch norm parameters and statistics per bit-width, or
-      "shared", one set for all.
+    norm: how many sets of parameters and statistics a batch norm has.
+      "switchable": one per bit-width of the layer it follows (arXiv
+      1812.08928). "transitional": one per bit-width of the quantized layer
+      called before that one and its own, for layers of different bit-widths
+      (Bit-Mixer, ICCV 2021; arXiv 2502.01199, section 3.3); one per own
+      bit-width if it follows the first. Call order alone decides which layer
+      is the one before, also at residual joins and shortcuts. "shared": one
+      set for all. `nn.requantize` turns the first kind into the second.
     skip: layers that stay float: names, glob patterns ("head/*"), functions
       from the layer names in call order to names, or a sequence of these.
 
@@ -70,7 +76,8 @@ def quantize(
     ValueError: if bit-widths differ or `norm` is unknown; if the model is
       quantized already or nothing is left to quantize; if a skip matches no
       layer; if weights or inputs are NaN or infinite; if the sample does not
-      reach a layer, or reaches it inside a jax transformation.
+      reach a layer, or reaches it inside a jax transformation; if a layer has
+      inputs of a sign that the activation cannot quantize.
   """
   if activation is not None and activation.bits != weight.bits:
     raise ValueError(
@@ -94,30 +101,28 @@ def quantize(
       f"layers are {names}"
     )
   _warn_of_float_layers(model)
-  rows = len(weight.bits) if norm == "switchable" else 1
-  # One program for all layers: eagerly, each shape compiles its own.
-  kernels = {name: calls[name].module.kernel[...] for name in quantized}
-  scales = jax.jit(lambda trees: {n: weight.init(w) for n, w in trees.items()})(
-    kernels
+  params = layers.initial_params(
+    weight, {name: calls[name].module for name in quantized}
   )
   replacements, order = {}, 0
   for name, call in calls.items():
     if name in quantized:
       order = quantized.index(name)
       place = layers.Place(name, order, call.macs)
-      signed = activation and activation.with_sign(call.signed)
       new = layers.QUANTIZED[type(call.module)](
         call.module,
         place,
         weight,
-        signed,
+        _settled(activation, call.signed, name),
         input_params=call.params,
-        weight_arrays=scales[name],
+        weight_arrays=params[name],
       )
     elif type(call.module) is nnx.BatchNorm:
       source = call.source
       follows = quantized.index(source) if source in quantized else order
-      new = norms.BatchNorm(call.module, rows=rows, order=follows)
+      new = norms.BatchNorm(
+        call.module, kind=norm, candidates=len(weight.bits), order=follows
+      )
     else:
       continue
     replacements[id(call.module)] = new
@@ -163,14 +168,9 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
     for path, module in nnx.iter_modules(model)
     if type(module) in _OBSERVED
   }
-  for name, module in modules.items():
-    if type(module) in layers.QUANTIZED:
-      bad = int((~jnp.isfinite(module.kernel[...])).sum())
-      if bad:
-        raise ValueError(
-          f"weight of layer {name!r}: {bad} values are NaN or infinite; "
-          "allowed are finite numbers"
-        )
+  layers.check_kernels(
+    {n: m for n, m in modules.items() if type(m) in layers.QUANTIZED}
+  )
   inputs: dict[str, list[jax.Array]] = {}
   macs = dict.fromkeys(modules, 0)
   sources: dict[str, str | None] = {}
@@ -236,23 +236,38 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
     if activation is not None and activation.signed is not None:
       signed = activation.signed
     calls[name] = _Call(
-      modules[name], macs[name], signed, params[signed], sources[name]
+      modules[name], macs[name], signed, params.get(signed, {}), sources[name]
     )
   return calls
 
 
 def _input_statistics(module, xs, activation):
-  """Whether inputs are finite and negative, and parameters for either sign."""
+  """Whether inputs are finite and negative, and parameters by sign."""
   # A layer that is called several times has one scale for all its inputs. To
   # touch them finds those that belong to an inner trace, so do it always.
   x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
-  params = ({}, {})
+  params = {}
   if activation is not None and type(module) is not nnx.BatchNorm:
-    params = tuple(activation.with_sign(sign).init(x) for sign in (False, True))
+    for signed in (False, True):
+      try:
+        quantizer = activation.with_sign(signed)
+      except ValueError:
+        continue  # an error only where a layer needs this sign: see _settled
+      params[signed] = quantizer.init(x)
   # Not (x < 0).any(): behind a ReLU, XLA folds that constant at compile time,
   # element by element.
   low, high = x.min(), x.max()
   return jnp.isfinite(low) & jnp.isfinite(high), low < 0, params
+
+
+def _settled(activation, signed, name):
+  """The activation at the sign that a layer needs."""
+  if activation is None:
+    return None
+  try:
+    return activation.with_sign(signed)
+  except ValueError as error:
+    raise ValueError(f"input of layer {name!r}: {error}") from error
 
 
 def _is_array(x):

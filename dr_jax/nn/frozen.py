@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from dr_jax.nn import layers
-from dr_jax.nn.bits import Bits, quantized_layers
+from dr_jax.nn.bits import Bits, Offset, Scale, quantized_layers
 from dr_jax.nn.convert import substitute
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
@@ -32,9 +32,13 @@ class StoredLayer(NamedTuple):
 
 
 class StoredNorm(NamedTuple):
-  """One norm: number of the layer it follows, gain and offset [rows, c]."""
+  """One norm: numbers of the layers it follows, gain and offset [rows, c].
 
-  order: int
+  Of n bit-widths there are n rows for (own,), or one if they share it, and
+  n * n for (previous, own).
+  """
+
+  orders: tuple[int, ...]
   gain: jax.Array
   offset: jax.Array
 
@@ -83,7 +87,7 @@ def freeze(model: nnx.Module) -> Frozen:
     for name, layer in found.items()
   }
   norms = {
-    paths[id(module)]: StoredNorm(module.bits.order, *module.fold())
+    paths[id(module)]: StoredNorm(module.orders, *module.fold())
     for _, module in nnx.iter_modules(model)
     if isinstance(module, BatchNorm)
   }
@@ -143,7 +147,7 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
         "that was quantized"
       )
     replacements[id(norm)] = FoldedNorm(
-      norm, part.gain, part.offset, order=part.order
+      norm, part.gain, part.offset, orders=part.orders
     )
   model = substitute(model, replacements)
   _write(model, frozen.floats)
@@ -173,7 +177,7 @@ def _variables(model) -> dict[str, Any]:
 
 
 def _write(model, floats):
-  kept = nnx.Not(nnx.Any(Bits, nnx.RngState, layers.Encoded, layers.Scale))
+  kept = nnx.Not(nnx.Any(Bits, nnx.RngState, layers.Encoded, Scale, Offset))
   writes = []
   for path, variable in nnx.to_flat_state(nnx.state(model, kept)):
     name = "/".join(map(str, path))

@@ -20,6 +20,7 @@ from flax import nnx
 from dr_jax.nn.bits import (
   Bits,
   NormParam,
+  Offset,
   Scale,
   all_bits,
   quantized_layers,
@@ -41,14 +42,17 @@ class Functional(NamedTuple):
     batch_stats: nested dict of all other state (running statistics, PRNG
       counters).
     kinds: nested dict like params, saying what each leaf is: "weight",
-      "vector" (biases, float norms), "norm" (a switchable norm's rows) or
-      "scale" (learned quantization parameters).
+      "vector" (biases, float norms), "norm" (the rows of a quantized network's
+      norm), "scale" (learned scales of quantizers) or "offset" (their other
+      learned parameters).
+    layers: number of quantized layers; 0 for a float network.
   """
 
   apply: Callable[..., tuple[Any, Tree]]
   params: Tree
   batch_stats: Tree
   kinds: Tree
+  layers: int
 
 
 def functional(model: nnx.Module) -> Functional:
@@ -91,6 +95,7 @@ def functional(model: nnx.Module) -> Functional:
     params=_nest((path, v.get_value()) for path, v in params),
     batch_stats=_nest((path, v.get_value()) for path, v in rest),
     kinds=_nest((path, _kind(v)) for path, v in params),
+    layers=layers,
   )
 
 
@@ -197,6 +202,8 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
 def _kind(variable):
   if isinstance(variable, Scale):
     return "scale"
+  if isinstance(variable, Offset):
+    return "offset"
   if isinstance(variable, NormParam):
     return "norm"
   return "weight" if variable.ndim > 1 else "vector"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn.bits import Bits, Scale
+from dr_jax.nn.bits import Bits, Offset, Scale
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
 
@@ -68,14 +68,15 @@ class Quantized:
     adopt(self, layer, omit=self._omit)
     self.name, self.order, self.macs = place
     self.bits = Bits.following(self.order)
-    self.weight_quantizer = weight
     self.input_quantizer = activation
-    self.input_params = _variables(Scale, input_params)
-    self._hold(weight_arrays)
+    self.input_params = _learned(input_params)
+    self.hold(weight, weight_arrays)
     self.promote = layer.promote_dtype
 
-  def _hold(self, weight_arrays):
-    self.weight_params = _variables(Scale, weight_arrays)
+  def hold(self, weight: WeightQuantizer, arrays: dict[str, jax.Array]) -> None:
+    """Takes a weight quantizer and what it keeps beside the kernel."""
+    self.weight_quantizer = weight
+    self.weight_params = _learned(arrays)
 
   def promote_dtype(self, arrays, /, dtype=None):
     inputs, kernel, bias = arrays
@@ -107,8 +108,10 @@ class Stored(Quantized):
 
   _omit = ("kernel", "promote_dtype")
 
-  def _hold(self, weight_arrays):
-    self.encoded = _variables(Encoded, weight_arrays)
+  def hold(self, weight: WeightQuantizer, arrays: dict[str, jax.Array]) -> None:
+    """Takes a weight quantizer and the encoded kernel."""
+    self.weight_quantizer = weight
+    self.encoded = nnx.Dict({k: Encoded(v) for k, v in arrays.items()})
 
   @property
   def kernel(self) -> jax.Array:
@@ -141,10 +144,35 @@ def encode(layer: Quantized) -> dict[str, jax.Array]:
   return layer.weight_quantizer.encode(params, layer.kernel[...])
 
 
-def _variables(kind: type[nnx.Variable], arrays: dict[str, Any]) -> nnx.Dict:
-  return nnx.Dict({name: kind(value) for name, value in arrays.items()})
+def initial_params(
+  weight: WeightQuantizer, found: dict[str, nnx.Module]
+) -> dict[str, dict[str, jax.Array]]:
+  """Returns the first parameters of a weight quantizer for each layer."""
+  kernels = {name: layer.kernel[...] for name, layer in found.items()}
+  # One program for all layers: eagerly, each shape compiles its own.
+  return jax.jit(lambda trees: {n: weight.init(w) for n, w in trees.items()})(
+    kernels
+  )
+
+
+def check_kernels(found: dict[str, nnx.Module]) -> None:
+  """Raises ValueError for the first layer with a NaN or infinite weight."""
+  for name, layer in found.items():
+    bad = int((~jnp.isfinite(layer.kernel[...])).sum())
+    if bad:
+      raise ValueError(
+        f"weight of layer {name!r}: {bad} values are NaN or infinite; "
+        "allowed are finite numbers"
+      )
 
 
 def arrays_of(variables: nnx.Dict) -> dict[str, jax.Array]:
   """The plain arrays of a dict of variables."""
   return {name: variables[name][...] for name in variables}
+
+
+def _learned(arrays: dict[str, Any]) -> nnx.Dict:
+  """Variables of learned parameters: only "scale" has to stay positive."""
+  return nnx.Dict(
+    {k: (Scale if k == "scale" else Offset)(v) for k, v in arrays.items()}
+  )

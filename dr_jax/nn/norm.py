@@ -1,15 +1,22 @@
 """Batch norm with one set of parameters and statistics per bit-width.
 
+With n candidate bit-widths a norm has rows, by its kind: "switchable", n rows,
+the row of the layer whose output it normalizes; "transitional", n * n rows,
+row previous * n + own, where previous belongs to the quantized layer called
+before that one (none before the first: n rows); "shared", one row.
+
 Statistics come from one pass over the activations (mean of x and of x^2, in
 float32), unless the norm was built with use_fast_variance=False; the two-pass
 form costs a quarter to a third of a training step on CPU. Lower bit-widths
 have other activation statistics: arXiv 1812.08928 (switchable batch norm),
-arXiv 2502.01199, section 3.2.
+Bit-Mixer, ICCV 2021 (transitional batch norm), arXiv 2502.01199, sections 3.2
+and 3.3.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +25,69 @@ from flax import nnx
 from dr_jax.nn.bits import Bits, NormParam
 from dr_jax.nn.layers import adopt
 
-KINDS = ("switchable", "shared")
+KINDS = ("switchable", "transitional", "shared")
 
 
-class BatchNorm(nnx.BatchNorm):
-  """nnx.BatchNorm whose rows are selected by the bit-width.
+class Rows:
+  """What a norm knows of its rows: which layers select among them.
 
   Attributes:
-    bits: Bits, selects the row; follows one quantized layer.
-    scale, bias: NormParam [rows, features], or None.
-    mean, var: BatchStat [rows, features], float32; var is the biased one.
+    rows: how many there are.
+    bits: Bits of the layer whose output is normalized.
+    previous: Bits of the quantized layer called before that one, or None.
   """
 
-  def __init__(self, norm: nnx.BatchNorm, *, rows: int, order: int):
-    adopt(self, norm, omit=("scale", "bias", "mean", "var", "promote_dtype"))
+  def _follow(self, orders, rows):
+    *previous, own = orders
     self.rows = rows
-    self.bits = Bits.following(order)
-    self.promote = norm.promote_dtype
+    self.bits = Bits.following(own)
+    self.previous = Bits.following(*previous) if previous else None
+
+  @property
+  def orders(self) -> tuple[int, ...]:
+    """Numbers of the layers it follows: (own,) or (previous, own)."""
+    own = self.bits.order
+    return (own,) if self.previous is None else (self.previous.order, own)
+
+  @property
+  def row(self) -> int | jax.Array:
+    """Row of the bits in use."""
+    if self.rows == 1:
+      return 0
+    own = self.bits.get_value()
+    if self.previous is None:
+      return own
+    return self.previous.get_value() * math.isqrt(self.rows) + own
+
+
+class BatchNorm(Rows, nnx.BatchNorm):
+  """nnx.BatchNorm whose rows are selected by the bit-widths.
+
+  Attributes:
+    kind: one of KINDS.
+    scale, bias: NormParam [rows, features], or None.
+    mean, var: BatchStat [rows, features], float32; var is the biased one.
+    rows, bits, previous: as in Rows.
+  """
+
+  def __init__(
+    self, norm: nnx.BatchNorm, *, kind: str, candidates: int, order: int
+  ):
+    """Starts all rows from a norm.
+
+    Args:
+      norm: a float norm, or a switchable one, whose row of the own bit-width
+        every transitional row starts from.
+      kind: one of KINDS.
+      candidates: number of candidate bit-widths.
+      order: number of the layer to follow.
+    """
+    adopt(self, norm, omit=("scale", "bias", "mean", "var", "previous"))
+    self.kind = kind
+    pairs = kind == "transitional" and order > 0
+    orders = (order - 1, order) if pairs else (order,)
+    rows = 1 if kind == "shared" else candidates ** len(orders)
+    self._follow(orders, rows)
     for name in ("scale", "bias"):
       value = getattr(norm, name)
       setattr(
@@ -62,7 +115,8 @@ class BatchNorm(nnx.BatchNorm):
     scale = None if self.scale is None else self.scale[row]
     bias = None if self.bias is None else self.bias[row]
     # As in nnx.BatchNorm: without a dtype, parameters can widen the output.
-    x, *_ = self.promote((x, self.mean[row], scale, bias), dtype=self.dtype)
+    arrays = (x, self.mean[row], scale, bias)
+    x, *_ = self.promote_dtype(arrays, dtype=self.dtype)
     if use_running_average:
       mean, var = self.mean[row], self.var[row]
     elif self._is_plain(x, mask):
@@ -74,11 +128,6 @@ class BatchNorm(nnx.BatchNorm):
       self._update(row, mean, var)
     gain, offset = _fold(mean, var, scale, bias, self.epsilon)
     return _affine(x, gain, offset, self.axis)
-
-  @property
-  def row(self) -> int | jax.Array:
-    """Row of the bits in use."""
-    return self.bits.get_value() if self.rows > 1 else 0
 
   def fold(self) -> tuple[jax.Array, jax.Array]:
     """Inference as x * gain + offset: both float32 [rows, features]."""
@@ -120,27 +169,31 @@ class BatchNorm(nnx.BatchNorm):
       statistic.set_value(rows.at[row].set(new))
 
 
-class FoldedNorm(nnx.Module):
-  """A BatchNorm for inference: one gain and offset per bit-width.
+class FoldedNorm(Rows, nnx.Module):
+  """A BatchNorm for inference: its rows as one gain and offset each.
 
   Attributes:
-    bits: as in BatchNorm.
     gain, offset: BatchStat [rows, features].
+    rows, bits, previous: as in Rows.
   """
 
   def __init__(
-    self, norm: nnx.BatchNorm, gain: jax.Array, offset: jax.Array, *, order: int
+    self,
+    norm: nnx.BatchNorm,
+    gain: jax.Array,
+    offset: jax.Array,
+    *,
+    orders: tuple[int, ...],
   ):
     self.axis, self.dtype = norm.axis, norm.dtype
-    self.promote = norm.promote_dtype
-    self.bits = Bits.following(order)
+    self.promote_dtype = norm.promote_dtype
+    self._follow(orders, len(gain))
     self.gain = nnx.BatchStat(gain)
     self.offset = nnx.BatchStat(offset)
 
   def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
-    row = self.bits.get_value() if self.gain.shape[0] > 1 else 0
-    gain, offset = self.gain[row], self.offset[row]
-    x, *_ = self.promote((x, gain, offset), dtype=self.dtype)
+    gain, offset = self.gain[self.row], self.offset[self.row]
+    x, *_ = self.promote_dtype((x, gain, offset), dtype=self.dtype)
     return _affine(x, gain, offset, self.axis)
 
 
@@ -224,4 +277,5 @@ def _affine(x, gain, offset, axis):
 
 
 def _rows(kind, variable, rows):
-  return kind(jnp.repeat(variable[...][None], rows, axis=0))
+  start = jnp.atleast_2d(variable[...])
+  return kind(jnp.tile(start, (rows // len(start), 1)))

@@ -115,21 +115,61 @@ def test_integer_methods_store_no_float_kernel(exported):
 
 def test_sizes_count_codes_at_each_bit_width(exported):
   network, path = exported
-  sizes = deploy.sizes(path)
+  sizes, layers = deploy.sizes(path), deploy.layer_sizes(path)
   bits = nn.candidates(network)
   assert tuple(sizes) == bits
   _, tensors = deploy.read(path)
-  if METHODS["lsq"].bits == bits:
-    assert len(set(sizes.values())) == 1
-    return
-  assert sizes[bits[0]] == sum(t.nbytes for t in tensors.values())
+  total = sum(t.nbytes for t in tensors.values())
+  stored = nn.layer_table(network)
+  assert list(layers) == [row.name for row in stored]
   for b in bits:
     saved = sum(
-      quant.packed_size(row.parameters, bits[0])
-      - quant.packed_size(row.parameters, b)
-      for row in nn.layer_table(network)
+      _main(tensors, row.name).nbytes - quant.packed_size(row.parameters, b)
+      for row in stored
     )
-    assert sizes[b] == sizes[bits[0]] - saved
+    assert sizes[b] == total - saved
+  for name, layer in layers.items():
+    arrays = [t for key, t in tensors.items() if key.startswith(f"{name}/")]
+    inputs = tensors[f"{name}/input/scale"]
+    assert layer["stored"] == sum(t.nbytes for t in arrays) - inputs.nbytes
+
+
+def _main(tensors, name):
+  return tensors.get(f"{name}/codes", tensors.get(f"{name}/weight"))
+
+
+def test_norms_of_pairs_come_back_at_every_assignment(tmp_path):
+  bits = (8, 4, 2)
+  network = nn.quantize(
+    models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS),
+    weight=quant.double_rounding(bits),
+    activation=quant.lsq_activation(bits),
+    sample=_images(0),
+    norm="transitional",
+  )
+  names = [row.name for row in nn.layer_table(network)]
+  assignments = [
+    [bits[(start + step * i) % 3] for i in range(len(names))]
+    for start in range(3)
+    for step in (0, 1, 2)
+  ]
+  for number, assignment in enumerate(assignments):
+    nn.set_bits(network, dict(zip(names, assignment, strict=True)))
+    nn.recalibrate(network, [_images(number)])
+  deploy.save(tmp_path / "model", network, architecture=("resnet", OPTIONS))
+  manifest, tensors = deploy.read(tmp_path / "model")
+  # Shortcuts are called before the two convolutions of their block.
+  assert manifest["norms"]["stage2/block0/norm2"] == [2, 3]
+  assert manifest["norms"]["stage1/block0/norm1"] == [0]
+  assert tensors["stage2/block0/norm2/gain"].shape == (9, 6)
+  loaded = deploy.load(tmp_path / "model")
+  network.eval()
+  for assignment in assignments:
+    for model in (network, loaded):
+      nn.set_bits(model, dict(zip(names, assignment, strict=True)))
+    np.testing.assert_allclose(
+      loaded(_images()), network(_images()), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])

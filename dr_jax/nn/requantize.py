@@ -1,0 +1,88 @@
+"""Gives a trained multi-precision network another method or other norms."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from dr_jax.nn import layers
+from dr_jax.nn import norm as norms
+from dr_jax.nn.bits import all_bits, candidates, quantized_layers
+from dr_jax.nn.convert import substitute
+from dr_jax.quant import WeightQuantizer
+
+
+def requantize(
+  model: nnx.Module,
+  *,
+  weight: WeightQuantizer | None = None,
+  norm: str | None = None,
+) -> nnx.Module:
+  """Returns a copy of a quantized network with other weights or norms.
+
+  For curricula (first float weights, then quantized ones; first one bit-width
+  for the whole network, then one for each layer) and for methods that quantize
+  after training. Kernels, input quantizers, the bits in use and everything
+  else stay as they are.
+
+  Args:
+    model: what `nn.quantize` returned; it is not changed.
+    weight: another weight quantizer with the same bits; its parameters start
+      from the present kernels. None keeps the present one.
+    norm: None, or the kind that the norms have, keeps them. "transitional"
+      turns "switchable" norms into transitional ones: each row (previous, own)
+      starts as the present row own, parameters and statistics.
+
+  Raises:
+    ValueError: if the model is not quantized or holds stored codes, the bits
+      of `weight` are others, a weight is NaN or infinite, or the norms cannot
+      become `norm`.
+
+  References:
+    Bit-Mixer, ICCV 2021 (its three stages); arXiv 2502.01199, section 3.3.
+  """
+  allowed = candidates(model)
+  if weight is not None and weight.bits != allowed:
+    raise ValueError(
+      f"weight.bits={weight.bits}: allowed are the bits of the network, "
+      f"{allowed}"
+    )
+  model = nnx.clone(model)
+  found = quantized_layers(model)
+  for name, layer in found.items():
+    if isinstance(layer, layers.Stored):
+      raise ValueError(
+        f"layer {name}: holds stored codes; allowed is what nn.quantize "
+        "returned"
+      )
+  if weight is not None:
+    layers.check_kernels(found)
+    params = layers.initial_params(weight, found)
+    for name, layer in found.items():
+      layer.hold(weight, params[name])
+  if norm is None:
+    return model
+  model = substitute(model, _replacements(model, norm, len(allowed)))
+  index = {layer.order: layer.bits.get_value() for layer in found.values()}
+  for _, bits in all_bits(model):
+    bits.set_value(index[bits.order])
+  return model
+
+
+def _replacements(model, kind, count):
+  """The norms to replace, by identity, and what replaces them."""
+  if kind not in norms.KINDS:
+    raise ValueError(f"norm={kind!r}: allowed are None and {norms.KINDS}")
+  replacements = {}
+  for _, module in nnx.iter_modules(model):
+    if not isinstance(module, norms.BatchNorm) or module.kind == kind:
+      continue
+    if (module.kind, kind) != ("switchable", "transitional"):
+      also = ", 'transitional'" if module.kind == "switchable" else ""
+      raise ValueError(
+        f"norm={kind!r}: the norms are {module.kind}; allowed are None, "
+        f"{module.kind!r}{also}"
+      )
+    replacements[id(module)] = norms.BatchNorm(
+      module, kind=kind, candidates=count, order=module.bits.order
+    )
+  return replacements
