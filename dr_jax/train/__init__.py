@@ -1,26 +1,35 @@
 """Training at several bit-widths: steps, ALRS, and the loop around them."""
 
+from dr_jax.train.distill import SCHEMES as DISTILLATIONS
+from dr_jax.train.distill import cross_entropy
 from dr_jax.train.evaluate import Score, make_evaluate
 from dr_jax.train.loop import InterruptedRun, Loop, NonFiniteError
 from dr_jax.train.optimizer import NAMES as OPTIMIZERS
 from dr_jax.train.optimizer import make_optimizer
+from dr_jax.train.recipes import CURRICULA, RECIPES, Phase, Recipe
+from dr_jax.train.sampling import SAMPLINGS
 from dr_jax.train.step import (
   SCHEDULES,
   VECTORIZE,
   TrainState,
-  cross_entropy,
   init_state,
   make_step,
   resolve_vectorize,
 )
 
 __all__ = [
+  "CURRICULA",
+  "DISTILLATIONS",
   "OPTIMIZERS",
+  "RECIPES",
+  "SAMPLINGS",
   "SCHEDULES",
   "VECTORIZE",
   "InterruptedRun",
   "Loop",
   "NonFiniteError",
+  "Phase",
+  "Recipe",
   "Score",
   "TrainState",
   "cross_entropy",

@@ -49,7 +49,8 @@ class Loop:
   Attributes:
     stage: name of the stage, for messages and metrics.
     steps: step number at which the run ends.
-    bits: bit-width of each loss; None for the float network.
+    labels: bit-width of each loss, or a word (see `train.sampling`); None for
+      the float network.
     step: see `train.make_step`.
     batches: `[step]` -> batch of numpy arrays.
     checkpoints: where states go, or None.
@@ -61,7 +62,7 @@ class Loop:
 
   stage: str
   steps: int
-  bits: tuple[int | None, ...]
+  labels: tuple[int | str | None, ...]
   step: Step
   batches: Any
   checkpoints: Checkpoints | None = None
@@ -127,7 +128,7 @@ class _Losses:
   def __init__(self, loop: Loop):
     self._loop = loop
     self._pending: collections.deque = collections.deque()
-    self._sum = np.zeros(len(loop.bits))
+    self._sum = np.zeros(len(loop.labels))
     self._count, self._images, self._since = 0, 0, time.monotonic()
 
   def add(self, step, losses, images, progress):
@@ -142,9 +143,9 @@ class _Losses:
   def _take(self, progress):
     step, losses, images = self._pending.popleft()
     losses = np.asarray(losses)
-    for bits, loss in zip(self._loop.bits, losses, strict=True):
+    for label, loss in zip(self._loop.labels, losses, strict=True):
       if not np.isfinite(loss):
-        at = "float" if bits is None else f"{bits} bits"
+        at = "float" if label is None else f"{label} bits"
         raise NonFiniteError(
           f"{self._loop.stage}: loss is {loss} at step {step}, {at}; "
           f"{self._loop._kept()}"
@@ -158,10 +159,10 @@ class _Losses:
 
   def _log(self, step):
     if self._loop.metrics is not None:
-      for bits, total in zip(self._loop.bits, self._sum, strict=True):
+      for label, total in zip(self._loop.labels, self._sum, strict=True):
         mean = float(total / self._count)
         self._loop.metrics.write(
-          self._loop.stage, step, {"loss": mean}, bits=bits
+          self._loop.stage, step, {"loss": mean}, bits=label
         )
       seconds = max(time.monotonic() - self._since, 1e-9)
       self._loop.metrics.write(

@@ -1,10 +1,10 @@
 """Update directions: an optax optimizer, split by what a parameter is.
 
-Kernels and biases have a plain optimizer. Learned scales and rows of
-switchable norms belong to single bit-widths, so that only some of them are in
-use at a time: there every number has an optimizer of its own, which rests
-while the number is not used, as separate parameters would in PyTorch. Weight
-decay acts on kernels only.
+Kernels and biases have a plain optimizer. Learned quantization parameters and
+rows of switchable norms belong to single bit-widths, so that only some of them
+are in use at a time: there every number has an optimizer of its own, which
+rests while the number is not used, as separate parameters would in PyTorch.
+Weight decay acts on kernels only.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def make_optimizer(
     "vector": inner,
     "norm": elementwise(inner),
     "scale": elementwise(inner),
+    "offset": elementwise(inner),
   }
   present = set(jax.tree.leaves(kinds))
   return optax.partition({k: transforms[k] for k in present}, kinds)

@@ -1,22 +1,23 @@
 """One training step of a network at several bit-widths.
 
-Schedules:
-  alternate   for each bit-width, high to low: forward, backward, update
-              (arXiv 2502.01199, algorithm A.2).
-  accumulate  gradients of all bit-widths summed, one update (AdaBits,
+A step visits bit-widths (`train.sampling`), each with a loss of its own
+(`train.distill`). Schedules:
+  alternate   for each visit: forward, backward, update (arXiv 2502.01199,
+              algorithm A.2, with sampling "all").
+  accumulate  gradients of all visits summed, one update (AdaBits,
               Any-Precision).
-How the bit-widths become programs:
+How the visits become programs:
   unroll      one program holds all of them; constants of each bit-width fold.
-  sequential  one program for any of them, called once per bit-width: compiles
+  sequential  one program for any of them, called once per visit: compiles
               once, needs the memory of one.
-  vmap        bit-widths as a batch dimension (accumulate only), which a mesh
-              can spread over devices.
+  vmap        visits as a batch dimension (accumulate only), which a mesh can
+              spread over devices.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ from dr_jax.compilation import jit
 from dr_jax.nn import Functional
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.train import alrs as alrs_lib
+from dr_jax.train import distill as distill_lib
+from dr_jax.train import sampling as sampling_lib
 
 SCHEDULES = ("alternate", "accumulate")
 VECTORIZE = ("auto", "unroll", "sequential", "vmap")
@@ -49,6 +52,7 @@ class TrainState(NamedTuple):
     opt_state: optimizer state.
     batch_stats: running statistics, nested dict.
     key: PRNG key of the run; step t draws from `fold_in(key, t)`.
+    memory: what a distillation scheme carries from step to step.
   """
 
   step: jax.Array
@@ -56,14 +60,25 @@ class TrainState(NamedTuple):
   opt_state: Any
   batch_stats: Any
   key: jax.Array
+  memory: Any
 
 
 def init_state(
   network: Functional,
   optimizer: optax.GradientTransformation,
   key: jax.Array,
+  *,
+  distillation: str = "none",
+  num_classes: int = 0,
 ) -> TrainState:
-  """Returns the state at step 0, with its own copies of all arrays."""
+  """Returns the state at step 0, with its own copies of all arrays.
+
+  Args:
+    network, optimizer: as for `make_step`.
+    key: PRNG key of the run.
+    distillation: as for `make_step`.
+    num_classes: width of the logits, which some schemes carry memory for.
+  """
   params, batch_stats = jax.tree.map(
     jnp.copy, (network.params, network.batch_stats)
   )
@@ -73,14 +88,8 @@ def init_state(
     opt_state=optimizer.init(params),
     batch_stats=batch_stats,
     key=key,
+    memory=distill_lib.get(distillation).init(num_classes),
   )
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Mean cross-entropy; logits [n, classes], labels int [n]; float32."""
-  return optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), labels
-  ).mean()
 
 
 def resolve_vectorize(vectorize: str, schedule: str) -> str:
@@ -113,7 +122,10 @@ def make_step(
   schedule: str = "alternate",
   vectorize: str = "auto",
   alrs: str = "none",
-  loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+  sampling: str = "all",
+  distillation: str = "none",
+  loss_weights: Sequence[float] = (),
+  steps: int | None = None,
 ) -> Step:
   """Builds the training step.
 
@@ -126,19 +138,38 @@ def make_step(
     schedule: "alternate" or "accumulate".
     vectorize: "unroll", "sequential", "vmap" or "auto".
     alrs: how scales learn at each bit-width; see `train.alrs`.
-    loss: (logits, labels) -> scalar.
+    sampling: which bit-widths a step visits; see `train.sampling`.
+    distillation: what each visit learns from; see `train.distill`.
+    loss_weights: one factor per bit-width for its loss and so its gradient,
+      or none; a visit that mixes bit-widths takes the mean of its layers'.
+    steps: length of the run, for schemes that change along it.
 
   Returns:
-    step(state, batch) -> (state, losses [bits]). The state's buffers are
-    donated. `batch` has "image" [n, ...] and "label" [n].
+    step(state, batch) -> (state, losses [visits]), losses unweighted. The
+    state's buffers are donated. `batch` has "image" [n, ...] and "label" [n].
 
   Raises:
-    ValueError: for a name that is not allowed.
+    ValueError: for a name or a number of loss weights that is not allowed.
   """
   vectorize = resolve_vectorize(vectorize, schedule)
   if alrs not in alrs_lib.MODES:
     raise ValueError(f"alrs={alrs!r}: allowed are {alrs_lib.MODES}")
-  parts = _Parts(network, bits, optimizer, learning_rate, alrs, loss)
+  if loss_weights and len(loss_weights) != len(bits):
+    raise ValueError(
+      f"loss_weights={tuple(loss_weights)}: allowed are {len(bits)} numbers, "
+      f"one for each of the bit-widths {bits}"
+    )
+  parts = _Parts(
+    network=network,
+    bits=bits,
+    optimizer=optimizer,
+    learning_rate=learning_rate,
+    alrs=alrs,
+    sampling=sampling_lib.get(sampling),
+    distillation=distill_lib.get(distillation),
+    weights=np.asarray(loss_weights or (1.0,) * len(bits), np.float32),
+    steps=steps,
+  )
   build = {
     ("alternate", "unroll"): _alternate_unrolled,
     ("alternate", "sequential"): _alternate_sequential,
@@ -155,11 +186,27 @@ class _Parts(NamedTuple):
   optimizer: optax.GradientTransformation
   learning_rate: optax.Schedule
   alrs: str
-  loss: Callable
+  sampling: sampling_lib.Sampling
+  distillation: distill_lib.Distillation
+  weights: np.ndarray
+  steps: int | None
+
+  @property
+  def visits(self) -> int:
+    return len(self.sampling.labels(self.bits))
+
+  def indices(self, state: TrainState) -> list[sampling_lib.Index]:
+    """The bit-widths that this step visits."""
+    key = jax.random.fold_in(state.key, state.step)
+    return self.sampling.draw(key, len(self.bits), self.network.layers)
+
+  def stacked_indices(self, state: TrainState) -> jax.Array:
+    """The same as one int32 array [visits] or [visits, layers]."""
+    return jnp.stack([jnp.asarray(i, jnp.int32) for i in self.indices(state)])
 
 
 class _Gradients(NamedTuple):
-  """Gradients of one or several bit-widths, summed.
+  """Gradients of one or several visits, summed.
 
   `weighted` and `total` are sums of factor * |gradient| and of |gradient| for
   the scales: their ratio, the mean ALRS factor, multiplies the update. With
@@ -171,27 +218,86 @@ class _Gradients(NamedTuple):
   total: Any
 
 
-def _gradients(parts, state, batch_stats, batch, index):
-  """Returns gradients, new batch statistics, and the loss at one bit-width."""
+class _Carry(NamedTuple):
+  """What the visits of a step hand on: statistics, memory, teacher's logits."""
+
+  batch_stats: Any
+  memory: Any
+  teacher: Any
+
+
+def _gradients(parts, state, carry, batch, index, visit, *, axis=None):
+  """Returns gradients, the new carry, and the loss of one visit.
+
+  `axis` names the batch dimension that holds the visits, if they run at once.
+  """
+  weight = _at(parts.weights, index)
 
   def loss(params):
     logits, stats = parts.network.apply(
-      params, batch_stats, index, batch["image"], train=True
+      params, carry.batch_stats, index, batch["image"], train=True
     )
-    return parts.loss(logits, batch["label"]), stats
+    answers = jax.lax.stop_gradient(logits.astype(jnp.float32))
+    memory, teacher = _taught(parts, carry, batch, answers, visit, axis)
+    value = parts.distillation.loss(
+      logits, batch["label"], teacher, visit, _progress(parts, state), memory
+    )
+    handed = _handed(parts, carry, answers, visit, axis)
+    return weight * value, (_Carry(stats, memory, handed), value)
 
-  (value, stats), gradients = jax.value_and_grad(loss, has_aux=True)(
+  (_, (carry, value)), gradients = jax.value_and_grad(loss, has_aux=True)(
     state.params
   )
   scales = _only_scales(parts, gradients)
   learning_rate = jnp.float32(parts.learning_rate(state.step))
-  eta = jnp.asarray(alrs_lib.eta(parts.bits), jnp.float32)[index]
   factor = alrs_lib.factor(
-    parts.alrs, eta, alrs_lib.gradient_size(scales), learning_rate
+    parts.alrs,
+    _at(np.asarray(alrs_lib.eta(parts.bits), np.float32), index),
+    alrs_lib.gradient_size(scales),
+    learning_rate,
   )
   total = jax.tree.map(jnp.abs, scales)
   weighted = jax.tree.map(lambda size: factor * size, total)
-  return _Gradients(gradients, weighted, total), stats, value
+  return _Gradients(gradients, weighted, total), carry, value
+
+
+def _taught(parts, carry, batch, answers, visit, axis):
+  """The memory and the teacher's logits that a visit's loss is given."""
+  scheme, labels = parts.distillation, batch["label"]
+  if axis is not None:
+    every = jax.lax.all_gather(answers, axis)
+    memory = scheme.learn(carry.memory, every[0], labels)
+    teacher = 0 if scheme.teacher == "first" else jnp.maximum(visit - 1, 0)
+    return memory, every[teacher]
+  learned = scheme.learn(carry.memory, answers, labels)
+  memory = jax.tree.map(
+    lambda new, old: jnp.where(visit == 0, new, old), learned, carry.memory
+  )
+  return memory, carry.teacher
+
+
+def _handed(parts, carry, answers, visit, axis):
+  """The teacher's logits for the next visit, if there is one."""
+  teacher = parts.distillation.teacher
+  if teacher is None or axis is not None:
+    return ()
+  if teacher == "previous":
+    return answers
+  if isinstance(visit, int):
+    return carry.teacher if visit else answers
+  return jnp.where(visit == 0, answers, carry.teacher)
+
+
+def _progress(parts, state):
+  """How much of the run is done with this step, in (0, 1]."""
+  if parts.steps is None:
+    return jnp.float32(1)
+  return (state.step + 1).astype(jnp.float32) / parts.steps
+
+
+def _at(table, index):
+  """The entry of a table of bit-widths; the mean where layers differ."""
+  return jnp.asarray(table)[jnp.asarray(index)].mean()
 
 
 def _apply(parts, state, gradients):
@@ -245,70 +351,75 @@ def _replace_scales(parts, params, scales):
   )
 
 
-def _substep(parts, state, batch, index):
-  gradients, stats, loss = _gradients(
-    parts, state, state.batch_stats, batch, index
-  )
-  state = _apply(parts, state, gradients)
-  return state._replace(batch_stats=stats), loss
+def _visit(parts, state, carry, batch, index, visit):
+  """Forward, backward, update."""
+  gradients, carry, loss = _gradients(parts, state, carry, batch, index, visit)
+  return _apply(parts, state, gradients), carry, loss
 
 
 def _alternate_unrolled(parts):
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
-    losses = []
-    for index in range(len(parts.bits)):
-      state, loss = _substep(parts, state, batch, index)
+    losses, carry = [], _Carry(state.batch_stats, state.memory, ())
+    for visit, index in enumerate(parts.indices(state)):
+      state, carry, loss = _visit(parts, state, carry, batch, index, visit)
       losses.append(loss)
-    return state._replace(step=state.step + 1), jnp.stack(losses)
+    return _end(state, carry), jnp.stack(losses)
 
   return step
 
 
 def _alternate_sequential(parts):
   @functools.partial(jit, donate_argnums=0)
-  def substep(state, batch, index):
-    state, loss = _substep(parts, state, batch, index)
-    last = index == len(parts.bits) - 1
-    return state._replace(step=state.step + last.astype(jnp.int32)), loss
+  def visit_once(state, batch, visit, teacher=()):
+    index = parts.stacked_indices(state)[visit]
+    carry = _Carry(state.batch_stats, state.memory, teacher)
+    state, carry, loss = _visit(parts, state, carry, batch, index, visit)
+    ended = _end(state, carry)
+    last = visit == parts.visits - 1
+    step = jnp.where(last, ended.step, state.step)
+    return ended._replace(step=step), carry.teacher, loss
+
+  teacher_of = _no_answers(parts)
 
   def step(state, batch):
-    losses = []
-    for index in range(len(parts.bits)):
-      state, loss = substep(state, batch, np.int32(index))
+    losses, teacher = [], teacher_of(state, batch)
+    for visit in range(parts.visits):
+      state, teacher, loss = visit_once(state, batch, np.int32(visit), teacher)
       losses.append(loss)
     return state, jnp.stack(losses)
 
-  step.compiled_per_bits = substep
-  step.lower_per_bits = lambda state, batch: substep.lower(
-    state, batch, np.int32(0)
+  step.compiled_per_visit = visit_once
+  step.lower_per_visit = lambda state, batch: visit_once.lower(
+    state, batch, np.int32(0), teacher_of(state, batch)
   )
   return step
-
-
-def _finish(parts, state, gradients, stats):
-  state = _apply(parts, state, gradients)
-  return state._replace(batch_stats=stats, step=state.step + 1)
 
 
 def _accumulate_unrolled(parts):
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
-    summed, stats, losses = None, state.batch_stats, []
-    for index in range(len(parts.bits)):
-      gradients, stats, loss = _gradients(parts, state, stats, batch, index)
+    summed, losses = None, []
+    carry = _Carry(state.batch_stats, state.memory, ())
+    for visit, index in enumerate(parts.indices(state)):
+      gradients, carry, loss = _gradients(
+        parts, state, carry, batch, index, visit
+      )
       summed = _add(summed, gradients)
       losses.append(loss)
-    return _finish(parts, state, summed, stats), jnp.stack(losses)
+    return _end(_apply(parts, state, summed), carry), jnp.stack(losses)
 
   return step
 
 
 def _accumulate_sequential(parts):
   @functools.partial(jit, donate_argnums=(1, 2))
-  def accumulate(state, stats, summed, batch, index):
-    gradients, stats, loss = _gradients(parts, state, stats, batch, index)
-    return stats, _add(summed, gradients), loss
+  def accumulate(state, carry, summed, batch, visit):
+    index = parts.stacked_indices(state)[visit]
+    gradients, carry, loss = _gradients(
+      parts, state, carry, batch, index, visit
+    )
+    return carry, _add(summed, gradients), loss
 
   @jit
   def zeros(state):
@@ -316,40 +427,77 @@ def _accumulate_sequential(parts):
     tree = _Gradients(state.params, empty, empty)
     return jax.tree.map(jnp.zeros_like, tree)
 
-  finish = jit(functools.partial(_finish, parts), donate_argnums=(0, 2))
+  @functools.partial(jit, donate_argnums=(0, 2))
+  def finish(state, summed, carry):
+    return _end(_apply(parts, state, summed), carry)
+
+  teacher_of = _no_answers(parts)
 
   def step(state, batch):
     summed, losses = zeros(state), []
-    stats = state.batch_stats
-    state = state._replace(batch_stats={})
-    for index in range(len(parts.bits)):
-      stats, summed, loss = accumulate(
-        state, stats, summed, batch, np.int32(index)
+    teacher = teacher_of(state, batch)
+    carry = _Carry(state.batch_stats, state.memory, teacher)
+    state = state._replace(batch_stats={}, memory={})
+    for visit in range(parts.visits):
+      carry, summed, loss = accumulate(
+        state, carry, summed, batch, np.int32(visit)
       )
       losses.append(loss)
-    return finish(state, summed, stats), jnp.stack(losses)
+    return finish(state, summed, carry), jnp.stack(losses)
 
-  step.compiled_per_bits = accumulate
-  step.lower_per_bits = lambda state, batch: accumulate.lower(
-    state, state.batch_stats, zeros(state), batch, np.int32(0)
-  )
+  def lower(state, batch):
+    carry = _Carry(state.batch_stats, state.memory, teacher_of(state, batch))
+    return accumulate.lower(state, carry, zeros(state), batch, np.int32(0))
+
+  step.compiled_per_visit = accumulate
+  step.lower_per_visit = lower
   return step
 
 
 def _accumulate_vmapped(parts):
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
-    indices = jnp.arange(len(parts.bits))
-    gradients, stats, losses = jax.vmap(
-      lambda index: _gradients(parts, state, state.batch_stats, batch, index)
-    )(indices)
+    carry = _Carry(state.batch_stats, state.memory, ())
+    gradients, carries, losses = jax.vmap(
+      lambda index, visit: _gradients(
+        parts, state, carry, batch, index, visit, axis="visits"
+      ),
+      axis_name="visits",
+    )(parts.stacked_indices(state), jnp.arange(parts.visits))
     summed = jax.tree.map(lambda g: g.sum(0), gradients)
     # Every bit-width started from the same statistics and changed its own
     # rows; norms shared by all take the mean of the changes.
-    stats = jax.tree.map(_merge_statistics, state.batch_stats, stats)
-    return _finish(parts, state, summed, stats), losses
+    stats = jax.tree.map(
+      _merge_statistics, state.batch_stats, carries.batch_stats
+    )
+    memory = jax.tree.map(lambda m: m[0], carries.memory)
+    state = _apply(parts, state, summed)
+    return _end(state, _Carry(stats, memory, ())), losses
 
   return step
+
+
+def _end(state, carry):
+  return state._replace(
+    batch_stats=carry.batch_stats, memory=carry.memory, step=state.step + 1
+  )
+
+
+def _no_answers(parts):
+  """Builds the teacher's logits before the first visit: zeros, or nothing."""
+  if parts.distillation.teacher is None:
+    return lambda state, batch: ()
+
+  @jit
+  def zeros(state, batch):
+    index = jnp.int32(0)
+    logits, _ = jax.eval_shape(
+      functools.partial(parts.network.apply, train=True),
+      *(state.params, state.batch_stats, index, batch["image"]),
+    )
+    return jnp.zeros(logits.shape, jnp.float32)
+
+  return zeros
 
 
 def _merge_statistics(old, new):

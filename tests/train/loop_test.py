@@ -19,6 +19,7 @@ def _state():
     opt_state={"m": jnp.zeros(2)},
     batch_stats={"mean": jnp.zeros(1)},
     key=jax.random.key(0),
+    memory={},
   )
 
 
@@ -45,7 +46,7 @@ def _loop(tmp_path, checkpoints, metrics=None, **options):
   defaults = dict(
     stage="joint",
     steps=10,
-    bits=(8, 2),
+    labels=(8, 2),
     step=_step(),
     batches=_Batches(),
     checkpoints=checkpoints,

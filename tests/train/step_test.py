@@ -41,6 +41,7 @@ def _network(norm="switchable"):
 def _run(
   *,
   steps=2,
+  bits=net.BITS,
   schedule="alternate",
   vectorize="unroll",
   mode="none",
@@ -48,20 +49,32 @@ def _run(
   rate=0.05,
   momentum=0.9,
   network=None,
+  distillation="none",
+  steps_in_run=None,
+  **options,
 ):
   network = network or _network()
   transform = make_optimizer(
     optimizer, kinds=network.kinds, weight_decay=1e-3, momentum=momentum
   )
-  state = init_state(network, transform, jax.random.key(0))
+  state = init_state(
+    network,
+    transform,
+    jax.random.key(0),
+    distillation=distillation,
+    num_classes=3,
+  )
   step = make_step(
     network,
-    net.BITS,
+    bits,
     transform,
     optax.constant_schedule(rate),
     schedule=schedule,
     vectorize=vectorize,
     alrs=mode,
+    distillation=distillation,
+    steps=steps_in_run,
+    **options,
   )
   losses = []
   for number in range(steps):
@@ -179,7 +192,7 @@ def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
       alrs=mode,
     )
     state = init_state(network, transform, jax.random.key(0))
-    new, _ = step.compiled_per_bits(state, batch, np.int32(1))
+    new, *_ = step.compiled_per_visit(state, batch, np.int32(1))
     return [
       np.asarray(after - before)
       for after, before, kind in zip(
@@ -302,7 +315,7 @@ def test_only_the_rows_of_a_bit_width_move_in_its_turn():
     vectorize="sequential",
   )
   state = init_state(network, transform, jax.random.key(0))
-  state, _ = step.compiled_per_bits(state, net.batch(0), np.int32(1))
+  state, *_ = step.compiled_per_visit(state, net.batch(0), np.int32(1))
   for path in (("conv1", "input_params"), ("norm2",)):
     before, after = network.params, state.params
     for key in path:
@@ -328,25 +341,170 @@ def test_scales_stay_positive_and_finite_at_a_rate_100_times_too_large(
       assert (leaf >= SCALE_MIN).all() and (leaf <= SCALE_MAX).all()
 
 
-def test_sequential_compiles_once_for_all_bit_widths():
-  network = _network()
+@pytest.mark.parametrize("schedule", ["alternate", "accumulate"])
+@pytest.mark.parametrize(
+  ("distillation", "sampling"),
+  [("none", "all"), ("recursive", "sandwich"), ("none", "mixed")],
+)
+def test_sequential_compiles_once_for_all_bit_widths(
+  schedule, distillation, sampling
+):
+  network = _four()
   transform = make_optimizer("sgd", kinds=network.kinds)
   step = make_step(
     network,
-    net.BITS,
+    FOUR,
     transform,
     optax.constant_schedule(0.01),
+    schedule=schedule,
     vectorize="sequential",
+    sampling=sampling,
+    distillation=distillation,
   )
   state = init_state(network, transform, jax.random.key(0))
   for number in range(3):
     state, _ = step(state, net.batch(number))
-  assert step.compiled_per_bits._cache_size() == 1
+  assert step.compiled_per_visit._cache_size() == 1
+
+
+FOUR = (8, 6, 4, 2)
+
+
+@functools.cache
+def _four():
+  return nn.functional(net.quantized(bits=FOUR))
+
+
+@functools.cache
+def _unrolled(**options):
+  return _run(bits=FOUR, network=_four(), rate=1e-3, **options)
+
+
+@pytest.mark.parametrize("sampling", ["sandwich", "pair", "random", "mixed"])
+@pytest.mark.parametrize(
+  ("schedule", "vectorize"),
+  [
+    ("alternate", "sequential"),
+    ("accumulate", "sequential"),
+    ("accumulate", "vmap"),
+  ],
+)
+def test_drawn_bit_widths_are_the_same_in_every_mode(
+  sampling, schedule, vectorize
+):
+  options = dict(schedule=schedule, sampling=sampling)
+  expected, losses = _unrolled(**options)
+  state, got = _unrolled(**options, vectorize=vectorize)
+  np.testing.assert_allclose(got, losses, rtol=1e-3)
+  _assert_close(state.params, expected.params)
+
+
+# One scheme for every way in which visits depend on each other.
+@pytest.mark.parametrize(
+  "distillation", ["recursive", "highest", "online_label_class_means"]
+)
+@pytest.mark.parametrize(
+  ("schedule", "vectorize"),
+  [
+    ("alternate", "sequential"),
+    ("accumulate", "sequential"),
+    ("accumulate", "vmap"),
+  ],
+)
+def test_teachers_and_memory_are_the_same_in_every_mode(
+  distillation, schedule, vectorize
+):
+  options = dict(schedule=schedule, sampling="sandwich")
+  plain, _ = _unrolled(**options)
+  expected, losses = _unrolled(**options, distillation=distillation)
+  state, got = _unrolled(
+    **options, distillation=distillation, vectorize=vectorize
+  )
+  np.testing.assert_allclose(got, losses, rtol=1e-3)
+  _assert_close(state.params, expected.params)
+  _assert_close(state.memory, expected.memory)
+  moved = max(
+    float(jnp.abs(a - b).max())
+    for a, b in zip(
+      jax.tree.leaves(plain.params),
+      jax.tree.leaves(expected.params),
+      strict=True,
+    )
+  )
+  assert moved > 1e-4  # the scheme does something
+
+
+def test_a_student_learns_from_its_teacher_and_the_teacher_from_labels_alone():
+  """The first update of accumulate is the sum of hand-made gradients."""
+  network, rate, batch = _network(), 1e-4, net.batch(0)
+
+  def logits(params, index):
+    return network.apply(
+      params, network.batch_stats, index, batch["image"], train=True
+    )[0]
+
+  teacher = jax.nn.softmax(jit(logits)(network.params, 0))
+
+  def loss(params):
+    student = jax.nn.log_softmax(logits(params, 1))
+    soft = -(teacher * student).sum(-1).mean()
+    return cross_entropy(logits(params, 0), batch["label"]) + soft
+
+  gradients = jit(jax.grad(loss))(network.params)
+  state, _ = _run(
+    steps=1,
+    schedule="accumulate",
+    distillation="highest",
+    momentum=0.0,
+    rate=rate,
+  )
+  for start, g, kind, new in zip(
+    *map(
+      jax.tree.leaves,
+      (network.params, gradients, network.kinds, state.params),
+    ),
+    strict=True,
+  ):
+    expected = start - rate * (g + 1e-3 * start * (kind == "weight"))
+    np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("vectorize", ["unroll", "sequential", "vmap"])
+def test_loss_weights_multiply_gradients_and_not_reported_losses(vectorize):
+  network, rate, batch = _network(), 1e-3, net.batch(0)
+  stats, total = network.batch_stats, None
+  for index, weight in enumerate((0.1, 3.0)):
+    g, stats = _direct_gradients(network.params, stats, index, batch)
+    g = jax.tree.map(lambda x, weight=weight: weight * x, g)
+    total = g if total is None else jax.tree.map(jnp.add, total, g)
+  options = dict(
+    steps=1, schedule="accumulate", momentum=0.0, rate=rate, vectorize=vectorize
+  )
+  _, plain = _run(**options)
+  state, losses = _run(**options, loss_weights=(0.1, 3.0))
+  np.testing.assert_allclose(losses, plain, rtol=1e-5)
+  for start, g, kind, new in zip(
+    *map(jax.tree.leaves, (network.params, total, network.kinds, state.params)),
+    strict=True,
+  ):
+    expected = start - rate * (g + 1e-3 * start * (kind == "weight"))
+    np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_progress_makes_the_target_softer_along_the_run():
+  options = dict(bits=FOUR, network=_four(), distillation="progressive")
+  _, losses = _run(**options, steps=1, rate=0.0, steps_in_run=10)
+  _, ended = _run(**options, steps=1, rate=0.0, steps_in_run=1)
+  assert losses[0, 0] == ended[0, 0]  # the highest learns from labels
+  assert abs(losses[0, 1:] - ended[0, 1:]).min() > 1e-5
 
 
 @pytest.mark.parametrize(
   ("options", "message"),
   [
+    ({"sampling": "roulette"}, "sampling='roulette': allowed are"),
+    ({"distillation": "teacher"}, "distillation='teacher': allowed are"),
+    ({"loss_weights": (1.0,)}, r"loss_weights=\(1.0,\): allowed are 2 numbers"),
     ({"schedule": "random"}, "schedule='random': allowed are"),
     ({"vectorize": "scan"}, "vectorize='scan': allowed are"),
     ({"vectorize": "vmap"}, "vectorize='vmap': allowed with"),
