@@ -39,15 +39,16 @@ def get_config(arg=None):
   config.model.options.depth = 8
   config.model.options.widths = (16, 64, 160)
 
+  # What the method leaves open here is its own; see train.RECIPES.
+  config.method = "double_rounding"
   config.quant = ml_collections.ConfigDict()
   config.quant.bits = tuple(map(int, arg)) if arg else (8, 6, 4, 2)
-  config.quant.weight = "double_rounding"
-  # Not set: the method's own; so that another method needs no other file.
+  config.quant.weight = config_dict.placeholder(str)
   config.quant.weight_options = ml_collections.ConfigDict()
   config.quant.weight_options.rounding = config_dict.placeholder(str)
   config.quant.weight_options.per_channel = config_dict.placeholder(bool)
-  config.quant.activation = "lsq_activation"
-  config.quant.norm = "switchable"
+  config.quant.activation = config_dict.placeholder(str)
+  config.quant.norm = config_dict.placeholder(str)
 
   config.pretrain = ml_collections.ConfigDict()
   config.pretrain.epochs = 15
@@ -62,7 +63,11 @@ def get_config(arg=None):
   config.train.learning_rate = 1e-3
   config.train.weight_decay = 5e-5
   config.train.momentum = 0.9
-  config.train.schedule = "alternate"
   config.train.vectorize = "auto"
-  config.train.alrs = "eta"
+  config.train.schedule = config_dict.placeholder(str)
+  config.train.sampling = config_dict.placeholder(str)
+  config.train.distillation = config_dict.placeholder(str)
+  config.train.loss_weights = config_dict.placeholder(tuple)
+  config.train.alrs = config_dict.placeholder(str)
+  config.train.curriculum = config_dict.placeholder(str)
   return config

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from dr_jax import nn, quant
-from dr_jax.train import OPTIMIZERS, SCHEDULES, VECTORIZE, alrs
+from dr_jax.train import (
+  CURRICULA,
+  DISTILLATIONS,
+  OPTIMIZERS,
+  RECIPES,
+  SAMPLINGS,
+  SCHEDULES,
+  VECTORIZE,
+  alrs,
+)
 
 STAGES = ("pretrain", "multi_precision", "separate", "export", "report")
 
@@ -41,13 +50,15 @@ class ModelConfig:
 class QuantConfig:
   """Candidate bit-widths and the quantizers of `quant.get`.
 
-  An entry None of `weight_options` leaves that option to the method.
+  An entry None of the options leaves that option to the method; activation
+  "none" leaves the layers' inputs float.
   """
 
   bits: tuple = (8, 6, 4, 2)
   weight: str = "double_rounding"
   weight_options: dict = dataclasses.field(default_factory=dict)
   activation: str = "lsq_activation"
+  activation_options: dict = dataclasses.field(default_factory=dict)
   norm: str = "switchable"
 
 
@@ -63,13 +74,22 @@ class TrainConfig:
   schedule: str = "alternate"
   vectorize: str = "auto"
   alrs: str = "none"
+  sampling: str = "all"
+  distillation: str = "none"
+  loss_weights: tuple = ()
+  curriculum: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A run."""
+  """A run.
+
+  `method` names a recipe of `train.RECIPES`, from which `from_dict` takes the
+  fields of `quant` and `train` that are not set.
+  """
 
   name: str = "run"
+  method: str = "double_rounding"
   seed: int = 0
   stages: tuple = ("pretrain", "multi_precision", "export", "report")
   data: DataConfig = DataConfig()
@@ -82,19 +102,17 @@ class Config:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-  """Builds a checked configuration; missing fields keep their defaults.
+  """Builds a checked configuration.
+
+  Fields that are missing or None take the value of the method's recipe, or
+  else their default.
 
   Raises:
     ConfigError: for an unknown field, a wrong type, or a value that is not
       allowed, naming the field, the value and what is allowed.
   """
-  config = _build(Config, values, "")
-  try:
-    quant.check_bits(config.quant.bits)
-  except ValueError as error:
-    raise ConfigError(f"quant.{error}") from None
-  _one_of("quant.weight", config.quant.weight, quant.NAMES)
-  _one_of("quant.activation", config.quant.activation, quant.NAMES)
+  config = _with_recipe(_build(Config, values, ""), values)
+  quantizers(config.quant)
   _one_of("quant.norm", config.quant.norm, nn.NORMS)
   for stage in config.stages:
     _one_of("stages", stage, STAGES)
@@ -106,7 +124,46 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   _at_least("data.batch_size", config.data.batch_size, 1)
   for name in ("pretrain", "train"):
     _check_recipe(name, getattr(config, name))
+  count, weights = len(config.quant.bits), config.train.loss_weights
+  if weights and len(weights) != count:
+    raise ConfigError(
+      f"train.loss_weights={weights!r}: allowed are {count} numbers, one for "
+      f"each of quant.bits={config.quant.bits}"
+    )
   return config
+
+
+def quantizers(
+  config: QuantConfig,
+) -> tuple[quant.WeightQuantizer, quant.ActivationQuantizer | None]:
+  """Builds the quantizers of a configuration.
+
+  Raises:
+    ConfigError: for a name, a bit-width or an option that is not allowed.
+  """
+  weight = _quantizer(config, "weight", quant.WeightQuantizer)
+  if config.activation == "none":
+    return weight, None
+  return weight, _quantizer(config, "activation", quant.ActivationQuantizer)
+
+
+def _quantizer(config, field, role):
+  name = getattr(config, field)
+  none = ("none",) if field == "activation" else ()
+  _one_of(f"quant.{field}", name, (*none, *quant.NAMES))
+  options = getattr(config, f"{field}_options")
+  chosen = {key: value for key, value in options.items() if value is not None}
+  try:
+    quantizer = quant.get(name, bits=config.bits, **chosen)
+  except (TypeError, ValueError) as error:
+    where = "" if str(error).startswith("bits=") else f"{field}_options: "
+    raise ConfigError(f"quant.{where}{error}") from None
+  if not isinstance(quantizer, role):
+    raise ConfigError(
+      f"quant.{field}={name!r}: is a {type(quantizer).__name__}; allowed is a "
+      f"{role.__name__}"
+    )
+  return quantizer
 
 
 def _check_recipe(name, recipe):
@@ -117,6 +174,46 @@ def _check_recipe(name, recipe):
   _one_of(f"{name}.schedule", recipe.schedule, SCHEDULES)
   _one_of(f"{name}.vectorize", recipe.vectorize, VECTORIZE)
   _one_of(f"{name}.alrs", recipe.alrs, alrs.MODES)
+  _one_of(f"{name}.sampling", recipe.sampling, SAMPLINGS)
+  _one_of(f"{name}.distillation", recipe.distillation, DISTILLATIONS)
+  _one_of(f"{name}.curriculum", recipe.curriculum, CURRICULA)
+  for weight in recipe.loss_weights:
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+      raise ConfigError(
+        f"{name}.loss_weights={recipe.loss_weights!r}: allowed are numbers"
+      )
+    _at_least(f"{name}.loss_weights", weight, 0)
+
+
+def _with_recipe(config, values):
+  """Fills fields of `quant` and `train` that were left to the method."""
+  _one_of("method", config.method, RECIPES)
+  recipe = RECIPES[config.method]
+  bits = config.quant.bits
+  left = {"loss_weights": recipe.loss_weights(bits)} | recipe._asdict()
+  filled = {}
+  for group in ("quant", "train"):
+    given = values.get(group) or {}
+    part = getattr(config, group)
+    missing = {
+      field.name: left[field.name]
+      for field in dataclasses.fields(part)
+      if field.name in left and given.get(field.name) is None
+    }
+    for name in ("weight_options", "activation_options"):
+      if group == "quant" and given.get(name) is not None:
+        missing[name] = _options(name, given, left)
+    filled[group] = dataclasses.replace(part, **missing)
+  return dataclasses.replace(config, **filled)
+
+
+def _options(name, given, left):
+  """Options that are set, and the recipe's where the quantizer is its own."""
+  quantizer = name.removesuffix("_options")
+  set_by_hand = {k: v for k, v in given[name].items() if v is not None}
+  if given.get(quantizer) in (None, left[quantizer]):
+    return {**left[name], **set_by_hand}
+  return set_by_hand
 
 
 def _build(kind, values, prefix):
@@ -130,6 +227,8 @@ def _build(kind, values, prefix):
         f"{prefix}{name}={value!r}: unknown field; allowed are "
         f"{', '.join(types)}"
       )
+    if value is None:
+      continue
     if dataclasses.is_dataclass(types[name]):
       filled[name] = _build(types[name], value, f"{prefix}{name}.")
     else:

@@ -15,7 +15,7 @@ from ml_collections import config_dict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation, pipeline
+from dr_jax import compare, compilation, pipeline
 from dr_jax.checkpoint import CheckpointError
 from dr_jax.config import from_dict
 from dr_jax.train import InterruptedRun, NonFiniteError
@@ -38,10 +38,7 @@ def main(argv: list[str]) -> int:
       raise ValueError(f"argument {argv[1]!r}: allowed are --flags")
     if _CONFIG.value is None:
       raise ValueError("--config: missing; allowed is a configuration file")
-    config = from_dict(_CONFIG.value.to_dict())
-    compilation.cache_on_disk()
-    workdir = _WORKDIR.value or os.path.join("runs", config.name)
-    summary = pipeline.run(config, workdir, interrupted=_on_signals())
+    shown, workdir = _run(_CONFIG.value.to_dict())
   except (ValueError, OSError, CheckpointError) as error:
     return _fail(error, 2)
   except NonFiniteError as error:
@@ -49,9 +46,25 @@ def main(argv: list[str]) -> int:
   except InterruptedRun as error:
     print(error, file=sys.stderr)
     return 128 + error.signal
-  Console().print(table(summary))
+  # A file has no width; a table must not be cut there.
+  Console(width=None if sys.stdout.isatty() else 160).print(shown)
   print(f"workdir: {workdir}")
   return 0
+
+
+def _run(values):
+  """Runs a configuration, or a comparison; returns its table and directory."""
+  compilation.cache_on_disk()
+  if "methods" in values:
+    comparison = compare.from_values(values)
+    workdir = _WORKDIR.value or os.path.join("runs", comparison.base.name)
+    results = compare.run(comparison, workdir, interrupted=_on_signals())
+    return compare.table(results), workdir
+  config = from_dict(values)
+  workdir = _WORKDIR.value or os.path.join("runs", config.name)
+  return table(
+    pipeline.run(config, workdir, interrupted=_on_signals())
+  ), workdir
 
 
 def table(summary: dict) -> Table:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import statistics
 import time
 
 import rich.console
@@ -80,6 +81,26 @@ class MetricsWriter:
     ]
     self._file.write("".join(line + "\n" for line in lines))
     self._file.flush()
+
+  def training_seconds(self, stage, *, images_per_step):
+    """Returns the seconds that the steps of `stage` and of its phases took.
+
+    Steps times the median speed that was logged: neither compilation nor
+    evaluation, nor the pause before a run went on, enters.
+    """
+    steps, speeds = {}, collections.defaultdict(list)
+    for line in self._path.read_text(encoding="utf-8").splitlines():
+      record = json.loads(line)
+      phase = record["stage"]
+      if record["name"] == "images_per_second" and f"{phase}/".startswith(
+        f"{stage}/"
+      ):
+        steps[phase] = record["step"]
+        speeds[phase].append(float(record["value"]))
+    return sum(
+      steps[phase] * images_per_step / statistics.median(speeds[phase])
+      for phase in steps
+    )
 
   def close(self):
     self._file.close()

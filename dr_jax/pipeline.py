@@ -31,7 +31,13 @@ from flax import nnx
 
 from dr_jax import data, deploy, models, nn, quant, train
 from dr_jax.checkpoint import Checkpoints
-from dr_jax.config import Config, ConfigError, TrainConfig
+from dr_jax.config import (
+  Config,
+  ConfigError,
+  QuantConfig,
+  TrainConfig,
+  quantizers,
+)
 from dr_jax.metrics import MetricsWriter
 
 
@@ -40,6 +46,7 @@ def run(
   workdir: str | os.PathLike,
   *,
   interrupted: Callable[[], str | None] = lambda: None,
+  start: nnx.Module | None = None,
 ) -> dict[str, Any]:
   """Runs the stages that a configuration names, in order.
 
@@ -48,6 +55,7 @@ def run(
     workdir: directory of this run; the same configuration goes on where it
       stopped.
     interrupted: returns the name of a signal that asks to stop, else None.
+    start: a trained float network, in place of the stage pretrain.
 
   Returns:
     The summary: what summary.json holds.
@@ -58,7 +66,7 @@ def run(
     ValueError: from the library, for values that are not allowed.
     train.NonFiniteError, train.InterruptedRun: see `train.Loop`.
   """
-  job = Run(config, pathlib.Path(workdir), interrupted)
+  job = Run(config, pathlib.Path(workdir), interrupted, start=start)
   job.claim()
   with job.alone():
     for stage in config.stages:
@@ -69,8 +77,9 @@ def run(
 class Run:
   """One run: its configuration, directory, data and stages."""
 
-  def __init__(self, config, workdir, interrupted):
+  def __init__(self, config, workdir, interrupted, *, start=None):
     self.config = config
+    self.start = start
     self.workdir = workdir
     self.interrupted = interrupted
     self.data = data.load(config.data.name)
@@ -78,8 +87,8 @@ class Run:
     # Before anything is written: values that only the library can judge.
     self._batches(config.seed)
     self._model()
-    self.bits = quant.check_bits(config.quant.bits)
-    self._quantizers(self.bits)
+    self.bits = config.quant.bits
+    quantizers(config.quant)
     for name in ("pretrain", "train"):
       recipe = getattr(config, name)
       try:
@@ -112,7 +121,7 @@ class Run:
         "new or empty directory"
       )
     self.workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(path, mine)
+    write_json(path, mine)
 
   @contextlib.contextmanager
   def alone(self):
@@ -130,22 +139,32 @@ class Run:
   def pretrain(self) -> None:
     """Trains the float network."""
     if self._result("pretrain") is None:
-      self._float()
+      self.float_network()
 
   def multi_precision(self) -> None:
     """Trains one network at all bit-widths jointly, from the float one."""
     if self._result("multi_precision") is None:
-      weight, activation = self._quantizers(self.bits)
-      self._quantized("multi_precision", weight, activation, self.config.train)
+      self._multi_precision()
 
   def separate(self) -> None:
     """Trains one LSQ network per bit-width with the same recipe."""
-    recipe = dataclasses.replace(self.config.train, alrs="none")
+    alone = train.RECIPES["lsq"]
+    recipe = dataclasses.replace(
+      self.config.train,
+      schedule=alone.schedule,
+      sampling=alone.sampling,
+      distillation=alone.distillation,
+      alrs=alone.alrs,
+      loss_weights=(),
+      curriculum=alone.curriculum,
+    )
     for bits in self.bits:
       stage = f"separate/{bits}"
       if self._result(stage) is None:
-        weight = quant.lsq((bits,))
-        self._quantized(stage, weight, quant.lsq_activation((bits,)), recipe)
+        one = QuantConfig(
+          bits=(bits,), weight=alone.weight, activation=alone.activation
+        )
+        self._quantized(stage, one, recipe)
 
   def export(self) -> None:
     """Writes the artifact and evaluates it, read back from disk."""
@@ -155,10 +174,7 @@ class Run:
       deploy.read(path)
       return
     started = time.monotonic()
-    weight, activation = self._quantizers(self.bits)
-    network = self._quantized(
-      "multi_precision", weight, activation, self.config.train
-    )
+    network = self._multi_precision()
     architecture = (self.config.model.name, self._model_options())
     if not path.exists():
       deploy.save(path, network, architecture=architecture)
@@ -174,6 +190,9 @@ class Run:
       started,
       bytes_at={str(b): n for b, n in deploy.sizes(path).items()},
       stored_bytes=sum(file.stat().st_size for file in path.iterdir()),
+      tensor_bytes=sum(
+        tensor.nbytes for tensor in deploy.read(path)[1].values()
+      ),
       float_bytes=sum(
         leaf.nbytes
         for leaf in jax.tree.leaves(nn.functional(self._model()).params)
@@ -182,7 +201,7 @@ class Run:
 
   def report(self) -> None:
     """Writes summary.json."""
-    _write_json(self.workdir / "summary.json", self.summary())
+    write_json(self.workdir / "summary.json", self.summary())
 
   def summary(self) -> dict[str, Any]:
     """What has been reached so far, by stage, and the environment."""
@@ -196,35 +215,66 @@ class Run:
       "environment": environment(),
     }
 
-  def _float(self):
+  def float_network(self) -> nnx.Module:
     """The float network, trained if there is such a stage."""
+    if self.start is not None:
+      return self.start
     if "pretrain" not in self.config.stages:
       return self._model()
     if "pretrain" not in self.trained:
       model = self._model()
-      self._train("pretrain", model, (None,), self.config.pretrain)
+      started = time.monotonic()
+      steps = self._train("pretrain", model, (None,), self.config.pretrain)
+      self._score("pretrain", model, (None,), steps, started)
       self.trained["pretrain"] = model
     return self.trained["pretrain"]
 
-  def _quantized(self, stage, weight, activation, recipe):
+  def _multi_precision(self):
+    config = self.config
+    return self._quantized("multi_precision", config.quant, config.train)
+
+  def _quantized(self, stage, config: QuantConfig, recipe: TrainConfig):
     """A quantized network, trained; restored if its stage is done."""
     if stage in self.trained:
       return self.trained[stage]
-    sample = self._batches(self.config.seed)[0]["image"]
+    weight, activation = quantizers(config)
     network = nn.quantize(
-      self._float(),
+      self.float_network(),
       weight=weight,
       activation=activation,
-      sample=sample,
-      norm=self.config.quant.norm,
+      sample=self._batches(self.config.seed)[0]["image"],
+      norm=config.norm,
     )
-    self._train(stage, network, weight.bits, recipe)
+    started = time.monotonic()
+    phases = train.CURRICULA[recipe.curriculum]
+    present, steps = weight, 0
+    for phase in phases:
+      wanted = weight
+      if phase.weight is not None:
+        wanted = quant.get(phase.weight, bits=weight.bits)
+      network = nn.requantize(
+        network,
+        weight=None if wanted is present else wanted,
+        norm=phase.norm or config.norm,
+      )
+      present = wanted
+      steps = self._train(
+        "/".join(filter(None, (stage, phase.name))),
+        network,
+        weight.bits,
+        dataclasses.replace(recipe, sampling=phase.sampling or recipe.sampling),
+        share=len(phases),
+      )
+    self._score(stage, network, weight.bits, steps, started)
     self.trained[stage] = network
     return network
 
-  def _train(self, stage, model, bits, recipe: TrainConfig):
-    """Trains a model in place to the end of its stage, from where it is."""
-    started = time.monotonic()
+  def _train(self, stage, model, bits, recipe: TrainConfig, *, share=1):
+    """Trains a model in place to the end of a phase, from where it is.
+
+    Returns:
+      The number of steps of the phase.
+    """
     network = nn.functional(model)
     optimizer = train.make_optimizer(
       recipe.optimizer,
@@ -233,9 +283,14 @@ class Run:
       momentum=recipe.momentum,
     )
     batch_size = self.config.data.batch_size
-    steps = max(recipe.epochs * len(self.data.train) // batch_size, 1)
+    images = recipe.epochs * len(self.data.train)
+    steps = max(images // (batch_size * share), 1)
     state = train.init_state(
-      network, optimizer, jax.random.key(self.config.seed)
+      network,
+      optimizer,
+      jax.random.key(self.config.seed),
+      distillation=recipe.distillation,
+      num_classes=self.data.num_classes,
     )
     directory = self.workdir / stage / "checkpoints"
     with (
@@ -246,18 +301,24 @@ class Run:
         state = checkpoints.restore(like=state)
       if int(state.step) < steps:
         metrics.resume(stage, int(state.step))
+        candidates = tuple(32 if b is None else b for b in bits)
+        sampling = train.SAMPLINGS[recipe.sampling]
         loop = train.Loop(
           stage=stage,
           steps=steps,
-          bits=bits,
+          labels=bits if bits == (None,) else sampling.labels(bits),
           step=train.make_step(
             network,
-            tuple(32 if b is None else b for b in bits),
+            candidates,
             optimizer,
             optax.cosine_decay_schedule(recipe.learning_rate, steps),
             schedule=recipe.schedule,
             vectorize=recipe.vectorize,
             alrs=recipe.alrs,
+            sampling=recipe.sampling,
+            distillation=recipe.distillation,
+            loss_weights=recipe.loss_weights,
+            steps=steps,
           ),
           batches=self._batches(self.config.seed),
           checkpoints=checkpoints,
@@ -268,14 +329,23 @@ class Run:
         )
         state = loop.run(state)
       nn.update(model, params=state.params, batch_stats=state.batch_stats)
-      if self._result(stage) is None:
-        scores = self._scores(self._served(model), bits)
-        # A process killed right here has written some of them already.
-        metrics.resume(stage, steps, names=("loss", "images_per_second"))
-        for key, score in scores.items():
-          named = {f"test_{name}": value for name, value in score.items()}
-          metrics.write(stage, steps, named, bits=_bits_or_none(key))
-        self._finish(stage, scores, started)
+    return steps
+
+  def _score(self, stage, model, bits, steps, started):
+    """Scores a trained network and ends its stage, unless that was done."""
+    if self._result(stage) is not None:
+      return
+    scores = self._scores(self._served(model), bits)
+    with MetricsWriter(self.workdir / "metrics.jsonl") as metrics:
+      # A process killed right here has written some of them already.
+      metrics.resume(stage, steps, names=("loss", "images_per_second"))
+      for key, score in scores.items():
+        named = {f"test_{name}": value for name, value in score.items()}
+        metrics.write(stage, steps, named, bits=_bits_or_none(key))
+      seconds = metrics.training_seconds(
+        stage, images_per_step=self.config.data.batch_size
+      )
+    self._finish(stage, scores, started, train_seconds=round(seconds, 1))
 
   def _served(self, model):
     """A quantized network as it is deployed; a float one as it is.
@@ -315,25 +385,6 @@ class Run:
       "channels": self.data.image_shape[-1],
     }
 
-  def _quantizers(self, bits):
-    config = self.config.quant
-    chosen = {k: v for k, v in config.weight_options.items() if v is not None}
-    try:
-      weight = quant.get(config.weight, bits=bits, **chosen)
-    except ValueError as error:
-      raise ConfigError(f"quant.weight_options: {error}") from None
-    activation = quant.get(config.activation, bits=bits)
-    for field, quantizer, role in (
-      ("weight", weight, quant.WeightQuantizer),
-      ("activation", activation, quant.ActivationQuantizer),
-    ):
-      if not isinstance(quantizer, role):
-        raise ConfigError(
-          f"quant.{field}={quantizer.name!r}: is a "
-          f"{type(quantizer).__name__}; allowed is a {role.__name__}"
-        )
-    return weight, activation
-
   def _result(self, stage):
     path = self.workdir / stage / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -341,7 +392,7 @@ class Run:
   def _finish(self, stage, scores, started, **more):
     seconds = round(time.monotonic() - started, 1)
     result = {"scores": scores, "seconds": seconds, **more}
-    _write_json(self.workdir / stage / "result.json", result)
+    write_json(self.workdir / stage / "result.json", result)
 
 
 def environment() -> dict[str, str]:
@@ -367,7 +418,7 @@ def _bits_or_none(key):
   return None if key == "float" else int(key)
 
 
-def _write_json(path, value):
+def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a file that is complete or absent."""
   path.parent.mkdir(parents=True, exist_ok=True)
   draft = _draft(path)

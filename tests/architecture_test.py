@@ -20,6 +20,7 @@ FLOORS = {
       "train search deploy report",
       "config",
       "pipeline",
+      "compare",
       "main benchmarks",
     ],
     start=1,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dr_jax.config import Config, ConfigError, from_dict
+from dr_jax.config import Config, ConfigError, from_dict, quantizers
+from dr_jax.train import RECIPES
 
 
 def test_missing_fields_keep_their_defaults():
@@ -16,10 +17,90 @@ def test_numbers_and_lists_take_the_type_of_their_field():
   assert config.quant.bits == (8, 2)
 
 
+def test_a_method_sets_what_is_left_open_and_nothing_else():
+  config = from_dict({"method": "adabits"})
+  assert config.quant.weight == "adabits"
+  assert config.quant.weight_options == {"scheme": "modified", "rescale": True}
+  assert config.quant.activation == "pact_activation"
+  assert config.train.schedule == "accumulate"
+  assert config.train.alrs == "none"
+  assert config.pretrain.schedule == "alternate"
+  by_hand = from_dict(
+    {
+      "method": "adabits",
+      "quant": {
+        "weight_options": {"scheme": "centered", "rescale": None},
+        "activation": "lsq_activation",
+      },
+      "train": {"schedule": "alternate", "alrs": None},
+    }
+  )
+  assert by_hand.quant.weight_options == {
+    "scheme": "centered",
+    "rescale": True,
+  }
+  assert by_hand.quant.activation == "lsq_activation"
+  assert by_hand.train.schedule == "alternate"
+
+
+def test_options_of_a_recipe_do_not_follow_another_quantizer():
+  values = {"method": "adabits", "quant": {"weight": "lsq"}}
+  config = from_dict(values)
+  assert config.quant.weight_options == {}
+  values["quant"]["weight_options"] = {"per_channel": False}
+  assert from_dict(values).quant.weight_options == {"per_channel": False}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_recipe_is_a_configuration(method):
+  bits = {"binary": (1,), "ternary": (2,)}.get(method, (8, 6, 4, 2))
+  config = from_dict({"method": method, "quant": {"bits": bits}})
+  weight, activation = quantizers(config.quant)
+  assert weight.bits == bits
+  assert activation is None or activation.bits == bits
+
+
+def test_matquant_weighs_the_lowest_bit_width_ten_times_as_much():
+  config = from_dict({"method": "matquant", "quant": {"bits": (8, 4, 2)}})
+  assert config.train.loss_weights == (0.1, 0.1, 1.0)
+
+
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ({"sed": 1}, "sed=1: unknown field; allowed are name, seed"),
+    ({"sed": 1}, "sed=1: unknown field; allowed are name, method, seed"),
+    ({"method": "dorefa"}, "method='dorefa': allowed are double_rounding"),
+    (
+      {"method": "binary", "quant": {"bits": (4,)}},
+      r"quant.bits=\(4,\): binary takes",
+    ),
+    (
+      {"method": "matquant", "quant": {"weight_options": {"signed": True}}},
+      "quant.weight_options: .*matquant",
+    ),
+    (
+      {"quant": {"weight_options": {"scheme": "x"}}},
+      "quant.weight_options: option 'scheme' of double_rounding: allowed are",
+    ),
+    (
+      {"quant": {"weight": "lsq_activation"}},
+      "quant.weight='lsq_activation': is a ActivationQuantizer; allowed is",
+    ),
+    ({"train": {"sampling": "x"}}, "train.sampling='x': allowed are all"),
+    ({"train": {"distillation": "x"}}, "train.distillation='x': allowed are"),
+    ({"train": {"curriculum": "x"}}, "train.curriculum='x': allowed are none"),
+    (
+      {"train": {"loss_weights": (1.0, 2.0)}},
+      r"train.loss_weights=\(1.0, 2.0\): allowed are 4 numbers",
+    ),
+    (
+      {"train": {"loss_weights": (1.0, "a", 1.0, 1.0)}},
+      "train.loss_weights=.*allowed are numbers",
+    ),
+    (
+      {"train": {"loss_weights": (1.0, -1.0, 1.0, 1.0)}},
+      "train.loss_weights=-1.0: allowed is 0 or more",
+    ),
     ({"train": {"epohcs": 5}}, "train.epohcs=5: unknown field; allowed are ep"),
     ({"train": 3}, "train=3: allowed is a group of fields"),
     ({"seed": "1"}, "seed='1': has type str; allowed is int"),
@@ -27,8 +108,8 @@ def test_numbers_and_lists_take_the_type_of_their_field():
     ({"seed": -1}, "seed=-1: allowed is 0 or more"),
     ({"train": {"learning_rate": float("nan")}}, "train.learning_rate=nan: al"),
     ({"train": {"epochs": 0}}, "train.epochs=0: allowed is 1 or more"),
-    ({"quant": {"bits": (2, 8)}}, r"quant.bits=\(2, 8\): allowed are"),
-    ({"quant": {"bits": (9,)}}, r"quant.bits=\(9,\): allowed are"),
+    ({"quant": {"bits": (2, 8)}}, r"quant.bits=\(2, 8\): .*integers from 8"),
+    ({"quant": {"bits": (9,)}}, r"quant.bits=\(9,\): .*integers from 8"),
     ({"quant": {"norm": "none"}}, "quant.norm='none': allowed are switchable"),
     ({"stages": ("train",)}, "stages='train': allowed are pretrain"),
     ({"stages": ("export",)}, "stages: export is allowed after multi_prec"),

@@ -183,3 +183,21 @@ def test_printed_text_gets_a_line_of_its_own(terminal):
 def test_a_stage_name_is_shown_as_it_is():
   for terminal in (False, True):
     assert "[bold]x[/bold]" in run("[bold]x[/bold]", 1, 1.0, terminal=terminal)
+
+
+def test_training_seconds_are_steps_times_the_median_speed_of_each_phase(
+  tmp_path,
+):
+  with MetricsWriter(tmp_path / "m.jsonl") as writer:
+    for stage, step, speed in (
+      ("joint/first", 10, 5.0),  # with compilation
+      ("joint/first", 20, 100.0),
+      ("joint/first", 30, 100.0),
+      ("joint/second", 10, 50.0),
+      ("jointly", 10, 1.0),
+      ("float", 10, 1.0),
+    ):
+      writer.write(stage, step, {"images_per_second": speed, "loss": 9.0})
+    seconds = writer.training_seconds("joint", images_per_step=8)
+    assert seconds == pytest.approx(30 * 8 / 100 + 10 * 8 / 50)
+    assert writer.training_seconds("absent", images_per_step=8) == 0

@@ -1,6 +1,11 @@
 """Times of a training step: float, one bit-width, and all jointly.
 
   python -m dr_jax.benchmarks.joint_step [--torch] [--batch=32] [...]
+  python -m dr_jax.benchmarks.joint_step --method=adabits,lsq [...]
+
+The second form times the steps of methods (`train.RECIPES`, "all" for every
+one) beside Double Rounding's: the visits that a step of the method makes, with
+its schedule and distillation.
 
 Everything is measured in one process, in turn, round after round, so that a
 noisy machine disturbs all alike: compare ratios. Reported per program: the
@@ -10,6 +15,7 @@ memory, seconds to compile, and the number of compilations.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dr_jax import models, nn, quant, train
+from dr_jax.config import TrainConfig, from_dict, quantizers
 from dr_jax.pipeline import environment
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per step.")
@@ -32,7 +39,10 @@ _DEPTH = flags.DEFINE_integer("depth", 20, "Depth of the ResNet, 6 n + 2.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each program.")
 _BITS = flags.DEFINE_list("bits", ["8", "6", "4", "2"], "Bit-widths.")
 _TORCH = flags.DEFINE_bool("torch", False, "Also PyTorch, if installed.")
+_METHODS = flags.DEFINE_list("method", [], "Methods to time instead.")
 _VMAP = flags.DEFINE_bool("vmap", True, "Also vectorize='vmap'.")
+
+_OURS = "double_rounding"
 
 MODES = (
   ("alternate", "unroll"),
@@ -59,6 +69,9 @@ def main(argv):
   # `lower().compile()` for the memory and the first call are one compilation.
   jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
   bits = tuple(map(int, _BITS.value))
+  if _METHODS.value:
+    _methods(bits)
+    return
   rows = [_jax("float", (32,), None, "alternate", "unroll")]
   for b in bits:
     rows.append(_jax(f"single {b}", (b,), (b,), "alternate", "unroll"))
@@ -69,32 +82,88 @@ def main(argv):
       )
   if _TORCH.value:
     rows += _torch(bits)
+  _time(rows)
+  _report(rows, bits)
+
+
+def _time(rows):
   for _ in range(_ROUNDS.value):
     for row in rows:
       started = time.perf_counter()
       row.step()
       row.seconds.append(time.perf_counter() - started)
-  _report(rows, bits)
+
+
+def _methods(bits):
+  """Times the steps of methods beside Double Rounding's, and prints ratios."""
+  names = train.RECIPES if _METHODS.value == ["all"] else _METHODS.value
+  rows = [_method(name, bits) for name in dict.fromkeys([_OURS, *names])]
+  _time(rows)
+  table = Table(title=_title(bits))
+  for column in ("method", "median s", "least s", f"of {_OURS}", "compile s"):
+    table.add_column(column, justify="left" if column == "method" else "right")
+  ours = np.array(rows[0].seconds)
+  for row in rows:
+    table.add_row(
+      row.name,
+      f"{np.median(row.seconds):.3f}",
+      f"{min(row.seconds):.3f}",
+      # Of the same round: what disturbs one row disturbs its neighbors.
+      f"{np.median(np.array(row.seconds) / ours):.2f}",
+      f"{row.compile_seconds:.1f}",
+    )
+  Console(width=120).print(table, environment())
+
+
+def _method(name, bits) -> Timed:
+  """A step of a method, in the last phase of its curriculum."""
+  single = {"binary": (1,), "ternary": (2,)}
+  values = {"method": name, "quant": {"bits": single.get(name, bits)}}
+  config = from_dict(values)
+  weight, activation = quantizers(config.quant)
+  recipe, norm = config.train, config.quant.norm
+  for phase in train.CURRICULA[recipe.curriculum][-1:]:
+    norm = phase.norm or norm
+    sampling = phase.sampling or recipe.sampling
+    recipe = dataclasses.replace(recipe, sampling=sampling)
+  model = nn.quantize(
+    models.ResNet(_DEPTH.value, num_classes=10, rngs=nnx.Rngs(0)),
+    weight=weight,
+    activation=activation,
+    sample=_batch()["image"],
+    norm=norm,
+  )
+  return _timed(name, nn.functional(model), weight.bits, recipe)
 
 
 def _jax(name, bits, candidates, schedule, vectorize) -> Timed:
-  """Builds a step, and measures its compilation and its memory."""
-  image = np.random.default_rng(0).normal(
-    size=(_BATCH.value, _SIZE.value, _SIZE.value, 3)
-  )
-  batch = {
-    "image": image.astype(np.float32),
-    "label": (np.arange(_BATCH.value) % 10).astype(np.int32),
-  }
+  """A step of Double Rounding, or of the float network."""
   model = models.ResNet(_DEPTH.value, num_classes=10, rngs=nnx.Rngs(0))
+  recipe = TrainConfig(schedule=schedule, vectorize=vectorize)
   if candidates is not None:
     model = nn.quantize(
       model,
       weight=quant.double_rounding(candidates),
       activation=quant.lsq_activation(candidates),
-      sample=batch["image"],
+      sample=_batch()["image"],
     )
-  network = nn.functional(model)
+    recipe = dataclasses.replace(recipe, alrs="relative")
+  return _timed(name, nn.functional(model), bits, recipe)
+
+
+def _batch():
+  image = np.random.default_rng(0).normal(
+    size=(_BATCH.value, _SIZE.value, _SIZE.value, 3)
+  )
+  return {
+    "image": image.astype(np.float32),
+    "label": (np.arange(_BATCH.value) % 10).astype(np.int32),
+  }
+
+
+def _timed(name, network, bits, recipe: TrainConfig) -> Timed:
+  """Builds a step, and measures its compilation and its memory."""
+  batch = _batch()
   optimizer = train.make_optimizer(
     "sgd", kinds=network.kinds, weight_decay=5e-5
   )
@@ -103,11 +172,23 @@ def _jax(name, bits, candidates, schedule, vectorize) -> Timed:
     bits,
     optimizer,
     optax.constant_schedule(1e-4),
-    schedule=schedule,
-    vectorize=vectorize,
-    alrs="relative" if candidates else "none",
+    schedule=recipe.schedule,
+    vectorize=recipe.vectorize,
+    alrs=recipe.alrs,
+    sampling=recipe.sampling,
+    distillation=recipe.distillation,
+    loss_weights=recipe.loss_weights,
   )
-  state = [train.init_state(network, optimizer, jax.random.key(0))]
+  key = jax.random.key(0)
+  state = [
+    train.init_state(
+      network,
+      optimizer,
+      key,
+      distillation=recipe.distillation,
+      num_classes=10,
+    )
+  ]
 
   def run():
     state[0], losses = step(state[0], batch)
@@ -133,8 +214,8 @@ def _temporary_bytes(step, state, batch) -> int | None:
   """Peak temporary memory of the largest program of a step."""
   if hasattr(step, "lower"):
     compiled = step.lower(state, batch).compile()
-  elif hasattr(step, "lower_per_bits"):
-    compiled = step.lower_per_bits(state, batch).compile()
+  elif hasattr(step, "lower_per_visit"):
+    compiled = step.lower_per_visit(state, batch).compile()
   else:
     return None
   return compiled.memory_analysis().temp_size_in_bytes
@@ -154,13 +235,17 @@ def _torch(bits) -> list[Timed]:
   return [Timed(name, step, [], 0, 0, None) for name, step in steps.items()]
 
 
+def _title(bits):
+  return (
+    f"ResNet{_DEPTH.value}, batch {_BATCH.value}, "
+    f"{_SIZE.value}x{_SIZE.value}x3, bits {bits}"
+  )
+
+
 def _report(rows, bits):
   median = {row.name: float(np.median(row.seconds)) for row in rows}
   singles = sum(median[f"single {b}"] for b in bits)
-  table = Table(
-    title=f"ResNet{_DEPTH.value}, batch {_BATCH.value}, "
-    f"{_SIZE.value}x{_SIZE.value}x3, bits {bits}"
-  )
+  table = Table(title=_title(bits))
   for column in (
     "step",
     "median s",
