@@ -200,19 +200,21 @@ def _with_recipe(config, values):
       for field in dataclasses.fields(part)
       if field.name in left and given.get(field.name) is None
     }
-    for name in ("weight_options", "activation_options"):
-      if group == "quant" and given.get(name) is not None:
-        missing[name] = _options(name, given, left)
     filled[group] = dataclasses.replace(part, **missing)
+  options = {
+    f"{role}_options": _options(role, values.get("quant") or {}, left)
+    for role in ("weight", "activation")
+  }
+  filled["quant"] = dataclasses.replace(filled["quant"], **options)
   return dataclasses.replace(config, **filled)
 
 
-def _options(name, given, left):
+def _options(role, given, left):
   """Options that are set, and the recipe's where the quantizer is its own."""
-  quantizer = name.removesuffix("_options")
-  set_by_hand = {k: v for k, v in given[name].items() if v is not None}
-  if given.get(quantizer) in (None, left[quantizer]):
-    return {**left[name], **set_by_hand}
+  options = given.get(f"{role}_options") or {}
+  set_by_hand = {k: v for k, v in options.items() if v is not None}
+  if given.get(role) in (None, left[role]):
+    return {**left[f"{role}_options"], **set_by_hand}
   return set_by_hand
 
 

@@ -159,10 +159,12 @@ def _flip(codes, bits, *, group):
   """The codes at `bits`, an int32 scalar; dtype int32."""
   codes = codes.astype(jnp.int32)
   # A group lives on one device; only Explicit meshes need to be told.
-  sharding = jax.typeof(codes).sharding
-  whole = PartitionSpec(*[None] * (codes.ndim - 1), sharding.spec[-1])
-  whole = NamedSharding(sharding.mesh, whole)
-  magnitudes = _grouped(_placed(jnp.abs(codes), whole), group)
+  magnitudes, sharding = jnp.abs(codes), jax.typeof(codes).sharding
+  if any(axis is not None for axis in sharding.spec[:-1]):
+    spec = PartitionSpec(*[None] * (codes.ndim - 1), sharding.spec[-1])
+    whole = NamedSharding(sharding.mesh, spec)
+    magnitudes = jax.sharding.reshard(magnitudes, whole)
+  magnitudes = _grouped(magnitudes, group)
   masks = jnp.asarray(_MASKS)
 
   def ranked(i):
@@ -178,7 +180,7 @@ def _flip(codes, bits, *, group):
     1, end, lambda i, found: jnp.minimum(found, ranked(i)), ranked(0)
   )
   flipped = _ungrouped(_nearest(magnitudes, best & _HIGH), codes.shape)
-  flipped = jnp.sign(codes) * _placed(flipped, sharding)
+  flipped = jnp.sign(codes) * flipped
   return jnp.where(bits == 8, codes, flipped)
 
 
@@ -224,12 +226,6 @@ def _ungrouped(x, shape):
   x = x.reshape(positions, groups * members, outputs)
   channels = math.prod(shape) // (positions * outputs)
   return x[:, :channels].reshape(-1, outputs).reshape(shape)
-
-
-def _placed(x, sharding):
-  if jax.typeof(x).sharding.spec == sharding.spec:
-    return x
-  return jax.sharding.reshard(x, sharding)
 
 
 def _by_group(x, group):

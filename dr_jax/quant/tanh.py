@@ -43,7 +43,8 @@ def normalized(w: Float[Array, ...]) -> Float32[Array, ...]:
 @jax.custom_vjp
 def _normalized(w):
   t, largest = _tanh(w)
-  return _divided(t, 1 / largest)
+  # Never above 1: a number times its rounded reciprocal is at most that.
+  return t * (1 / largest)
 
 
 def _forward(w):
@@ -55,7 +56,7 @@ def _backward(w, g):
   inverse = 1 / largest
   g = jnp.clip(g, -_LARGEST, _LARGEST)
   axes = tuple(range(t.ndim))
-  total = reduce.mean(g * _divided(t, inverse), axes) * t.size
+  total = reduce.mean(g * (t * inverse), axes) * t.size
   shared = jnp.abs(t) == largest
   count = shared.sum(axes, keepdims=True, dtype=jnp.int32)
   share = total * (1 / jnp.maximum(count, 1).astype(t.dtype))
@@ -75,8 +76,3 @@ def _tanh(w):
   t = jnp.tanh(jax.lax.optimization_barrier(w.astype(jnp.float32)))
   largest = jnp.abs(t).max(tuple(range(t.ndim)), keepdims=True)
   return t, jnp.where(largest < _SMALLEST, 1, largest)
-
-
-def _divided(t, inverse):
-  # The largest times its reciprocal may be 1 and a bit.
-  return jnp.clip(t * inverse, -1, 1)

@@ -264,6 +264,15 @@ def test_any_finite_clip_level_is_read_as_a_positive_one(signed, scheme, raw):
     np.testing.assert_array_equal(found[0], expected)
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_clip_level_of_zero_has_the_gradient_of_a_positive_one(zero):
+  quantizer = quant.pact_activation((4,), signed=False)
+  x, g = np.array([1.0, 2.0, -1.0], "f4"), np.array([3.0, 4.0, 5.0], "f4")
+  _, dclip, dx = clipped(quantizer, jnp.array([zero]), x, g, 0)
+  np.testing.assert_array_equal(dclip, [7])
+  np.testing.assert_array_equal(dx, [0, 0, 0])
+
+
 @pytest.mark.parametrize("optimizer", [optax.sgd(10.0), optax.adam(0.5)])
 def test_learning_rates_100_times_too_large_keep_clip_levels_finite(optimizer):
   x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dr_jax import quant
 
@@ -151,6 +153,30 @@ def test_the_gradient_is_that_of_the_output(index):
   quantizer = quant.bitwave()
   _, pull = jax.vjp(lambda w: quantizer.fake_quantize({}, w, index), w)
   np.testing.assert_array_equal(pull(g)[0], g)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "shape, spec",
+  [
+    ((3, 3, 12, 8), P(None, None, "x", "y")),
+    ((3, 3, 1, 8), P(None, None, None, "y")),
+    ((24, 8), P(("x", "y"))),
+  ],
+)
+def test_groups_may_span_devices(kind, shape, spec):
+  w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  quantizer = quant.bitwave((8, 4))
+  run = jax.jit(quantizer.fake_quantize)
+  expected = run({}, w, jnp.int32(1))
+  mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))
+  placed = jax.device_put(w, NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh):
+    found = run({}, placed, jnp.int32(1))
+  np.testing.assert_array_equal(found, expected)
+  # The array brings its mesh along.
+  found = quantizer.fake_quantize({}, placed, 1)
+  np.testing.assert_array_equal(found, expected)
 
 
 def test_columns_that_are_zero_are_not_stored():

@@ -78,7 +78,7 @@ def test_a_tensor_of_zeros_has_the_gradient_of_tanh():
   np.testing.assert_array_equal(dw, g)
 
 
-@pytest.mark.parametrize("size", [1.0, 3e38])
+@pytest.mark.parametrize("size", [1.0, 3e38, np.inf])
 def test_flat_weights_have_zero_gradients_however_large_those_above(size):
   w = np.array([[50.0, -3e38], [60.0, 1.0]], np.float32)
   r, dw = pulled(w, np.full((2, 2), size, np.float32))

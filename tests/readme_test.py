@@ -1,0 +1,67 @@
+"""The README's own method, run as it stands there."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dr_jax import config, deploy, models, nn, pipeline, quant
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Overrides the strict promotion: a user's file has none."""
+  yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def method():
+  """Runs the block of the section on own methods; returns its source."""
+  section = (
+    README.read_text().split("## Your own method\n")[1].split("\n## ")[0]
+  )
+  source = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+  exec(compile(source, "fixed_point.py", "exec"), {})
+  return source
+
+
+def test_it_is_ten_to_thirty_lines(method):
+  assert 10 <= len(method.strip().splitlines()) <= 30
+
+
+def test_it_keeps_the_laws_of_the_interface():
+  w = np.random.default_rng(0).normal(size=(3, 3, 4, 8)).astype("f4") / 2
+  quantizer = quant.get("fixed_point")
+  encoded = quantizer.encode({}, w)
+  packed = quantizer.storage.pack(encoded)
+  assert 8 * packed["codes"].nbytes == quantizer.stored_bits * w.size
+  for index, bits in enumerate(quantizer.bits):
+    w_hat = quantizer.fake_quantize({}, w, index)
+    traced = jax.jit(quantizer.fake_quantize)({}, w, jnp.int32(index))
+    np.testing.assert_array_equal(traced, w_hat)
+    np.testing.assert_array_equal(quantizer.decode(encoded, index), w_hat)
+    assert len(np.unique(w_hat)) <= 2**bits
+    inside = np.abs(w) < 0.9
+    assert np.abs(w_hat - w)[inside].max() <= 2.0 ** (1 - bits) * 1.01
+
+
+def test_a_run_trains_and_exports_it(tmp_path):
+  values = {
+    "name": "own",
+    "model": {"name": "resnet", "options": {"depth": 8, "widths": (4, 4, 4)}},
+    "quant": {"weight": "fixed_point", "bits": (8, 4)},
+    "train": {"epochs": 1, "vectorize": "sequential"},
+    "pretrain": {"epochs": 1},
+  }
+  summary = pipeline.run(config.from_dict(values), tmp_path)
+  export = summary["stages"]["export"]
+  assert export["scores"] == summary["stages"]["multi_precision"]["scores"]
+  network = deploy.load(tmp_path / "export" / "model", bits=4)
+  assert nn.layer_table(network)[0].bits == 4
+  assert isinstance(network, models.ResNet) and isinstance(network, nnx.Module)

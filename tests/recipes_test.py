@@ -1,0 +1,89 @@
+"""Every method's own training, through the pipeline, shortly."""
+
+import json
+
+import pytest
+
+from dr_jax import deploy, nn, pipeline
+from dr_jax.config import from_dict
+from dr_jax.train import CURRICULA, RECIPES, InterruptedRun
+
+SINGLE = {"binary": (1,), "ternary": (2,)}
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Training runs as users run it."""
+  yield
+
+
+def values(method, **train):
+  return {
+    "method": method,
+    "stages": ("multi_precision", "export"),
+    "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 2, 4)}},
+    "data": {"batch_size": 256},
+    "quant": {"bits": SINGLE.get(method, (8, 4, 2))},
+    "train": {"epochs": 3, "vectorize": "sequential", **train},
+  }
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
+  """The export stage itself fails unless scores are equal."""
+  config = from_dict(values(method))
+  stages = pipeline.run(config, tmp_path)["stages"]
+  bits = [str(b) for b in config.quant.bits]
+  assert list(stages["export"]["scores"]) == bits
+  trained = config.train.curriculum != "post_training"
+  records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  assert any(r["name"] == "loss" for r in records) == trained
+  artifact = tmp_path / "export" / "model"
+  sizes = list(deploy.sizes(artifact).values())
+  assert sizes == sorted(sizes, reverse=True)
+  network = deploy.load(artifact)
+  stored = next(iter(nn.bits.quantized_layers(network).values()))
+  weights = sum(row.parameters for row in nn.layer_table(network))
+  layers = deploy.layer_sizes(artifact).values()
+  # Scales, masks and means of 7 small layers come on top.
+  least = weights * stored.weight_quantizer.stored_bits / 8
+  found = sum(layer["stored"] for layer in layers)
+  if method == "bitwave":
+    assert weights * 2 / 8 < found < least + weights / 4 + 400
+  else:
+    assert least <= found <= least + 600
+
+
+def test_the_stages_of_bit_mixer_follow_each_other(tmp_path):
+  pipeline.run(from_dict(values("bit_mixer")), tmp_path)
+  records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  losses = [(r["stage"], r["bits"]) for r in records if r["name"] == "loss"]
+  phases = ["float_weights", "quantized_weights", "mixed"]
+  assert [p.name for p in CURRICULA["bit_mixer"]] == phases
+  labels = ["random", "random", "mixed"]
+  expected = [
+    (f"multi_precision/{phase}", label)
+    for phase, label in zip(phases, labels, strict=True)
+  ]
+  assert list(dict.fromkeys(losses)) == expected
+  # A third of three epochs of 1,257 images in batches of 256 each.
+  last = {r["stage"]: r["step"] for r in records if r["name"] == "loss"}
+  assert set(last.values()) == {4}
+  manifest, _ = deploy.read(tmp_path / "export" / "model")
+  assert manifest["method"]["name"] == "bit_mixer"
+
+
+@pytest.mark.parametrize("stop", [2, 6, 10])
+def test_a_curriculum_goes_on_in_the_phase_where_it_was_stopped(stop, tmp_path):
+  config = from_dict(values("bit_mixer"))
+  whole = pipeline.run(config, tmp_path / "whole")["stages"]
+  steps = iter(range(1, 100))
+
+  def interrupted():
+    return "SIGTERM" if next(steps) == stop else None
+
+  with pytest.raises(InterruptedRun, match="SIGTERM at step"):
+    pipeline.run(config, tmp_path / "parts", interrupted=interrupted)
+  parts = pipeline.run(config, tmp_path / "parts")["stages"]
+  scores = [s["multi_precision"]["scores"] for s in (whole, parts)]
+  assert scores[0] == scores[1]
