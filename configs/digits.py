@@ -6,6 +6,7 @@
 pre-activation ResNet8 of 0.38 M parameters: float training, joint training at
 four bit-widths, and one integer artifact that serves them all.
 
+`--config.method=adabits` (any of train.RECIPES) trains another method instead.
 Add the stage "separate" to train LSQ at each bit-width for comparison;
 `python -m dr_jax.benchmarks.digits` gives means over seeds. Recipe after arXiv
 2502.01199, section 4 (Adam, cosine, weight decay 5e-5), with a larger learning

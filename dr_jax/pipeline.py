@@ -40,6 +40,9 @@ from dr_jax.config import (
 )
 from dr_jax.metrics import MetricsWriter
 
+# Batches from which statistics of batch norm are estimated anew.
+_RECALIBRATION = 10
+
 
 def run(
   config: Config,
@@ -246,9 +249,9 @@ class Run:
       norm=config.norm,
     )
     started = time.monotonic()
-    phases = train.CURRICULA[recipe.curriculum]
+    curriculum = train.CURRICULA[recipe.curriculum]
     present, steps = weight, 0
-    for phase in phases:
+    for phase in curriculum.phases:
       wanted = weight
       if phase.weight is not None:
         wanted = quant.get(phase.weight, bits=weight.bits)
@@ -263,8 +266,14 @@ class Run:
         network,
         weight.bits,
         dataclasses.replace(recipe, sampling=phase.sampling or recipe.sampling),
-        share=len(phases),
+        share=len(curriculum.phases),
       )
+    if curriculum.recalibrate:
+      batches = self._batches(self.config.seed)
+      images = [batches[step]["image"] for step in range(_RECALIBRATION)]
+      for bits in weight.bits:
+        nn.set_bits(network, bits)
+        nn.recalibrate(network, images)
     self._score(stage, network, weight.bits, steps, started)
     self.trained[stage] = network
     return network

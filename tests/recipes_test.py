@@ -59,7 +59,7 @@ def test_the_stages_of_bit_mixer_follow_each_other(tmp_path):
   records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
   losses = [(r["stage"], r["bits"]) for r in records if r["name"] == "loss"]
   phases = ["float_weights", "quantized_weights", "mixed"]
-  assert [p.name for p in CURRICULA["bit_mixer"]] == phases
+  assert [p.name for p in CURRICULA["bit_mixer"].phases] == phases
   labels = ["random", "random", "mixed"]
   expected = [
     (f"multi_precision/{phase}", label)

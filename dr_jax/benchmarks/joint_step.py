@@ -122,7 +122,7 @@ def _method(name, bits) -> Timed:
   config = from_dict(values)
   weight, activation = quantizers(config.quant)
   recipe, norm = config.train, config.quant.norm
-  for phase in train.CURRICULA[recipe.curriculum][-1:]:
+  for phase in train.CURRICULA[recipe.curriculum].phases[-1:]:
     norm = phase.norm or norm
     sampling = phase.sampling or recipe.sampling
     recipe = dataclasses.replace(recipe, sampling=sampling)

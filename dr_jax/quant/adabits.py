@@ -28,7 +28,6 @@ from dr_jax.quant.double_rounding import shift_codes
 from dr_jax.quant.packing import storage
 from dr_jax.quant.quantizer import ActivationQuantizer, WeightQuantizer
 from dr_jax.quant.tanh import normalized
-from dr_jax.quant.term import check_sign
 
 SCHEMES = ("modified", "centered", "original")
 RESCALES = (False, True, "stddev")
@@ -203,7 +202,7 @@ def pact_activation(
   levels = tuple(_level(b, scheme) for b in bits)
 
   def init(x):
-    check_sign(signed)
+    grid.check_sign(signed)
     grid.check_finite("activation", x)
     first = initial
     if first is None:
@@ -211,7 +210,7 @@ def pact_activation(
     return {"clip": jnp.full((len(bits),), first, jnp.float32)}
 
   def fake_quantize(params, x, index):
-    check_sign(signed)
+    grid.check_sign(signed)
     core = (scheme, signed)
     grid.check_index(index, bits)
     level = _select(levels, index)

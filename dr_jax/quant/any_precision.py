@@ -20,7 +20,6 @@ from dr_jax.quant import grid, reduce
 from dr_jax.quant.packing import storage
 from dr_jax.quant.quantizer import ActivationQuantizer, WeightQuantizer
 from dr_jax.quant.tanh import normalized
-from dr_jax.quant.term import check_sign
 
 
 def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
@@ -128,13 +127,13 @@ def unit_activation(
   low = -1 if signed else 0
 
   def init(x):
-    check_sign(signed)
+    grid.check_sign(signed)
     grid.check_finite("activation", x)
     return {}
 
   def fake_quantize(params, x, index):
     del params
-    check_sign(signed)
+    grid.check_sign(signed)
     grid.check_index(index, bits)
     x = jnp.asarray(x)
     fixed = jax.lax.stop_gradient(x).astype(jnp.float32)

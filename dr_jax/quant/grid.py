@@ -103,6 +103,15 @@ def check_index(index: Index, bits: tuple[int, ...]) -> Index:
   return index
 
 
+def check_sign(signed: bool | None) -> None:
+  """Raises ValueError if the sign of an activation is still open."""
+  if signed is None:
+    raise ValueError(
+      "signed=None: allowed are True and False; nn.quantize settles it by "
+      "calibration, with_sign(True) by hand"
+    )
+
+
 def check_finite(name: str, x: Float[Array, ...]) -> None:
   """Raises ValueError for NaN or infinite values; under a trace, nothing."""
   if isinstance(x, jax.core.Tracer):

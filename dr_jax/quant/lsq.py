@@ -115,21 +115,14 @@ def lsq_activation(
   bits = grid.check_bits(bits)
   grids = grid.single_grids(bits, signed=bool(signed))
 
-  def settled():
-    if signed is None:
-      raise ValueError(
-        "signed=None: allowed are True and False; nn.quantize settles it by "
-        "calibration, with_sign(True) by hand"
-      )
-
   def init(x):
-    settled()
+    grid.check_sign(signed)
     grid.check_finite("activation", x)
     size = 2 * jnp.abs(grid.widened(x)).mean()
     return {"scale": jnp.stack([_scale(size, g.high) for g in grids])}
 
   def fake_quantize(params, x, index):
-    settled()
+    grid.check_sign(signed)
     grid.check_index(index, bits)
     return grid.round_straight_through(x, params["scale"][index], grids, index)
 

@@ -5,9 +5,9 @@
   w_hat = (the K largest terms of each group of m) / (2^M - 1) * s
 
 Terms are those of the non-adjacent form. The weight is normalized: w_hat stands
-for v, and the normalization that follows a layer takes up the rest. Zhang,
-McDanel, Kung, "Training for Multi-resolution Inference Using Reusable
-Quantization Terms", ASPLOS 2021.
+for v, and the normalization that follows a layer takes up the rest. Zhang et
+al., "Training for Multi-resolution Inference Using Reusable Quantization
+Terms", ASPLOS 2021.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from dr_jax.quant.signed_digits import (
 from dr_jax.quant.term import (
   check_budgets,
   check_integer,
-  check_sign,
   check_terms,
 )
 
@@ -79,7 +78,7 @@ def multi_resolution(
       infinite weights.
 
   References:
-    ASPLOS 2021, sections 4 and 5.
+    Zhang et al., ASPLOS 2021.
   """
   bits = grid.check_bits(bits, method="multi_resolution")
   group = check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
@@ -157,7 +156,7 @@ def multi_resolution_activation(
       sign still open.
 
   References:
-    ASPLOS 2021, sections 4 and 5.
+    Zhang et al., ASPLOS 2021.
   """
   bits = grid.check_bits(bits, method="multi_resolution_activation")
   if terms is None:
@@ -173,14 +172,14 @@ def multi_resolution_activation(
   )
 
   def init(x):
-    check_sign(signed)
+    grid.check_sign(signed)
     grid.check_finite("activation", x)
     size = jnp.abs(jnp.asarray(x).astype(jnp.float32)).mean()
     scale = grid.positive(size * (2 * _ACTIVATION_TOP**0.5))
     return {"scale": scale.reshape(1)}
 
   def fake_quantize(params, x, index):
-    check_sign(signed)
+    grid.check_sign(signed)
     grid.check_index(index, bits)
     return round_terms(core, x, params["scale"][0], terms, index)
 

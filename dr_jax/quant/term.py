@@ -54,8 +54,9 @@ def term_quantization(
   to trade computation for accuracy at run time without any training, on
   hardware that adds shifted values.
 
-  Params: none, {}. The gradient for w is straight-through, with the scale
-  detached: ours, as the published method is post-training.
+  Params: none, {}; s is kept in [SCALE_MIN, SCALE_MAX]. The gradient for w is
+  straight-through, with the scale detached: ours, as the published method is
+  post-training.
 
   Args:
     bits: labels of the budgets in 2..8, highest first.
@@ -70,7 +71,7 @@ def term_quantization(
       infinite weights.
 
   References:
-    SC 2020, sections 3 and 4.
+    Kung, McDanel, Zhang, SC 2020.
   """
   bits = grid.check_bits(bits, method="term_quantization")
   group = check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
@@ -155,7 +156,7 @@ def term_activation(
       sign still open.
 
   References:
-    SC 2020, section 3.
+    Kung, McDanel, Zhang, SC 2020.
   """
   bits = grid.check_bits(bits, method="term_activation")
   data_bits = check_integer("data_bits", data_bits, 1, 9)
@@ -166,12 +167,12 @@ def term_activation(
   core = Terms(top, 1, "hese", 0, signed=bool(signed), masked=True)
 
   def init(x):
-    check_sign(signed)
+    grid.check_sign(signed)
     grid.check_finite("activation", x)
     return {"scale": _best_scales(core, x, terms)}
 
   def fake_quantize(params, x, index):
-    check_sign(signed)
+    grid.check_sign(signed)
     grid.check_index(index, bits)
     scale = jax.lax.stop_gradient(params["scale"][index])
     return round_terms(core, x, scale, terms, index)
@@ -269,15 +270,6 @@ def check_terms(bits: tuple[int, ...], terms: Sequence[int]) -> tuple[int, ...]:
       f"ascending, one for each of bits={bits}"
     )
   return checked
-
-
-def check_sign(signed: bool | None) -> None:
-  """Raises ValueError if the sign of an activation is still open."""
-  if signed is None:
-    raise ValueError(
-      "signed=None: allowed are True and False; nn.quantize settles it by "
-      "calibration, with_sign(True) by hand"
-    )
 
 
 def _integers(values):

@@ -6,7 +6,7 @@ from dr_jax.train.evaluate import Score, make_evaluate
 from dr_jax.train.loop import InterruptedRun, Loop, NonFiniteError
 from dr_jax.train.optimizer import NAMES as OPTIMIZERS
 from dr_jax.train.optimizer import make_optimizer
-from dr_jax.train.recipes import CURRICULA, RECIPES, Phase, Recipe
+from dr_jax.train.recipes import CURRICULA, RECIPES, Curriculum, Phase, Recipe
 from dr_jax.train.sampling import SAMPLINGS
 from dr_jax.train.step import (
   SCHEDULES,
@@ -19,6 +19,7 @@ from dr_jax.train.step import (
 
 __all__ = [
   "CURRICULA",
+  "Curriculum",
   "DISTILLATIONS",
   "OPTIMIZERS",
   "RECIPES",

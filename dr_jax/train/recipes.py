@@ -26,19 +26,34 @@ class Phase(NamedTuple):
   norm: str | None = None
 
 
-# The steps of a run are divided equally among the phases of its curriculum,
-# each with a learning rate that falls to zero.
-CURRICULA: dict[str, tuple[Phase, ...]] = {
+class Curriculum(NamedTuple):
+  """Phases of training, one after the other.
+
+  Attributes:
+    phases: the steps of a run are divided equally among them, each with a
+      learning rate that falls to zero; none for a network that is only
+      quantized and calibrated.
+    recalibrate: whether batch norm statistics of every bit-width are estimated
+      anew at the end, because training did not visit it for the whole network.
+  """
+
+  phases: tuple[Phase, ...]
+  recalibrate: bool = False
+
+
+CURRICULA: dict[str, Curriculum] = {
   # One phase; its checkpoints lie in the stage's own directory.
-  "none": (Phase(""),),
-  # Quantized and calibrated, not trained.
-  "post_training": (),
+  "none": Curriculum((Phase(""),)),
+  "post_training": Curriculum((), recalibrate=True),
   # Float weights, then quantized ones, then bit-widths that differ from layer
   # to layer, with a batch norm for each pair of neighbors (ICCV 2021).
-  "bit_mixer": (
-    Phase("float_weights", weight="float_weight", sampling="random"),
-    Phase("quantized_weights", sampling="random"),
-    Phase("mixed", sampling="mixed", norm="transitional"),
+  "bit_mixer": Curriculum(
+    (
+      Phase("float_weights", weight="float_weight", sampling="random"),
+      Phase("quantized_weights", sampling="random"),
+      Phase("mixed", sampling="mixed", norm="transitional"),
+    ),
+    recalibrate=True,
   ),
 }
 
