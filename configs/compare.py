@@ -12,6 +12,7 @@ seeds, and cross-entropy beside it.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 BITS = (8, 6, 4, 2)
 # Methods that serve all bit-widths from one network.
@@ -21,6 +22,8 @@ METHODS = (
   "lsq",
   "lsq_plus",
   "adabits",
+  "adabits_centered",
+  "adabits_original",
   "any_precision",
   "bit_mixer",
   "multiquant",
@@ -31,9 +34,12 @@ METHODS = (
   "term_quantization",
   "bitwave",
 )
-# Methods with a bit-width of their own, and LSQ alone at each.
-SINGLE = {"ternary": (2,), "binary": (1,)} | {
-  f"separate_lsq_{b}": (b,) for b in BITS
+# Methods with a bit-width of their own, and LSQ and LSQ+ alone at each.
+SINGLE = {
+  "ternary": (2,),
+  "binary": (1,),
+  **{f"separate_lsq_{b}": (b,) for b in BITS},
+  **{f"separate_lsq_plus_{b}": (b,) for b in BITS},
 }
 
 
@@ -73,13 +79,17 @@ def get_config(arg=None):
   config.train.optimizer = "adam"
   config.train.learning_rate = 2e-3
   config.train.vectorize = "sequential"
+  # Set by a flag they hold for every method; else each has its own.
+  for field in ("schedule", "sampling", "distillation", "alrs"):
+    config.train[field] = config_dict.placeholder(str)
 
   config.methods = ml_collections.ConfigDict()
   for name in chosen:
     method = ml_collections.ConfigDict()
-    separate = name.startswith("separate_lsq")
-    method.method = "lsq" if separate else name
-    method.row = "separate LSQ" if separate else name.replace("_", " ")
+    method.method, method.row = name, name.replace("_", " ")
+    if name.startswith("separate"):
+      method.row = name.rpartition("_")[0].replace("_", " ")
+      method.method = method.row.removeprefix("separate ").replace(" ", "_")
     if name in SINGLE:
       method.quant = ml_collections.ConfigDict()
       method.quant.bits = SINGLE[name]

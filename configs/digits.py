@@ -45,10 +45,23 @@ def get_config(arg=None):
   config.quant = ml_collections.ConfigDict()
   config.quant.bits = tuple(map(int, arg)) if arg else (8, 6, 4, 2)
   config.quant.weight = config_dict.placeholder(str)
-  config.quant.weight_options = ml_collections.ConfigDict()
-  config.quant.weight_options.rounding = config_dict.placeholder(str)
-  config.quant.weight_options.per_channel = config_dict.placeholder(bool)
+  config.quant.weight_options = _left_open(
+    rounding=str,
+    per_channel=bool,
+    shared=bool,
+    scheme=str,
+    rescale=bool,
+    signed=bool,
+    extra_precision=bool,
+    budgets=tuple,
+    group=int,
+    weight_bits=int,
+    magnitude_bits=int,
+  )
   config.quant.activation = config_dict.placeholder(str)
+  config.quant.activation_options = _left_open(
+    scheme=str, initial=float, terms=tuple, data_bits=int
+  )
   config.quant.norm = config_dict.placeholder(str)
 
   config.pretrain = ml_collections.ConfigDict()
@@ -72,3 +85,9 @@ def get_config(arg=None):
   config.train.alrs = config_dict.placeholder(str)
   config.train.curriculum = config_dict.placeholder(str)
   return config
+
+
+def _left_open(**types):
+  """Fields that a flag can set; until then they are the method's own."""
+  fields = {name: config_dict.placeholder(t) for name, t in types.items()}
+  return ml_collections.ConfigDict(fields)

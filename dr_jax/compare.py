@@ -50,24 +50,59 @@ def from_values(values: Mapping[str, Any]) -> Comparison:
     ConfigError: as `config.from_dict`, naming the method.
   """
   shared = dict(values)
-  methods, seeds = shared.pop("methods"), tuple(shared.pop("seeds", (0,)))
+  methods, seeds = shared.pop("methods"), shared.pop("seeds", (0,))
   base = from_dict({**shared, "stages": ("pretrain",)})
-  if not methods:
-    raise ConfigError("methods: empty; allowed is at least one")
-  if not seeds or len(set(seeds)) < len(seeds):
-    raise ConfigError(f"seeds={seeds!r}: allowed are different integers")
-  entries = {}
-  for name, given in methods.items():
-    fields = dict(given)
-    row = fields.pop("row", name)
-    fields["stages"] = ("multi_precision", "export")
-    try:
-      entries[name] = Entry(row, from_dict(_merged(shared, fields)))
-    except ConfigError as error:
-      raise ConfigError(f"methods.{name}: {error}") from None
-  for seed in seeds:
-    from_dict({**shared, "seed": seed, "stages": ("pretrain",)})
-  return Comparison(base, entries, seeds)
+  if not isinstance(methods, Mapping) or not methods:
+    raise ConfigError(
+      f"methods={methods!r}: allowed are {{name: fields}}, at least one"
+    )
+  if not _are_seeds(seeds):
+    raise ConfigError(f"seeds={seeds!r}: allowed are different integers from 0")
+  entries = {
+    name: _entry(name, given, shared) for name, given in methods.items()
+  }
+  taken = set()
+  for name, (row, config) in entries.items():
+    cells = {(row, b) for b in config.quant.bits}
+    if cells & taken:
+      raise ConfigError(
+        f"methods.{name}: row {row!r} has one of its bit-widths already; "
+        "allowed are other bit-widths or another row"
+      )
+    taken |= cells
+  return Comparison(base, entries, tuple(seeds))
+
+
+def _entry(name, given, shared):
+  """One method, checked."""
+  where = f"methods.{name}"
+  if not isinstance(given, Mapping):
+    raise ConfigError(f"{where}={given!r}: allowed is a group of fields")
+  unknown = set(given) - {"row", "method", "quant", "train"}
+  if unknown:
+    raise ConfigError(
+      f"{where}.{min(unknown)}: allowed are row, method, quant, train"
+    )
+  row = given.get("row", name)
+  for field, value in (("", name), (".row", row)):
+    if not isinstance(value, str) or value == "float" or "/" in value:
+      raise ConfigError(
+        f"{where}{field}={value!r}: allowed is another name than 'float', "
+        "without slashes"
+      )
+  fields = {key: value for key, value in given.items() if key != "row"}
+  fields["stages"] = ("multi_precision", "export")
+  try:
+    return Entry(row, from_dict(_merged(shared, fields)))
+  except ConfigError as error:
+    raise ConfigError(f"{where}: {error}") from None
+
+
+def _are_seeds(seeds):
+  if not isinstance(seeds, list | tuple) or not seeds:
+    return False
+  integers = all(type(seed) is int and seed >= 0 for seed in seeds)
+  return integers and len(set(seeds)) == len(seeds)
 
 
 def run(
@@ -96,7 +131,11 @@ def run(
     with job.alone():
       job.pretrain()
       start = job.float_network()
-    rows.setdefault("float", []).append(job.summary()["stages"]["pretrain"])
+    size = job.float_bytes()
+    rows.setdefault("float", []).append(
+      job.summary()["stages"]["pretrain"]
+      | {"tensor_bytes": size, "bytes_at": {"float": size}}
+    )
     merged: dict[str, dict[str, Any]] = {}
     for name, entry in comparison.entries.items():
       stages = pipeline.run(
@@ -124,7 +163,8 @@ def run(
 def table(results: dict[str, Any]) -> Table:
   """One row per method; per bit-width accuracy, cross-entropy and bytes.
 
-  Bytes are those of all tensors, without names and manifest.
+  Bytes are those of all tensors, without names and manifest: of a copy whose
+  weights serve one bit-width, with norms and input scales of every bit-width.
   """
   shown = Table(
     title=f"accuracy % (mean and standard deviation of {len(results['seeds'])}"
@@ -155,7 +195,7 @@ def _cells(results, newline):
   )
   yield [
     "method",
-    *(f"{b} bits" if b.isdigit() else b for b in columns),
+    *(_heading(b) for b in columns),
     "bytes stored",
     "training s",
   ]
@@ -168,14 +208,18 @@ def _cells(results, newline):
         lines = [
           f"{accuracy['mean']:.2f} ± {accuracy['std']:.2f}",
           f"{loss['mean']:.3f} ± {loss['std']:.3f}",
+          f"{row['bytes_at'][b]:,}",
         ]
-        if b in row["bytes_at"]:
-          lines.append(f"{row['bytes_at'][b]:,}")
       cells.append(newline.join(lines))
-    stored = row["tensor_bytes"]
-    cells.append(f"{stored:,}" if stored else "")
+    cells.append(f"{row['tensor_bytes']:,}")
     cells.append(f"{row['train_seconds']:.1f}")
     yield cells
+
+
+def _heading(bits):
+  if not bits.isdigit():
+    return bits
+  return f"{bits} bits" if bits != "1" else "1 bit"
 
 
 def _joined(before, result):
@@ -198,8 +242,12 @@ def _statistics(seeds):
       }
       for bits in first["scores"]
     },
-    "bytes_at": first.get("bytes_at", {}),
-    "tensor_bytes": first.get("tensor_bytes"),
+    # Compressed weights differ from seed to seed.
+    "bytes_at": {
+      bits: round(statistics.mean(seed["bytes_at"][bits] for seed in seeds))
+      for bits in first["bytes_at"]
+    },
+    "tensor_bytes": round(statistics.mean(s["tensor_bytes"] for s in seeds)),
     "train_seconds": statistics.mean(s["train_seconds"] for s in seeds),
   }
 

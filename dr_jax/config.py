@@ -7,6 +7,7 @@ plain nested dict becomes a `Config`, or one line says which field is wrong.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from dr_jax.train import (
   SCHEDULES,
   VECTORIZE,
   alrs,
+  resolve_vectorize,
 )
 
 STAGES = ("pretrain", "multi_precision", "separate", "export", "report")
@@ -64,7 +66,10 @@ class QuantConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """A training recipe; the learning rate falls to zero as a cosine."""
+  """A training recipe; the learning rate falls to zero as a cosine.
+
+  For `Config.train`, `from_dict` takes what is not set from the method.
+  """
 
   epochs: int = 10
   optimizer: str = "adam"
@@ -124,6 +129,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   _at_least("data.batch_size", config.data.batch_size, 1)
   for name in ("pretrain", "train"):
     _check_recipe(name, getattr(config, name))
+  _check_pretrain(config.pretrain)
+  _check_curriculum(config)
   count, weights = len(config.quant.bits), config.train.loss_weights
   if weights and len(weights) != count:
     raise ConfigError(
@@ -160,8 +167,8 @@ def _quantizer(config, field, role):
     raise ConfigError(f"quant.{where}{error}") from None
   if not isinstance(quantizer, role):
     raise ConfigError(
-      f"quant.{field}={name!r}: is a {type(quantizer).__name__}; allowed is a "
-      f"{role.__name__}"
+      f"quant.{field}={name!r}: is of kind {type(quantizer).__name__}; "
+      f"allowed is {role.__name__}"
     )
   return quantizer
 
@@ -173,6 +180,10 @@ def _check_recipe(name, recipe):
   _one_of(f"{name}.optimizer", recipe.optimizer, OPTIMIZERS)
   _one_of(f"{name}.schedule", recipe.schedule, SCHEDULES)
   _one_of(f"{name}.vectorize", recipe.vectorize, VECTORIZE)
+  try:
+    resolve_vectorize(recipe.vectorize, recipe.schedule)
+  except ValueError as error:
+    raise ConfigError(f"{name}.{error}") from None
   _one_of(f"{name}.alrs", recipe.alrs, alrs.MODES)
   _one_of(f"{name}.sampling", recipe.sampling, SAMPLINGS)
   _one_of(f"{name}.distillation", recipe.distillation, DISTILLATIONS)
@@ -183,6 +194,41 @@ def _check_recipe(name, recipe):
         f"{name}.loss_weights={recipe.loss_weights!r}: allowed are numbers"
       )
     _at_least(f"{name}.loss_weights", weight, 0)
+    if math.isinf(weight):
+      raise ConfigError(
+        f"{name}.loss_weights={recipe.loss_weights!r}: allowed are finite "
+        "numbers"
+      )
+
+
+def _check_pretrain(recipe):
+  """A float network has no bit-widths to draw, teach or weigh."""
+  plain = TrainConfig()
+  for field in ("sampling", "distillation", "loss_weights", "curriculum"):
+    value, allowed = getattr(recipe, field), getattr(plain, field)
+    if value != allowed:
+      raise ConfigError(
+        f"pretrain.{field}={value!r}: allowed is {allowed!r}, the network "
+        "being float"
+      )
+
+
+def _check_curriculum(config):
+  """Phases that the norms or the distillation do not fit."""
+  recipe, norm, bits = config.train, config.quant.norm, config.quant.bits
+  for phase in CURRICULA[recipe.curriculum].phases:
+    if phase.norm and norm not in ("switchable", phase.norm):
+      raise ConfigError(
+        f"quant.norm={norm!r}: allowed with train.curriculum="
+        f"{recipe.curriculum!r} are switchable, {phase.norm}"
+      )
+    sampling = phase.sampling or recipe.sampling
+    visits = len(SAMPLINGS[sampling].labels(bits))
+    if visits == 1 and len(bits) > 1 and recipe.distillation != "none":
+      raise ConfigError(
+        f"train.distillation={recipe.distillation!r}: allowed with sampling "
+        f"{sampling!r}, which visits one bit-width a step, is none"
+      )
 
 
 def _with_recipe(config, values):

@@ -85,8 +85,9 @@ class MetricsWriter:
   def training_seconds(self, stage, *, images_per_step):
     """Returns the seconds that the steps of `stage` and of its phases took.
 
-    Steps times the median speed that was logged: neither compilation nor
-    evaluation, nor the pause before a run went on, enters.
+    Steps times the median speed that was logged, so that neither compilation
+    (in the first entry) nor evaluation nor a pause enters where there are
+    three entries or more.
     """
     steps, speeds = {}, collections.defaultdict(list)
     for line in self._path.read_text(encoding="utf-8").splitlines():

@@ -92,12 +92,6 @@ class Run:
     self._model()
     self.bits = config.quant.bits
     quantizers(config.quant)
-    for name in ("pretrain", "train"):
-      recipe = getattr(config, name)
-      try:
-        train.resolve_vectorize(recipe.vectorize, recipe.schedule)
-      except ValueError as error:
-        raise ConfigError(f"{name}.{error}") from None
 
   def claim(self) -> None:
     """Writes config.json, or checks that it is this run's."""
@@ -155,6 +149,7 @@ class Run:
     recipe = dataclasses.replace(
       self.config.train,
       schedule=alone.schedule,
+      vectorize="auto",
       sampling=alone.sampling,
       distillation=alone.distillation,
       alrs=alone.alrs,
@@ -196,11 +191,13 @@ class Run:
       tensor_bytes=sum(
         tensor.nbytes for tensor in deploy.read(path)[1].values()
       ),
-      float_bytes=sum(
-        leaf.nbytes
-        for leaf in jax.tree.leaves(nn.functional(self._model()).params)
-      ),
+      float_bytes=self.float_bytes(),
     )
+
+  def float_bytes(self) -> int:
+    """Bytes of the float network's parameters."""
+    params = nn.functional(self._model()).params
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
   def report(self) -> None:
     """Writes summary.json."""
@@ -251,7 +248,7 @@ class Run:
     started = time.monotonic()
     curriculum = train.CURRICULA[recipe.curriculum]
     present, steps = weight, 0
-    for phase in curriculum.phases:
+    for number, phase in enumerate(curriculum.phases):
       wanted = weight
       if phase.weight is not None:
         wanted = quant.get(phase.weight, bits=weight.bits)
@@ -266,9 +263,10 @@ class Run:
         network,
         weight.bits,
         dataclasses.replace(recipe, sampling=phase.sampling or recipe.sampling),
-        share=len(curriculum.phases),
+        phase=(number, len(curriculum.phases)),
       )
-    if curriculum.recalibrate:
+    # Norms that all bit-widths share have the statistics of all of them.
+    if curriculum.recalibrate and config.norm != "shared":
       batches = self._batches(self.config.seed)
       images = [batches[step]["image"] for step in range(_RECALIBRATION)]
       for bits in weight.bits:
@@ -278,8 +276,15 @@ class Run:
     self.trained[stage] = network
     return network
 
-  def _train(self, stage, model, bits, recipe: TrainConfig, *, share=1):
+  def _train(self, stage, model, bits, recipe: TrainConfig, *, phase=(0, 1)):
     """Trains a model in place to the end of a phase, from where it is.
+
+    Args:
+      stage: directory and name of the phase.
+      model: changed in place.
+      bits: candidate bit-widths, (None,) for a float network.
+      recipe: how to train.
+      phase: number of the phase, and how many there are.
 
     Returns:
       The number of steps of the phase.
@@ -292,12 +297,13 @@ class Run:
       momentum=recipe.momentum,
     )
     batch_size = self.config.data.batch_size
+    number, count = phase
     images = recipe.epochs * len(self.data.train)
-    steps = max(images // (batch_size * share), 1)
+    steps = max(images // (batch_size * count), 1)
     state = train.init_state(
       network,
       optimizer,
-      jax.random.key(self.config.seed),
+      jax.random.fold_in(jax.random.key(self.config.seed), number),
       distillation=recipe.distillation,
       num_classes=self.data.num_classes,
     )

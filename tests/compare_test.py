@@ -64,6 +64,9 @@ def test_entries_of_one_row_add_their_costs_and_keep_their_bit_widths(finished):
     "8": exports[0]["bytes_at"]["8"],
     "2": exports[1]["bytes_at"]["2"],
   }
+  whole = results["rows"]["float"]
+  assert whole["bytes_at"] == {"float": whole["tensor_bytes"]}
+  assert whole["tensor_bytes"] == exports[0]["float_bytes"]
   joint = results["rows"]["joint"]
   assert joint["tensor_bytes"] == joint["bytes_at"]["8"]
 
@@ -103,9 +106,24 @@ def test_the_table_is_written_and_a_second_run_repeats_nothing(finished):
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    (changed(), "methods: empty; allowed is at least one"),
+    (changed(), "methods={}: allowed are {name: fields}"),
+    ({**VALUES, "methods": ("lsq",)}, "methods=.*allowed are {name: fields}"),
     ({**VALUES, "seeds": (1, 1)}, r"seeds=\(1, 1\): allowed are different"),
-    ({**VALUES, "seeds": (-1,)}, "seed=-1: allowed is 0 or more"),
+    ({**VALUES, "seeds": (-1,)}, r"seeds=\(-1,\): allowed are different"),
+    ({**VALUES, "seeds": 3}, "seeds=3: allowed are different integers"),
+    (changed(a=None), "methods.a=None: allowed is a group of fields"),
+    (changed(a={"seed": 1}), "methods.a.seed: allowed are row, method, quant"),
+    (changed(a={"row": 5}), "methods.a.row=5: allowed is another name"),
+    (changed(float={}), "methods.float='float': allowed is another name"),
+    (changed(**{"../a": {}}), "methods.../a='../a': allowed is another name"),
+    (
+      changed(a={"row": "x"}, b={"row": "x", "quant": {"bits": (2,)}}),
+      "methods.b: row 'x' has one of its bit-widths already",
+    ),
+    (
+      changed(a={"train": {"vectorize": "vmap"}}),
+      "methods.a: train.vectorize='vmap': allowed with",
+    ),
     (changed(a={"method": "x"}), "methods.a: method='x': allowed are"),
     (
       changed(a={"method": "binary"}),

@@ -84,7 +84,35 @@ def test_matquant_weighs_the_lowest_bit_width_ten_times_as_much():
     ),
     (
       {"quant": {"weight": "lsq_activation"}},
-      "quant.weight='lsq_activation': is a ActivationQuantizer; allowed is",
+      "quant.weight='lsq_activation': is of kind ActivationQuantizer; allowed",
+    ),
+    (
+      {"train": {"vectorize": "vmap"}},
+      "train.vectorize='vmap': allowed with",
+    ),
+    (
+      {"method": "bit_mixer", "quant": {"norm": "shared"}},
+      "quant.norm='shared': allowed with train.curriculum='bit_mixer' are",
+    ),
+    (
+      {"method": "bit_mixer", "train": {"distillation": "highest"}},
+      "train.distillation='highest': allowed with sampling 'random'",
+    ),
+    (
+      {"pretrain": {"sampling": "mixed"}},
+      "pretrain.sampling='mixed': allowed is 'all'",
+    ),
+    (
+      {"pretrain": {"loss_weights": (1.0,)}},
+      r"pretrain.loss_weights=\(1.0,\): allowed is \(\)",
+    ),
+    (
+      {"train": {"loss_weights": (float("inf"), 1.0, 1.0, 1.0)}},
+      "train.loss_weights=.*finite",
+    ),
+    (
+      {"quant": {"weight_options": {"shared": "no"}}},
+      "quant.weight_options: shared='no': allowed are True and False",
     ),
     ({"train": {"sampling": "x"}}, "train.sampling='x': allowed are all"),
     ({"train": {"distillation": "x"}}, "train.distillation='x': allowed are"),

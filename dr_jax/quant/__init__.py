@@ -128,7 +128,7 @@ def get(name: str, **options) -> WeightQuantizer | ActivationQuantizer:
   if name not in _FACTORIES:
     raise ValueError(f"quantizer {name!r}: allowed are {', '.join(NAMES)}")
   factory = _FACTORIES[name]
-  allowed = factory.__kwdefaults__ or {}
+  allowed = getattr(factory, "__kwdefaults__", None) or {}
   unknown = sorted(set(options) - set(allowed) - {"bits"})
   if unknown:
     raise ValueError(

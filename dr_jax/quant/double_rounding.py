@@ -65,6 +65,8 @@ def double_rounding(
   """
   bits = grid.check_bits(bits)
   grid.check_rounding(rounding)
+  if not isinstance(shared, bool):
+    raise ValueError(f"shared={shared!r}: allowed are True and False")
 
   def scale_of(w):
     return three_sigma_scale(w, bits[0], per_channel=per_channel)

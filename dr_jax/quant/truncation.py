@@ -10,7 +10,7 @@ MatQuant slices unsigned codes between the smallest and the largest weight:
 
   s = (max - min) / (2^h - 1),   z = round(-min / s)
   q_h = clip(round(w / s) + z, 0, 2^h - 1)
-  q_l = min((q_h + 2^(D-1)) >> D, 2^l - 1) * 2^D
+  q_l = min([q_h / 2^D], 2^l - 1) * 2^D,   [.] to the nearest, halves to even
   w_hat = (q_l - z) * s
 
 arXiv 2506.11431 (TruncQuant); arXiv 2502.06786, ICML 2025 (MatQuant). What the
@@ -61,10 +61,10 @@ def truncation(
   scale with LSQ's gradient, which passes where -2^(h-1) <= w/s <= 2^(h-1); it
   starts at max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1), as Double Rounding's.
 
-  "matquant": unsigned codes, equations above. Params: {}. Chosen: a slice
-  rounds half up, by adding the first dropped bit; the zero point is an integer,
-  so that a zero weight stays zero at bits[0]; min and max are detached, and the
-  gradient passes straight through for every weight, clamped slices included.
+  "matquant": unsigned codes, equations above. Params: {}. Chosen: the zero
+  point is an integer, so that a zero weight stays zero at bits[0]; min and max
+  are detached, and the gradient passes straight through for every weight,
+  clamped slices included.
 
   Args:
     bits: candidate bit-widths in 2..8, highest first.
@@ -129,7 +129,7 @@ def _matquant(bits, per_channel, extra_precision):
 
   def values(codes, scale, zero_point, index):
     shift = jnp.asarray(shifts, jnp.int32)[index]
-    sliced = shift_codes(codes, shift, "half_up")
+    sliced = shift_codes(codes, shift, "half_even")
     sliced = jnp.minimum(sliced, jnp.asarray(tops, jnp.int32)[index])
     levels = (sliced << shift) - zero_point
     # A level beyond the largest weight may be beyond the largest float.

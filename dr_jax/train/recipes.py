@@ -103,6 +103,18 @@ RECIPES: dict[str, Recipe] = {
     weight_options={"scheme": "modified", "rescale": True},
     schedule="accumulate",
   ),
+  "adabits_centered": Recipe(
+    "adabits",
+    "pact_activation",
+    weight_options={"scheme": "centered", "rescale": True},
+    schedule="accumulate",
+  ),
+  "adabits_original": Recipe(
+    "adabits",
+    "pact_activation",
+    weight_options={"scheme": "original", "rescale": True},
+    schedule="accumulate",
+  ),
   "any_precision": Recipe(
     "any_precision",
     "unit_activation",

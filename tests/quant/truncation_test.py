@@ -109,9 +109,9 @@ def test_truncquant_starts_at_the_scale_of_double_rounding(per_channel):
 
 
 def exact_slices(codes, from_bits, bits, extra_precision):
-  """Integers: rounds half up to `bits` bits, and shifts back."""
+  """Integers: rounds to `bits` bits, halves to even, and shifts back."""
   step = 2 ** (from_bits - bits)
-  rounded = np.floor(codes / step + 0.5).astype(int)
+  rounded = np.rint(codes / step).astype(int)
   extra = extra_precision and bits < from_bits
   return np.minimum(rounded, 2**bits - (0 if extra else 1)) * step
 
@@ -143,14 +143,14 @@ def test_every_matquant_code_is_sliced_as_in_integer_arithmetic(
     assert len(np.unique(faked[i][:, 0])) == levels
 
 
-def test_matquant_by_hand_rounds_half_up_and_clamps():
+def test_matquant_by_hand_rounds_halves_to_even_and_clamps():
   w = np.array([0, 31, 32, 53, 96, 223, 224, 255], np.float32)[:, None]
   for extra, top in ((False, 192), (True, 256)):
     quantizer = quant.truncation(
       (8, 2), scheme="matquant", extra_precision=extra
     )
-    # 32 and 96 are ties: half-to-even would send 32 to 0.
-    expected = np.array([0, 0, 64, 64, 128, 192, top, top])[:, None]
+    # 32, 96 and 224 are ties: half up would send 32 to 64.
+    expected = np.array([0, 0, 0, 64, 128, 192, top, top])[:, None]
     found = quantizer.fake_quantize({}, w, 1)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
