@@ -139,9 +139,17 @@ def _parse(argv):
   except (AttributeError, KeyError) as error:
     sys.exit(_fail(_unknown_field(argv) or error, 2))
   except (flags.Error, TypeError, ValueError) as error:
-    sys.exit(_fail(error, 2))
+    sys.exit(_fail(_own_words(error), 2))
   except (OSError, ImportError) as error:
     sys.exit(_fail(f"--config: {error}", 2))
+
+
+def _own_words(error):
+  """What a configuration file raised, without the traceback around it."""
+  text = str(error).strip()
+  if "Traceback (most recent call last)" not in text:
+    return text
+  return f"--config={text.splitlines()[-1].partition(': ')[2]}"
 
 
 def _unknown_field(argv):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dr_jax import config, deploy, models, nn, pipeline, quant
+from dr_jax import config, data, deploy, models, nn, pipeline, quant
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -23,16 +23,44 @@ def strict_numerics():
 @pytest.fixture(scope="module", autouse=True)
 def method():
   """Runs the block of the section on own methods; returns its source."""
-  section = (
-    README.read_text().split("## Your own method\n")[1].split("\n## ")[0]
-  )
-  source = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+  source = block("Your own method")
   exec(compile(source, "fixed_point.py", "exec"), {})
   return source
 
 
-def test_it_is_ten_to_thirty_lines(method):
-  assert 10 <= len(method.strip().splitlines()) <= 30
+def block(title):
+  """The first Python block of a section."""
+  text = README.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+  return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_it_is_ten_to_twenty_lines_beside_imports_and_space(method):
+  lines = [x for x in method.splitlines() if x and "import" not in x]
+  assert 10 <= len(lines) <= 20
+
+
+def test_the_training_example_lowers_the_loss_at_every_bit_width():
+  bits = (8, 4)
+  stream = data.batches(data.load("digits").train, batch_size=128, seed=0)
+  model = models.ResNet(
+    8, num_classes=10, widths=(4, 4, 4), channels=1, rngs=nnx.Rngs(0)
+  )
+  network = nn.quantize(
+    model,
+    weight=quant.double_rounding(bits),
+    activation=quant.lsq_activation(bits),
+    sample=stream[0]["image"],
+  )
+  names, seen = {"nn": nn, "network": network, "bits": bits}, []
+
+  def batches():
+    for number in range(20):
+      yield stream[number]
+      seen.append(names["losses"])
+
+  names["batches"] = batches()
+  exec(compile(block("Training"), "training.py", "exec"), names)
+  assert (np.mean(seen[-5:], 0) < np.mean(seen[:5], 0)).all()
 
 
 def test_it_keeps_the_laws_of_the_interface():
