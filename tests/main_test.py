@@ -196,7 +196,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--config.train.epohcs=5", "no field 'epohcs'; allowed are alrs, epochs"),
+    (
+      "--config.train.epohcs=5",
+      "no field 'epohcs'; allowed are alrs, curriculum",
+    ),
     ("--config.trian.epochs=5", "no field 'trian'; allowed are check"),
     ("--config.train.epohcs=5 --bogus=1", "no field 'epohcs'; allowed are"),
     ("--config.train.epochs.x=5", "'x' is below a plain value"),
@@ -215,7 +218,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
       "--config.quant.weight=lsq_activation",
       "quant.weight='lsq_activation': i",
     ),
-    ("--config.quant.activation=lsq", "quant.activation='lsq': is a Weight"),
+    (
+      "--config.quant.activation=lsq",
+      "quant.activation='lsq': is of kind Weight",
+    ),
     ("--config.quant.norm=swichable", "quant.norm='swichable': allowed are"),
     ("--config.model.options.widths=(4,6)", r"widths=\(4, 6\): allowed are"),
     ("--config=configs/digits.py:4x2", "digits.py:4x2: allowed are"),
