@@ -15,6 +15,7 @@ from dr_jax.compilation import jit
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.train import (
   cross_entropy,
+  distill,
   init_state,
   make_optimizer,
   make_step,
@@ -467,6 +468,28 @@ def test_a_student_learns_from_its_teacher_and_the_teacher_from_labels_alone():
   ):
     expected = start - rate * (g + 1e-3 * start * (kind == "weight"))
     np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("vectorize", ["unroll", "sequential", "vmap"])
+def test_memory_learns_from_the_highest_bit_width_alone(vectorize):
+  network, batch = _network(), net.batch(0)
+  scheme = distill.get("online_label_class_means")
+  learned = []
+  for index in range(2):
+    logits, _ = jit(functools.partial(network.apply, train=True))(
+      network.params, network.batch_stats, jnp.int32(index), batch["image"]
+    )
+    learned.append(
+      scheme.learn(scheme.init(3), logits, batch["label"])["means"]
+    )
+  state, _ = _run(
+    steps=1,
+    schedule="accumulate",
+    vectorize=vectorize,
+    distillation="online_label_class_means",
+  )
+  np.testing.assert_allclose(state.memory["means"], learned[0], atol=1e-6)
+  assert np.abs(learned[0] - learned[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("vectorize", ["unroll", "sequential", "vmap"])
