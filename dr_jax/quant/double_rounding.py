@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from dr_jax.quant import grid
+from dr_jax.quant import grid, reduce
 from dr_jax.quant.packing import storage
 from dr_jax.quant.quantizer import WeightQuantizer
 
@@ -199,7 +199,7 @@ def three_sigma_scale(
     float32, rank of w: [1, ..., 1, c_out], or all ones.
   """
   w = grid.widened(w)
-  axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
+  axes = reduce.channel_axes(w.ndim, per_channel=per_channel)
   mean = w.mean(axes, keepdims=True)
   std = w.std(axes, keepdims=True)
   bound = jnp.abs(mean) + 3 * std  # = max |mean -+ 3 std|, and never inf - inf

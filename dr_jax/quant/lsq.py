@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from dr_jax.quant import grid
+from dr_jax.quant import grid, reduce
 from dr_jax.quant.packing import storage
 from dr_jax.quant.quantizer import ActivationQuantizer, WeightQuantizer
 
@@ -186,7 +186,7 @@ def initial_scale(
   Returns:
     float32, rank of w: [1, ..., 1, c_out], or all ones.
   """
-  axes = tuple(range(w.ndim - 1 if per_channel else w.ndim))
+  axes = reduce.channel_axes(w.ndim, per_channel=per_channel)
   size = 2 * jnp.abs(grid.widened(w)).mean(axes, keepdims=True)
   return _scale(size, high)
 
