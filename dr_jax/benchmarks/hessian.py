@@ -1,0 +1,140 @@
+"""Times of a Hessian-vector product, in gradients, on a float ResNet.
+
+  python -m dr_jax.benchmarks.hessian [--batch=128] [--plain_jit] [...]
+
+All with respect to the kernels, as a trace takes them, with batch norm in
+inference mode, one probe at a time. Everything is measured in one process, in
+turn, round after round, so that a noisy machine disturbs all alike: the ratio
+is the median over rounds of seconds over the gradient's of the same round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import compilation, hessian, models, nn
+from dr_jax.pipeline import environment
+
+_BATCH = flags.DEFINE_integer("batch", 128, "Images per gradient.")
+_SIZE = flags.DEFINE_integer("size", 32, "Height and width of an image.")
+_DEPTH = flags.DEFINE_integer("depth", 20, "Depth of the ResNet, 6 n + 2.")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Timed calls of each program.")
+_PLAIN = flags.DEFINE_bool("plain_jit", False, "Compile by jax.jit as it is.")
+
+
+class Timed(NamedTuple):
+  """One program under measurement."""
+
+  name: str
+  run: Callable[[], None]
+  compile_seconds: float
+  temporary_bytes: int
+  seconds: list[float]
+
+
+def main(argv):
+  del argv
+  loss, kernels, rest = _network()
+  keys = iter(jax.random.split(jax.random.key(0), len(kernels)))
+  probe = {
+    name: jax.random.rademacher(next(keys), kernel.shape, kernel.dtype)
+    for name, kernel in kernels.items()
+  }
+  rows = [_timed("gradient", jax.grad(loss), kernels, *rest)]
+  for mode in hessian.MODES:
+
+    def product(kernels, probe, *rest, mode=mode):
+      return hessian.hvp(loss, kernels, probe, *rest, mode=mode)
+
+    rows.append(_timed(mode.replace("_", " "), product, kernels, probe, *rest))
+  for _ in range(_ROUNDS.value):
+    for row in rows:
+      started = time.perf_counter()
+      row.run()
+      row.seconds.append(time.perf_counter() - started)
+  _report(rows)
+
+
+def _network():
+  """Returns loss(kernels, rest, batch) of the network, and its arguments."""
+  model = models.ResNet(_DEPTH.value, num_classes=10, rngs=nnx.Rngs(0))
+  network = nn.functional(model)
+  leaves, structure = jax.tree.flatten(network.params)
+  kinds = jax.tree.leaves(network.kinds)
+  kernels, vectors = {}, {}
+  for number, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
+    (kernels if kind == "weight" else vectors)[str(number)] = leaf
+
+  def loss(kernels, rest, batch):
+    vectors, batch_stats = rest
+    both = {**kernels, **vectors}
+    params = structure.unflatten(both[str(n)] for n in range(len(leaves)))
+    logits, _ = network.apply(params, batch_stats, 0, batch["image"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch["label"]
+    )
+    return losses.mean()
+
+  shape = (_BATCH.value, _SIZE.value, _SIZE.value, 3)
+  image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  label = np.arange(_BATCH.value, dtype=np.int32) % 10
+  batch = jax.device_put({"image": image, "label": label})
+  return loss, kernels, ((vectors, network.batch_stats), batch)
+
+
+def _timed(name, function, *arguments) -> Timed:
+  jit = jax.jit if _PLAIN.value else compilation.jit
+  started = time.perf_counter()
+  program = jit(function).lower(*arguments).compile()
+  seconds = time.perf_counter() - started
+
+  def run():
+    jax.block_until_ready(program(*arguments))
+
+  run()
+  memory = program.memory_analysis().temp_size_in_bytes
+  return Timed(name, run, seconds, memory, [])
+
+
+def _report(rows):
+  gradient = np.array(rows[0].seconds)
+  table = Table(
+    title=f"ResNet{_DEPTH.value}, batch {_BATCH.value}, "
+    f"{_SIZE.value}x{_SIZE.value}x3"
+  )
+  for column in (
+    "program",
+    "median s",
+    "least s",
+    "of gradient",
+    "per second",
+    "temporary MiB",
+    "compile s",
+  ):
+    table.add_column(column, justify="left" if column == "program" else "right")
+  for row in rows:
+    median = float(np.median(row.seconds))
+    table.add_row(
+      row.name,
+      f"{median:.3f}",
+      f"{min(row.seconds):.3f}",
+      f"{np.median(np.array(row.seconds) / gradient):.2f}",
+      f"{1 / median:.2f}",
+      f"{row.temporary_bytes / 2**20:.0f}",
+      f"{row.compile_seconds:.1f}",
+    )
+  Console(width=100).print(table, environment())
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,17 @@
+"""Curvature of a loss: Hessian-vector products and traces per layer."""
+
+from dr_jax.hessian.hvp import MODES, hvp, quadratic_forms
+from dr_jax.hessian.record import fingerprint, load, save
+from dr_jax.hessian.trace import TraceEstimate, sensitivity, trace
+
+__all__ = [
+  "MODES",
+  "TraceEstimate",
+  "fingerprint",
+  "hvp",
+  "load",
+  "quadratic_forms",
+  "save",
+  "sensitivity",
+  "trace",
+]

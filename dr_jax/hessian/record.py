@@ -1,0 +1,105 @@
+"""Traces on disk, tied to the network that they are of.
+
+A JSON file {"fingerprint": ..., "traces": {path: {"mean": ..., "stderr": ...,
+"probes": ...}}}; floats come back in the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dr_jax.hessian.paths import named_leaves
+from dr_jax.hessian.trace import TraceEstimate
+
+if TYPE_CHECKING:
+  from jaxtyping import PyTree
+
+
+def fingerprint(params: PyTree) -> str:
+  """Returns a SHA-256 of all arrays: paths, dtypes, shapes and bytes.
+
+  Traces also depend on batch statistics: `fingerprint((params, batch_stats))`.
+
+  Args:
+    params: pytree of arrays.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in named_leaves(params)[0].items():
+    leaf = np.asarray(leaf)
+    header = json.dumps([path, str(leaf.dtype), leaf.shape])
+    digest.update(header.encode() + leaf.tobytes())
+  return digest.hexdigest()
+
+
+def save(
+  path: str | os.PathLike,
+  estimates: Mapping[str, TraceEstimate],
+  *,
+  fingerprint: str,
+) -> None:
+  """Writes traces to a JSON file, whole or not at all.
+
+  Args:
+    path: the file; replaced if it is there.
+    estimates: from `trace`.
+    fingerprint: `fingerprint` of the network that they are of.
+
+  Raises:
+    ValueError: if an estimate is NaN or infinite.
+  """
+  traces = {name: e._asdict() for name, e in estimates.items()}
+  content = {"fingerprint": fingerprint, "traces": traces}
+  text = json.dumps(content, indent=1, allow_nan=False)
+  path = pathlib.Path(path)
+  draft = path.with_name(path.name + ".draft")
+  draft.write_text(text, encoding="utf-8")
+  draft.replace(path)
+
+
+def load(
+  path: str | os.PathLike, *, fingerprint: str | None = None
+) -> dict[str, TraceEstimate]:
+  """Reads traces that `save` wrote.
+
+  Args:
+    path: the file.
+    fingerprint: of the network at hand; None takes traces of any.
+
+  Returns:
+    {slash path: estimate}.
+
+  Raises:
+    ValueError: if the file is damaged, or of another network.
+    FileNotFoundError: if there is no file.
+  """
+  text = pathlib.Path(path).read_bytes()
+  try:
+    content = json.loads(text, parse_constant=_refuse)
+    found = content["fingerprint"]
+    estimates = {
+      name: TraceEstimate(
+        float(t["mean"]), float(t["stderr"]), int(t["probes"])
+      )
+      for name, t in content["traces"].items()
+    }
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{path}: damaged ({error!r}); allowed is a file of hessian.save"
+    ) from error
+  if fingerprint is not None and fingerprint != found:
+    raise ValueError(
+      f"{path}: traces of another network, {str(found)[:12]}; allowed are "
+      f"those of this one, {fingerprint[:12]}"
+    )
+  return estimates
+
+
+def _refuse(constant):
+  raise ValueError(f"{constant} is no finite number")
