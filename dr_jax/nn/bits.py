@@ -2,15 +2,20 @@
 
 A `Bits` variable holds a position in the candidate bit-widths. Because it is
 an array and not an argument, one compiled program serves every assignment and
-no model's `__call__` changes.
+no model's `__call__` changes. In its place a float [n] may stand: the weights
+of a mixture of all n candidates, which a search can differentiate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -31,6 +36,21 @@ class Bits(nnx.Variable):
   def order(self) -> int:
     """Number of the layer it follows, in call order."""
     return self.get_metadata("follows")
+
+
+def is_mixture(index: int | jax.Array) -> bool:
+  """Whether a value of Bits holds weights [n] and not a position."""
+  return jnp.issubdtype(getattr(index, "dtype", int), jnp.floating)
+
+
+def at(
+  quantize: Callable[[int | jax.Array], jax.Array], index: int | jax.Array
+) -> jax.Array:
+  """Returns quantize(index), or the weighted sum over all candidates."""
+  if not is_mixture(index):
+    return quantize(index)
+  terms = [quantize(position) * weight for position, weight in enumerate(index)]
+  return functools.reduce(operator.add, terms)
 
 
 class Scale(nnx.Param):
@@ -55,6 +75,7 @@ class LayerRow(NamedTuple):
     name: path in the model, with slashes.
     kind: "conv" or "linear".
     shape: of the kernel, [*window, c_in / groups, c_out] or [c_in, c_out].
+    stride: of the window, the largest if its axes differ; 1 if linear.
     parameters: kernel entries (biases stay float and are not counted).
     macs: multiply-accumulates for one example.
     signed: sign of the input codes; None if inputs stay float.
@@ -64,6 +85,7 @@ class LayerRow(NamedTuple):
   name: str
   kind: str
   shape: tuple[int, ...]
+  stride: int
   parameters: int
   macs: int
   signed: bool | None
@@ -117,6 +139,7 @@ def layer_table(model: nnx.Module) -> LayerTable:
         name=name,
         kind="linear" if len(shape) == 2 else "conv",
         shape=tuple(shape),
+        stride=int(np.max(getattr(layer, "strides", None) or 1)),
         parameters=layer.kernel.size,
         macs=layer.macs,
         signed=None if quantizer is None else quantizer.signed,

@@ -23,6 +23,8 @@ from dr_jax.nn.bits import (
   Offset,
   Scale,
   all_bits,
+  candidates,
+  is_mixture,
   quantized_layers,
 )
 from dr_jax.nn.norm import BatchNorm
@@ -37,7 +39,8 @@ class Functional(NamedTuple):
     apply: `apply(params, batch_stats, index, *inputs, train=False) ->
       (outputs, batch_stats)`. `index` is the position in the candidate
       bit-widths: an int or int32 scalar for all layers, or int32 [layers], one
-      per row of `nn.layer_table`; a float network ignores it.
+      per row of `nn.layer_table`; a float network ignores it. Float
+      [layers, n], weights over the n candidates, mixes what they quantize to.
     params: nested dict of trainable arrays.
     batch_stats: nested dict of all other state (running statistics, PRNG
       counters).
@@ -46,6 +49,8 @@ class Functional(NamedTuple):
       norm), "scale" (learned scales of quantizers) or "offset" (their other
       learned parameters).
     layers: number of quantized layers; 0 for a float network.
+    scale_layers: number of the layer of every learned scale, in the order in
+      which `jax.tree.leaves(params)` has them.
   """
 
   apply: Callable[..., tuple[Any, Tree]]
@@ -53,6 +58,7 @@ class Functional(NamedTuple):
   batch_stats: Tree
   kinds: Tree
   layers: int
+  scale_layers: tuple[int, ...]
 
 
 def functional(model: nnx.Module) -> Functional:
@@ -67,14 +73,12 @@ def functional(model: nnx.Module) -> Functional:
   )
   followed = {path: variable.order for path, variable in all_bits(model)}
   layers = len(quantized_layers(model))
+  count = len(candidates(model)) if layers else 0
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
     shape = np.shape(index)
-    if layers and shape not in ((), (layers,)):
-      raise ValueError(
-        f"index: shape {shape}; allowed are () and ({layers},), "
-        "one for each quantized layer"
-      )
+    if layers:
+      _check_index(index, layers, count)
 
     def bits_at(path):
       return index if shape == () else index[followed[path]]
@@ -96,6 +100,7 @@ def functional(model: nnx.Module) -> Functional:
     batch_stats=_nest((path, v.get_value()) for path, v in rest),
     kinds=_nest((path, _kind(v)) for path, v in params),
     layers=layers,
+    scale_layers=_scale_layers(params, followed),
   )
 
 
@@ -197,6 +202,30 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     for statistic, value in zip((norm.mean, norm.var), sums, strict=True):
       rows = statistic[...].at[norm.row].set(value / count)
       statistic.set_value(rows)
+
+
+def _check_index(index, layers, count):
+  shape = np.shape(index)
+  if is_mixture(index):
+    if shape != (layers, count):
+      raise ValueError(
+        f"index: weights of shape {shape}; allowed are ({layers}, {count}), "
+        "one for each quantized layer and candidate"
+      )
+  elif shape not in ((), (layers,)):
+    raise ValueError(
+      f"index: shape {shape}; allowed are () and ({layers},), "
+      "one for each quantized layer"
+    )
+
+
+def _scale_layers(params, followed):
+  # A scale is at <layer>/weight_params/scale or <layer>/input_params/scale.
+  orders = _nest(
+    (path, followed[(*path[:-2], "bits")] if isinstance(v, Scale) else None)
+    for path, v in params
+  )
+  return tuple(jax.tree.leaves(orders))
 
 
 def _kind(variable):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn.bits import Bits, Offset, Scale
+from dr_jax.nn.bits import Bits, Offset, Scale, at
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
 
@@ -83,7 +83,8 @@ class Quantized:
     index = self.bits.get_value()
     inputs = self._quantize_input(inputs, index)
     params = arrays_of(self.weight_params)
-    kernel = self.weight_quantizer.fake_quantize(params, kernel, index)
+    quantize = self.weight_quantizer.fake_quantize
+    kernel = at(lambda i: quantize(params, kernel, i), index)
     return self.promote((inputs, kernel, bias), dtype=dtype)
 
   def _quantize_input(self, inputs, index):
@@ -92,7 +93,8 @@ class Quantized:
     if not jnp.issubdtype(inputs.dtype, jnp.inexact):
       inputs = inputs.astype(self.param_dtype)
     params = arrays_of(self.input_params)
-    return self.input_quantizer.fake_quantize(params, inputs, index)
+    quantize = self.input_quantizer.fake_quantize
+    return at(lambda i: quantize(params, inputs, i), index)
 
 
 class Conv(Quantized, nnx.Conv):
@@ -117,7 +119,8 @@ class Stored(Quantized):
   def kernel(self) -> jax.Array:
     """The kernel at the bit-width in use, from the stored codes alone."""
     index = self.bits.get_value()
-    return self.weight_quantizer.decode(arrays_of(self.encoded), index)
+    encoded = arrays_of(self.encoded)
+    return at(lambda i: self.weight_quantizer.decode(encoded, i), index)
 
   def promote_dtype(self, arrays, /, dtype=None):
     inputs, kernel, bias = arrays

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn.bits import Bits, NormParam
+from dr_jax.nn.bits import Bits, NormParam, is_mixture
 from dr_jax.nn.layers import adopt
 
 KINDS = ("switchable", "transitional", "shared")
@@ -51,13 +51,16 @@ class Rows:
 
   @property
   def row(self) -> int | jax.Array:
-    """Row of the bits in use."""
+    """Row of the bits in use; weights [rows] where they are a mixture."""
     if self.rows == 1:
       return 0
     own = self.bits.get_value()
     if self.previous is None:
       return own
-    return self.previous.get_value() * math.isqrt(self.rows) + own
+    previous = self.previous.get_value()
+    if is_mixture(own):
+      return jnp.outer(previous, own).ravel()
+    return previous * math.isqrt(self.rows) + own
 
 
 class BatchNorm(Rows, nnx.BatchNorm):
@@ -112,18 +115,16 @@ class BatchNorm(Rows, nnx.BatchNorm):
         "by model.train() and model.eval()"
       )
     row = self.row
-    scale = None if self.scale is None else self.scale[row]
-    bias = None if self.bias is None else self.bias[row]
+    scale = None if self.scale is None else _at_row(self.scale, row)
+    bias = None if self.bias is None else _at_row(self.bias, row)
+    mean, var = _at_row(self.mean, row), _at_row(self.var, row)
     # As in nnx.BatchNorm: without a dtype, parameters can widen the output.
-    arrays = (x, self.mean[row], scale, bias)
-    x, *_ = self.promote_dtype(arrays, dtype=self.dtype)
-    if use_running_average:
-      mean, var = self.mean[row], self.var[row]
-    elif self._is_plain(x, mask):
-      y, mean, var = normalize(x, scale, bias, self.epsilon)
-      self._update(row, mean, var)
-      return y
-    else:
+    x, *_ = self.promote_dtype((x, mean, scale, bias), dtype=self.dtype)
+    if not use_running_average:
+      if self._is_plain(x, mask):
+        y, mean, var = normalize(x, scale, bias, self.epsilon)
+        self._update(row, mean, var)
+        return y
       mean, var = self._batch_statistics(x, mask)
       self._update(row, mean, var)
     gain, offset = _fold(mean, var, scale, bias, self.epsilon)
@@ -165,8 +166,12 @@ class BatchNorm(Rows, nnx.BatchNorm):
     for statistic, value in ((self.mean, mean), (self.var, var)):
       rows = jnp.asarray(statistic[...])
       value = jax.lax.stop_gradient(value).astype(rows.dtype)
-      new = self.momentum * rows[row] + (1 - self.momentum) * value
-      statistic.set_value(rows.at[row].set(new))
+      if is_mixture(row):
+        share = (1 - self.momentum) * row[:, None].astype(rows.dtype)
+        statistic.set_value(rows + share * (value[None] - rows))
+      else:
+        new = self.momentum * rows[row] + (1 - self.momentum) * value
+        statistic.set_value(rows.at[row].set(new))
 
 
 class FoldedNorm(Rows, nnx.Module):
@@ -192,7 +197,8 @@ class FoldedNorm(Rows, nnx.Module):
     self.offset = nnx.BatchStat(offset)
 
   def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
-    gain, offset = self.gain[self.row], self.offset[self.row]
+    row = self.row
+    gain, offset = _at_row(self.gain, row), _at_row(self.offset, row)
     x, *_ = self.promote_dtype((x, gain, offset), dtype=self.dtype)
     return _affine(x, gain, offset, self.axis)
 
@@ -274,6 +280,13 @@ def _affine(x, gain, offset, axis):
   wide = jnp.promote_types(x.dtype, gain.dtype)
   y = x.astype(wide) * gain.reshape(shape) + offset.reshape(shape)
   return y.astype(x.dtype)
+
+
+def _at_row(rows, row):
+  """One row of [rows, features], or their sum by weights [rows]."""
+  if is_mixture(row):
+    return row.astype(rows.dtype) @ rows[...]
+  return rows[row]
 
 
 def _rows(kind, variable, rows):

@@ -144,20 +144,33 @@ def test_the_table_holds_what_is_known_of_each_layer(model):
   nn.set_bits(model, {"head": 8, "conv": 2, "depthwise": 4})
   assert nn.layer_table(model) == (
     # 4x4 positions, then 2x2 after the stride.
-    nn.LayerRow("conv", "conv", (3, 3, 2, 4), 72, 16 * 72, True, 2),
-    nn.LayerRow("depthwise", "conv", (3, 3, 1, 4), 36, 4 * 36, False, 4),
-    nn.LayerRow("head", "linear", (4, 3), 12, 12, True, 8),
+    nn.LayerRow("conv", "conv", (3, 3, 2, 4), 1, 72, 16 * 72, True, 2),
+    nn.LayerRow("depthwise", "conv", (3, 3, 1, 4), 2, 36, 4 * 36, False, 4),
+    nn.LayerRow("head", "linear", (4, 3), 1, 12, 12, True, 8),
   )
 
 
 def test_the_table_prints_in_columns(model):
   nn.set_bits(model, {"head": 8, "conv": 2, "depthwise": 4})
   assert str(nn.layer_table(model)).splitlines() == [
-    "name       kind    shape         parameters  macs  signed  bits",
-    "conv       conv    (3, 3, 2, 4)  72          1152  True    2",
-    "depthwise  conv    (3, 3, 1, 4)  36          144   False   4",
-    "head       linear  (4, 3)        12          12    True    8",
+    "name       kind    shape         stride  parameters  macs  signed  bits",
+    "conv       conv    (3, 3, 2, 4)  1       72          1152  True    2",
+    "depthwise  conv    (3, 3, 1, 4)  2       36          144   False   4",
+    "head       linear  (4, 3)        1       12          12    True    8",
   ]
+
+
+@pytest.mark.parametrize(
+  ("strides", "stride"), [(None, 1), (1, 1), (2, 2), ((2, 2), 2), ((1, 3), 3)]
+)
+def test_the_table_holds_one_stride_however_it_was_given(strides, stride):
+  model = nn.quantize(
+    nnx.Conv(1, 1, (3, 3), strides=strides, rngs=nnx.Rngs(0)),
+    weight=quant.lsq(BITS),
+    sample=jnp.ones((1, 6, 6, 1)),
+    skip=(),
+  )
+  assert nn.layer_table(model)[0].stride == stride
 
 
 def test_the_table_says_which_inputs_stay_float():
