@@ -1,5 +1,6 @@
 """Strict numerics for every test: no implicit dtype or rank promotion."""
 
+import json
 import os
 import pathlib
 
@@ -31,13 +32,15 @@ def strict_numerics():
 
 @pytest.fixture
 def golden():
-  """Loads a file of reference arrays by name; skips where it is absent."""
+  """Loads a reference file (npz or JSON) by name; skips where it is absent."""
   beside = pathlib.Path(__file__).parents[2] / "shared" / "golden"
   folder = pathlib.Path(os.environ.get("DR_JAX_GOLDEN", beside))
 
   def load(name):
     if not (folder / name).is_file():
       pytest.skip(f"no {name} in {folder}: set DR_JAX_GOLDEN to its folder")
+    if name.endswith(".json"):
+      return json.loads((folder / name).read_text(encoding="utf-8"))
     return np.load(folder / name)
 
   return load

@@ -1,0 +1,28 @@
+"""Bit-widths for layers: what they cost, and the best ones for a budget."""
+
+from dr_jax.allocate.allocation import Allocation
+from dr_jax.allocate.cost import (
+  between,
+  bops,
+  latency,
+  mean_bits,
+  mean_bits_budget,
+  stored_bits,
+)
+from dr_jax.allocate.pareto import Front, pareto
+from dr_jax.allocate.solve import Infeasible, Solution, solve
+
+__all__ = [
+  "Allocation",
+  "Front",
+  "Infeasible",
+  "Solution",
+  "between",
+  "bops",
+  "latency",
+  "mean_bits",
+  "mean_bits_budget",
+  "pareto",
+  "solve",
+  "stored_bits",
+]

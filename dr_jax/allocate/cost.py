@@ -1,0 +1,189 @@
+"""What layers cost at their candidate bit-widths: integers [L, B].
+
+Integers, because budgets are then met exactly: bits, BOPs, nanoseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dr_jax.allocate.problem import integer
+
+if TYPE_CHECKING:
+  from numpy.typing import ArrayLike
+
+_INT64 = 2**63
+
+
+def stored_bits(parameters: Sequence[int], bits: Sequence[int]) -> np.ndarray:
+  """Returns the bits that each layer's weights take: parameters x bits.
+
+  Args:
+    parameters: L weights per layer.
+    bits: B candidate bit-widths.
+
+  Returns:
+    int64 [L, B]. A budget of bytes is 8 times as many bits.
+
+  Raises:
+    ValueError: for anything but positive integers.
+  """
+  counts, widths = _positive("parameters", parameters), _positive("bits", bits)
+  return _table([[count * b for b in widths] for count in counts])
+
+
+def bops(
+  macs: Sequence[int],
+  bits: Sequence[int],
+  activation_bits: Sequence[int] | None = None,
+) -> np.ndarray:
+  """Returns the bit operations of each layer: MACs x w_bits x a_bits.
+
+  Args:
+    macs: L multiply-accumulates of one example.
+    bits: B candidate bit-widths of the weights.
+    activation_bits: B bit-widths of the input that go with them; the same
+      where None.
+
+  Returns:
+    int64 [L, B].
+
+  Raises:
+    ValueError: for anything but positive integers, or other lengths.
+
+  References:
+    arXiv 2011.10680, eq. 13.
+  """
+  counts, widths = _positive("macs", macs), _positive("bits", bits)
+  inputs = widths
+  if activation_bits is not None:
+    inputs = _positive("activation_bits", activation_bits)
+  if len(inputs) != len(widths):
+    raise ValueError(
+      f"activation_bits={tuple(inputs)}: wrong length; allowed is one for each "
+      f"of {tuple(widths)}"
+    )
+  pairs = list(zip(widths, inputs, strict=True))
+  return _table([[count * w * a for w, a in pairs] for count in counts])
+
+
+def mean_bits(layers: int, bits: Sequence[int]) -> np.ndarray:
+  """Returns the bits themselves, whose sum is L times the mean bit-width.
+
+  Args:
+    layers: L.
+    bits: B candidate bit-widths.
+
+  Returns:
+    int64 [L, B]. `mean_bits_budget` turns a mean into a budget of the sum.
+  """
+  widths = _positive("bits", bits)
+  (count,) = _positive("layers", [layers])
+  return _table([widths] * count)
+
+
+def mean_bits_budget(mean: float, layers: int) -> int:
+  """Returns the largest sum of bits with at most this mean: floor(mean L).
+
+  A mean is read as it is printed: 3.3 times 10 layers is 33, although the
+  float 3.3 is less than that.
+
+  Raises:
+    ValueError: unless the mean is positive and finite.
+  """
+  (count,) = _positive("layers", [layers])
+  if not (math.isfinite(mean) and mean > 0):
+    raise ValueError(
+      f"mean={mean!r}: not positive; allowed is a finite number above 0"
+    )
+  return math.floor(Fraction(str(mean)) * count)
+
+
+def latency(
+  table: Mapping[str, Mapping[int, float]],
+  layers: Sequence[str],
+  bits: Sequence[int],
+) -> np.ndarray:
+  """Returns measured times in nanoseconds.
+
+  Args:
+    table: {layer: {bits: seconds}}; more than is asked for is ignored.
+    layers: L names, in the order of the result.
+    bits: B candidate bit-widths.
+
+  Returns:
+    int64 [L, B], rounded to the nearest nanosecond.
+
+  Raises:
+    ValueError: for a missing entry, or one that is negative or not finite.
+  """
+  widths = _positive("bits", bits)
+  rows = []
+  for layer in layers:
+    if layer not in table:
+      raise ValueError(
+        f"table={layer!r}: is missing; allowed are tables with all of "
+        f"{list(layers)}"
+      )
+    row = []
+    for b in widths:
+      if b not in table[layer]:
+        raise ValueError(
+          f"table[{layer!r}]={b}: is missing; allowed are tables with all of "
+          f"{widths}"
+        )
+      seconds = float(table[layer][b])
+      if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(
+          f"table[{layer!r}][{b}]={seconds}: no time; allowed are seconds of "
+          "at least 0"
+        )
+      row.append(round(Fraction(seconds) * 10**9))
+    rows.append(row)
+  return _table(rows)
+
+
+def between(cost: ArrayLike, fraction: float) -> int:
+  """Returns a budget between the cheapest and the dearest allocation.
+
+    low + fraction (high - low), rounded down
+
+  Args:
+    cost: integers [L, B]; low and high are the sums of every layer's smallest
+      and largest entries.
+    fraction: 0..1.
+
+  Raises:
+    ValueError: for other fractions.
+
+  References:
+    arXiv 2011.10680, section 3.4 and appendix.
+  """
+  if not 0 <= fraction <= 1:
+    raise ValueError(f"fraction={fraction!r}: outside; allowed is 0..1")
+  entries = np.asarray(cost).astype(object)
+  low, high = int(entries.min(1).sum()), int(entries.max(1).sum())
+  return low + math.floor(Fraction(str(fraction)) * (high - low))
+
+
+def _positive(field: str, values: Sequence[int]) -> list[int]:
+  allowed = "positive integers"
+  checked = [integer(field, value, allowed) for value in values]
+  if not checked:
+    raise ValueError(f"{field}=(): empty; allowed are {allowed}")
+  for value in checked:
+    if value < 1:
+      raise ValueError(f"{field}={value}: too small; allowed are {allowed}")
+  return checked
+
+
+def _table(rows: Sequence[Sequence[int]]) -> np.ndarray:
+  largest = max((entry for row in rows for entry in row), default=0)
+  if largest >= _INT64:
+    raise ValueError(f"cost={largest}: too large; allowed is below 2^63")
+  return np.array(rows, np.int64)

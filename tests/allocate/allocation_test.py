@@ -1,0 +1,147 @@
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from dr_jax.allocate import Allocation
+
+LAYERS = ["stem", "block0/conv1", "head"]
+
+
+def test_it_is_an_immutable_mapping_in_the_order_given():
+  given = {"stem": np.int64(8), "head": 4}
+  allocation = Allocation(given)
+  given["head"] = 2
+  assert isinstance(allocation, Mapping)
+  assert list(allocation.items()) == [("stem", 8), ("head", 4)]
+  assert all(type(b) is int for b in allocation.values())
+  with pytest.raises(TypeError):
+    allocation["head"] = 2
+
+
+def test_equality_and_hash_ignore_the_order():
+  one, other = Allocation({"a": 8, "b": 4}), Allocation({"b": 4, "a": 8})
+  assert one == other == {"a": 8, "b": 4}
+  assert len({one, other}) == 1
+  assert one != Allocation({"a": 4, "b": 8})
+  assert eval(repr(one)) == one
+
+
+def test_positions_and_bits_go_both_ways():
+  index = np.array([0, 2, 1])
+  allocation = Allocation.from_index(LAYERS, (8, 4, 2), index)
+  assert list(allocation.values()) == [8, 2, 4]
+  assert allocation.index((8, 4, 2)).tolist() == index.tolist()
+  assert allocation.index((2, 4, 8)).dtype == np.int64
+  assert Allocation.uniform(LAYERS, 4) == dict.fromkeys(LAYERS, 4)
+  with pytest.raises(ValueError, match=r"bits\['block0/conv1'\]=2.*\(8, 4\)"):
+    allocation.index((8, 4))
+
+
+def test_the_mean_weighs_all_layers_alike():
+  assert Allocation({"a": 8, "b": 3}).mean_bits == 5.5
+  assert Allocation({}).mean_bits == 0
+
+
+def test_the_table_is_aligned_and_takes_more_columns():
+  allocation = Allocation({"stem": 8, "block0/conv1": 4})
+  assert str(allocation) == (
+    "layer         bits\nstem             8\nblock0/conv1     4"
+  )
+  table = allocation.table(parameters={"stem": 432})
+  assert table == (
+    "layer         bits  parameters\n"
+    "stem             8         432\n"
+    "block0/conv1     4"
+  )
+
+
+def test_a_file_keeps_entries_and_order(tmp_path):
+  path = tmp_path / "allocation.json"
+  path.write_text("old")
+  allocation = Allocation({"z": 8, "größe/conv": 2, "a": 4})
+  allocation.save(path)
+  assert list(Allocation.load(path).items()) == list(allocation.items())
+  assert os.listdir(tmp_path) == ["allocation.json"]
+  assert path.read_text(encoding="utf-8") == allocation.to_json()
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
+  path = tmp_path / "allocation.json"
+  Allocation({"a": 8}).save(path)
+
+  def fail(*_):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(os, "fsync", fail)
+  with pytest.raises(OSError, match="disk full"):
+    Allocation({"a": 2}).save(path)
+  assert Allocation.load(path) == {"a": 8}
+  assert os.listdir(tmp_path) == ["allocation.json"]
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "no JSON"),
+    (b'{"a": 8', "no JSON"),
+    (b"[8, 4]", "no object"),
+    (b'{"a": 8, "a": 4}', "layer='a': appears twice"),
+    (b'{"a": "8"}', r"bits\['a'\]='8': no integer"),
+    (b'{"a": 8.0}', r"bits\['a'\]=8.0: no integer"),
+    (b'{"a": true}', r"bits\['a'\]=True: no integer"),
+    (b'{"a": 0}', r"bits\['a'\]=0: too small"),
+    (b'{"": 8}', "layer='': no path"),
+    (b"\xff\xfe", "utf-8"),
+    (b"[" * 100_000, "nested too deep|no JSON"),
+  ],
+)
+def test_a_damaged_file_is_named(tmp_path, content, message):
+  path = tmp_path / "allocation.json"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as error:
+    Allocation.load(path)
+  assert str(error.value).startswith(f"{path}: ")
+  assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_not_found(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    Allocation.load(tmp_path / "none.json")
+
+
+def test_it_must_fit_the_layers_and_the_candidates():
+  allocation = Allocation({"stem": 8, "tail": 4})
+  allocation.check(["tail", "stem"], (8, 4))
+  with pytest.raises(ValueError) as error:
+    allocation.check(["stem", "head"], (8, 4))
+  assert str(error.value) == (
+    "allocation: unknown layers ['tail'], missing layers ['head']; allowed are "
+    "exactly ['stem', 'head']"
+  )
+  with pytest.raises(ValueError, match="unknown layers .'tail'., missing"):
+    allocation.check(["stem"], (8, 4))
+  with pytest.raises(ValueError, match=r"bits\['tail'\]=4: no candidate.*8, 2"):
+    allocation.check(["stem", "tail"], (8, 2))
+
+
+@pytest.mark.parametrize(
+  ("layers", "index", "message"),
+  [
+    (["a", "b"], [0], "1 positions for 2 layers"),
+    (["a", "a"], [0, 1], "2 layers, 1 different"),
+    (["a"], [-1], r"index=-1: no position; allowed is 0\.\.1"),
+    (["a"], [2], "index=2: no position"),
+    (["a"], [0.0], "index=0.0: no integer"),
+  ],
+)
+def test_positions_that_do_not_fit_are_named(layers, index, message):
+  with pytest.raises(ValueError, match=message):
+    Allocation.from_index(layers, (8, 4), index)
+
+
+@pytest.mark.parametrize("bits", [True, 2.5, "8", -1, None])
+def test_bits_must_be_positive_integers(bits):
+  with pytest.raises(ValueError, match=r"bits\['a'\]=.*; allowed is a pos"):
+    Allocation({"a": bits})
