@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dr_jax import pipeline
 from dr_jax.config import Config, ConfigError, from_dict
+from dr_jax.workdir import write_json
 
 
 class Entry(NamedTuple):
@@ -127,8 +128,8 @@ def run(
     place = workdir / f"seed{seed}"
     config = dataclasses.replace(comparison.base, seed=seed)
     job = pipeline.Run(config, place / "float", interrupted)
-    job.claim()
-    with job.alone():
+    job.workdir.claim(config)
+    with job.workdir.alone():
       job.pretrain()
       start = job.float_network()
     size = job.float_bytes()
@@ -155,7 +156,7 @@ def run(
     "seeds": comparison.seeds,
     "environment": pipeline.environment(),
   }
-  pipeline.write_json(workdir / "compare.json", results)
+  write_json(workdir / "compare.json", results)
   (workdir / "compare.md").write_text(markdown(results))
   return results
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from dr_jax import nn, quant
+from dr_jax import nn, quant, search
 from dr_jax.train import (
   CURRICULA,
   DISTILLATIONS,
@@ -22,10 +22,27 @@ from dr_jax.train import (
   SCHEDULES,
   VECTORIZE,
   alrs,
+  hasb,
   resolve_vectorize,
 )
 
-STAGES = ("pretrain", "multi_precision", "separate", "export", "report")
+STAGES = (
+  "pretrain",
+  "multi_precision",
+  "separate",
+  "hessian",
+  "supernet",
+  "search",
+  "export",
+  "report",
+)
+# What a stage needs to come before it.
+_NEEDS = {
+  "export": "multi_precision",
+  "hessian": "multi_precision",
+  "supernet": "hessian",
+  "search": "supernet",
+}
 
 
 class ConfigError(ValueError):
@@ -34,10 +51,15 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Which data, and how many examples a step sees."""
+  """Which data, and how many examples a step sees.
+
+  `holdout` is the share of the training examples that no training sees and
+  searches are judged on.
+  """
 
   name: str = "digits"
   batch_size: int = 128
+  holdout: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +108,52 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HessianConfig:
+  """Traces of the float network's Hessian; see `hessian.trace`.
+
+  `images` of the training set are used, rounded up to whole batches.
+  """
+
+  images: int = 1024
+  batch_size: int = 256
+  rel_stderr: float = 0.05
+  min_probes: int = 8
+  max_probes: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class HasbConfig:
+  """Stochastic bit-switching of the SuperNet; see `train.hasb.sampling`."""
+
+  sigma: float = 0.5
+  warmup: float = hasb.WARMUP
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+  """Which searches look for an allocation, and under which budgets.
+
+  A budget is a mean bit-width: the network may cost what it would with that
+  bit-width everywhere, in each of `costs` ("stored_bits", "bops", "sum_bits",
+  or "latency", with a table {layer: {bits: seconds}} in a JSON file).
+  `options` are keyword arguments by strategy, `ties` groups of layer names
+  that share a bit-width, `pinned` bit-widths by layer name. `judge` says which
+  images assignments are scored on: "held_out" (`data.holdout`), "train", or
+  "both"; never the test set.
+  """
+
+  strategies: tuple = tuple(search.SEARCHES)
+  costs: tuple = ("stored_bits",)
+  budgets: tuple = (3.0, 4.0, 5.0, 6.0)
+  options: dict = dataclasses.field(default_factory=dict)
+  judge: str = "held_out"
+  prefer: str = "loss"
+  latency: str = ""
+  ties: tuple = ()
+  pinned: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run.
 
@@ -102,6 +170,10 @@ class Config:
   quant: QuantConfig = QuantConfig()
   pretrain: TrainConfig = TrainConfig()
   train: TrainConfig = TrainConfig(alrs="eta")
+  hessian: HessianConfig = HessianConfig()
+  supernet: TrainConfig = TrainConfig(alrs="eta", vectorize="sequential")
+  hasb: HasbConfig = HasbConfig()
+  search: SearchConfig = SearchConfig()
   checkpoint_every: int = 100
   log_every: int = 10
 
@@ -119,18 +191,16 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   config = _with_recipe(_build(Config, values, ""), values)
   quantizers(config.quant)
   _one_of("quant.norm", config.quant.norm, nn.NORMS)
-  for stage in config.stages:
-    _one_of("stages", stage, STAGES)
-  if "multi_precision" not in config.stages and "export" in config.stages:
-    raise ConfigError("stages: export is allowed after multi_precision only")
+  _check_stages(config.stages)
   for name in ("checkpoint_every", "log_every"):
     _at_least(name, getattr(config, name), 1)
   _at_least("seed", config.seed, 0)
   _at_least("data.batch_size", config.data.batch_size, 1)
-  for name in ("pretrain", "train"):
+  for name in ("pretrain", "train", "supernet"):
     _check_recipe(name, getattr(config, name))
   _check_pretrain(config.pretrain)
   _check_curriculum(config)
+  _check_mixed(config)
   count, weights = len(config.quant.bits), config.train.loss_weights
   if weights and len(weights) != count:
     raise ConfigError(
@@ -199,6 +269,71 @@ def _check_recipe(name, recipe):
         f"{name}.loss_weights={recipe.loss_weights!r}: allowed are finite "
         "numbers"
       )
+
+
+def _check_stages(stages):
+  for number, stage in enumerate(stages):
+    _one_of("stages", stage, STAGES)
+    needed = _NEEDS.get(stage)
+    if needed is not None and needed not in stages[:number]:
+      raise ConfigError(f"stages: {stage} is allowed after {needed} only")
+
+
+def _check_mixed(config):
+  """What the stages hessian, supernet and search are told."""
+  traces = config.hessian
+  for name, least in (("images", 1), ("batch_size", 1), ("min_probes", 2)):
+    _at_least(f"hessian.{name}", getattr(traces, name), least)
+  _at_least("hessian.max_probes", traces.max_probes, traces.min_probes)
+  _above("hessian.rel_stderr", traces.rel_stderr, 0)
+  for name in ("sigma", "warmup"):
+    _share(f"hasb.{name}", getattr(config.hasb, name))
+  _share("data.holdout", config.data.holdout)
+  recipe = config.supernet
+  for field, allowed in (("sampling", "all"), ("curriculum", "none")):
+    if getattr(recipe, field) != allowed:
+      raise ConfigError(
+        f"supernet.{field}={getattr(recipe, field)!r}: allowed is {allowed!r};"
+        " bits are drawn as `hasb` says"
+      )
+  if "supernet" in config.stages and config.quant.norm == "shared":
+    raise ConfigError(
+      "quant.norm='shared': allowed with the stage supernet are switchable, "
+      "transitional"
+    )
+  if "search" in config.stages:
+    _check_search(config.search, config.data.holdout)
+
+
+def _check_search(wanted, holdout):
+  _one_of("search.judge", wanted.judge, ("held_out", "train", "both"))
+  if wanted.judge != "train" and not 0 < holdout < 1:
+    raise ConfigError(
+      f"data.holdout={holdout!r}: allowed with search.judge={wanted.judge!r} "
+      "are shares above 0 and below 1"
+    )
+  for strategy in (*wanted.strategies, *wanted.options):
+    _one_of("search.strategies", strategy, search.SEARCHES)
+  costs = ("stored_bits", "bops", "sum_bits", "latency")
+  for cost in wanted.costs:
+    _one_of("search.costs", cost, costs)
+  for field in ("strategies", "costs", "budgets"):
+    if not getattr(wanted, field):
+      raise ConfigError(f"search.{field}=(): allowed is at least one")
+  if "latency" in wanted.costs and not wanted.latency:
+    raise ConfigError(
+      "search.latency='': allowed with the cost latency is a JSON file of "
+      "{layer: {bits: seconds}}"
+    )
+  for budget in wanted.budgets:
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+      raise ConfigError(
+        f"search.budgets={wanted.budgets!r}: allowed are mean bit-widths"
+      )
+    _above("search.budgets", budget, 0)
+    if math.isinf(budget):
+      raise ConfigError("search.budgets=inf: allowed are finite numbers")
+  _one_of("search.prefer", wanted.prefer, ("loss", "accuracy"))
 
 
 def _check_pretrain(recipe):
@@ -302,6 +437,17 @@ def _typed(name, value, kind):
 def _one_of(name, value, allowed):
   if value not in allowed:
     raise ConfigError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+
+
+def _above(name, value, bound):
+  # Written so that NaN fails too.
+  if not value > bound:
+    raise ConfigError(f"{name}={value!r}: allowed is more than {bound}")
+
+
+def _share(name, value):
+  if not 0 <= value <= 1:
+    raise ConfigError(f"{name}={value!r}: allowed are 0 to 1")
 
 
 def _at_least(name, value, least):

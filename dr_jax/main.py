@@ -15,7 +15,7 @@ from ml_collections import config_dict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compare, compilation, pipeline
+from dr_jax import compare, compilation, pipeline, report
 from dr_jax.checkpoint import CheckpointError
 from dr_jax.config import from_dict
 from dr_jax.train import InterruptedRun, NonFiniteError
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
       raise ValueError(f"argument {argv[1]!r}: allowed are --flags")
     if _CONFIG.value is None:
       raise ValueError("--config: missing; allowed is a configuration file")
-    shown, workdir = _run(_CONFIG.value.to_dict())
+    tables, workdir = _run(_CONFIG.value.to_dict())
   except (ValueError, OSError, CheckpointError) as error:
     return _fail(error, 2)
   except NonFiniteError as error:
@@ -47,24 +47,28 @@ def main(argv: list[str]) -> int:
     print(error, file=sys.stderr)
     return 128 + error.signal
   # A file has no width; a table must not be cut there.
-  Console(width=None if sys.stdout.isatty() else 160).print(shown)
+  console = Console(width=None if sys.stdout.isatty() else 160)
+  for shown in tables:
+    console.print(shown)
   print(f"workdir: {workdir}")
   return 0
 
 
 def _run(values):
-  """Runs a configuration, or a comparison; returns its table and directory."""
+  """Runs a configuration, or a comparison; returns tables and directory."""
   compilation.cache_on_disk()
   if "methods" in values:
     comparison = compare.from_values(values)
     workdir = _WORKDIR.value or os.path.join("runs", comparison.base.name)
     results = compare.run(comparison, workdir, interrupted=_on_signals())
-    return compare.table(results), workdir
+    return [compare.table(results)], workdir
   config = from_dict(values)
   workdir = _WORKDIR.value or os.path.join("runs", config.name)
-  return table(
-    pipeline.run(config, workdir, interrupted=_on_signals())
-  ), workdir
+  summary = pipeline.run(config, workdir, interrupted=_on_signals())
+  tables = [table(summary)]
+  if search := summary["stages"].get("search"):
+    tables.append(report.pareto_table(search["rows"], title="searches"))
+  return tables, workdir
 
 
 def table(summary: dict) -> Table:
@@ -83,7 +87,7 @@ def table(summary: dict) -> Table:
     size = export and export["float_bytes"]
     shown.add_row(*_row("float", score, size, size))
   for bits in summary["bits"]:
-    result = export or stages.get("multi_precision")
+    result = export or stages.get("supernet") or stages.get("multi_precision")
     alone = stages.get(f"separate/{bits}")
     row = [str(bits)] + [""] * 4
     if result is not None:

@@ -3,6 +3,9 @@
   pretrain         the float network
   multi_precision  joint quantization-aware training of all bit-widths
   separate         one LSQ run per bit-width, for comparison
+  hessian          traces of the float network, by layer
+  supernet         the multi-precision network, trained for mixed bits
+  search           allocations of bits under budgets
   export           the integer artifact, and its accuracy read back from disk
   report           the table, and summary.json
 
@@ -12,13 +15,9 @@ say where it stands.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
-import json
 import os
-import pathlib
 import platform
 import time
 from collections.abc import Callable
@@ -29,16 +28,26 @@ import numpy as np
 import optax
 from flax import nnx
 
-from dr_jax import data, deploy, models, nn, quant, train
+from dr_jax import (
+  allocate,
+  data,
+  deploy,
+  mixed_precision,
+  models,
+  nn,
+  quant,
+  report,
+  train,
+)
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import (
   Config,
-  ConfigError,
   QuantConfig,
   TrainConfig,
   quantizers,
 )
 from dr_jax.metrics import MetricsWriter
+from dr_jax.workdir import Workdir, write_json
 
 # Batches from which statistics of batch norm are estimated anew.
 _RECALIBRATION = 10
@@ -69,9 +78,9 @@ def run(
     ValueError: from the library, for values that are not allowed.
     train.NonFiniteError, train.InterruptedRun: see `train.Loop`.
   """
-  job = Run(config, pathlib.Path(workdir), interrupted, start=start)
-  job.claim()
-  with job.alone():
+  job = Run(config, workdir, interrupted, start=start)
+  job.workdir.claim(config)
+  with job.workdir.alone():
     for stage in config.stages:
       getattr(job, stage)()
     return job.summary()
@@ -83,65 +92,29 @@ class Run:
   def __init__(self, config, workdir, interrupted, *, start=None):
     self.config = config
     self.start = start
-    self.workdir = workdir
+    self.workdir = Workdir(workdir)
     self.interrupted = interrupted
     self.data = data.load(config.data.name)
+    self.held_out = None
+    if config.data.holdout:
+      kept, self.held_out = data.hold_out(self.data.train, config.data.holdout)
+      self.data = self.data._replace(train=kept)
     self.trained: dict[str, nnx.Module] = {}
     # Before anything is written: values that only the library can judge.
-    self._batches(config.seed)
+    self.batches(config.seed)
     self._model()
     self.bits = config.quant.bits
     quantizers(config.quant)
 
-  def claim(self) -> None:
-    """Writes config.json, or checks that it is this run's."""
-    path = self.workdir / "config.json"
-    mine = json.loads(json.dumps(dataclasses.asdict(self.config)))
-    if path.exists():
-      try:
-        theirs = json.loads(path.read_text())
-      except ValueError:
-        raise ConfigError(
-          f"{path}: damaged, no JSON; allowed is a new directory"
-        ) from None
-      if theirs != mine:
-        raise ConfigError(
-          f"workdir={self.workdir}: holds another configuration "
-          f"({_first_difference(theirs, mine)}); allowed is a new directory, "
-          "or the same configuration"
-        )
-      return
-    draft = _draft(path)
-    if any(p != draft for p in _entries(self.workdir)):
-      raise ConfigError(
-        f"workdir={self.workdir}: is not empty and holds no run; allowed is a "
-        "new or empty directory"
-      )
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, mine)
-
-  @contextlib.contextmanager
-  def alone(self):
-    """Keeps other processes out of the directory; a kill lets them in."""
-    with (self.workdir / "lock").open("w") as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
-        raise ConfigError(
-          f"workdir={self.workdir}: another process is at work in it; allowed "
-          "is one at a time"
-        ) from None
-      yield
-
   def pretrain(self) -> None:
     """Trains the float network."""
-    if self._result("pretrain") is None:
+    if self.workdir.result("pretrain") is None:
       self.float_network()
 
   def multi_precision(self) -> None:
     """Trains one network at all bit-widths jointly, from the float one."""
-    if self._result("multi_precision") is None:
-      self._multi_precision()
+    if self.workdir.result("multi_precision") is None:
+      self.multi_precision_network()
 
   def separate(self) -> None:
     """Trains one LSQ network per bit-width with the same recipe."""
@@ -158,34 +131,63 @@ class Run:
     )
     for bits in self.bits:
       stage = f"separate/{bits}"
-      if self._result(stage) is None:
+      if self.workdir.result(stage) is None:
         one = QuantConfig(
           bits=(bits,), weight=alone.weight, activation=alone.activation
         )
         self._quantized(stage, one, recipe)
 
+  def hessian(self) -> None:
+    """Estimates the traces of the float network's Hessian."""
+    if self.workdir.result("hessian") is None:
+      mixed_precision.traces(self)
+
+  def supernet(self) -> None:
+    """Trains the multi-precision network for bits that differ by layer."""
+    if self.workdir.result("supernet") is None:
+      mixed_precision.supernet(self)
+
+  def search(self) -> None:
+    """Searches for allocations of bits under budgets."""
+    mixed_precision.search(self)
+
   def export(self) -> None:
-    """Writes the artifact and evaluates it, read back from disk."""
-    path = self.workdir / "export" / "model"
-    done = self._result("export")
-    if done is not None:
+    """Writes the artifact and evaluates it, read back from disk.
+
+    It is the SuperNet's if there is one; beside it lie the allocations found.
+    """
+    path = self.workdir.path / "export" / "model"
+    found = mixed_precision.allocations(self)
+    done = self.workdir.result("export")
+    if done is not None and done.get("allocations", []) == list(found):
       deploy.read(path)
       return
     started = time.monotonic()
-    network = self._multi_precision()
+    if "supernet" in self.config.stages:
+      source, network = "supernet", mixed_precision.supernet(self)
+    else:
+      source, network = "multi_precision", self.multi_precision_network()
     architecture = (self.config.model.name, self._model_options())
     if not path.exists():
       deploy.save(path, network, architecture=architecture)
-    scores = self._scores(deploy.load(path), self.bits)
-    trained = self._result("multi_precision")["scores"]
+    loaded = deploy.load(path)
+    scores = self._scores(loaded, self.bits)
+    trained = self.workdir.result(source)["scores"]
     if scores != trained:
       raise deploy.ArtifactError(
         f"{path}: scores {scores}, but the trained network {trained}"
       )
-    self._finish(
+    for name, row in found.items():
+      self._export_allocation(path, loaded, name, row)
+    self.workdir.finish(
       "export",
-      scores,
       started,
+      scores=scores,
+      allocations=list(found),
+      allocation_bytes={
+        name: deploy.size(path, row["allocation"])
+        for name, row in found.items()
+      },
       bytes_at={str(b): n for b, n in deploy.sizes(path).items()},
       stored_bytes=sum(file.stat().st_size for file in path.iterdir()),
       tensor_bytes=sum(
@@ -194,20 +196,38 @@ class Run:
       float_bytes=self.float_bytes(),
     )
 
+  def _export_allocation(self, path, loaded, name, row):
+    """Writes an allocation, if the artifact scores as the search said."""
+    allocation = allocate.Allocation(row["allocation"])
+    index = allocation.index(self.bits)
+    score = self._scores(loaded, ("found",), indices=(index,))["found"]
+    if score != row["test"]:
+      raise deploy.ArtifactError(
+        f"{path}: scores {score} with {name}, but in the search {row['test']}"
+      )
+    directory = path.parent / "allocations"
+    directory.mkdir(exist_ok=True)
+    allocation.save(directory / f"{name}.json")
+
   def float_bytes(self) -> int:
     """Bytes of the float network's parameters."""
     params = nn.functional(self._model()).params
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
   def report(self) -> None:
-    """Writes summary.json."""
-    write_json(self.workdir / "summary.json", self.summary())
+    """Writes summary.json, and a plot of what searches found."""
+    search = self.workdir.result("search")
+    if search is not None:
+      place = self.workdir.path / "report"
+      place.mkdir(exist_ok=True)
+      report.plot_pareto(place / "pareto.png", search["rows"])
+    write_json(self.workdir.path / "summary.json", self.summary())
 
   def summary(self) -> dict[str, Any]:
     """What has been reached so far, by stage, and the environment."""
-    stages = ["pretrain", "multi_precision", "export"]
+    stages = [s for s in self.config.stages if s not in ("separate", "report")]
     stages += [f"separate/{bits}" for bits in self.bits]
-    results = {stage: self._result(stage) for stage in stages}
+    results = {stage: self.workdir.result(stage) for stage in stages}
     return {
       "name": self.config.name,
       "bits": self.bits,
@@ -224,12 +244,21 @@ class Run:
     if "pretrain" not in self.trained:
       model = self._model()
       started = time.monotonic()
-      steps = self._train("pretrain", model, (None,), self.config.pretrain)
-      self._score("pretrain", model, (None,), steps, started)
+      steps = self.train("pretrain", model, (None,), self.config.pretrain)
+      self.score("pretrain", model, (None,), steps, started)
       self.trained["pretrain"] = model
     return self.trained["pretrain"]
 
-  def _multi_precision(self):
+  def stop_if_asked(self, stage) -> None:
+    """Raises train.InterruptedRun if a signal asked to stop."""
+    name = self.interrupted()
+    if name:
+      raise train.InterruptedRun(
+        f"{stage}: {name}; the same command goes on from there", name
+      )
+
+  def multi_precision_network(self) -> nnx.Module:
+    """The multi-precision network, trained; restored if its stage is done."""
     config = self.config
     return self._quantized("multi_precision", config.quant, config.train)
 
@@ -242,7 +271,7 @@ class Run:
       self.float_network(),
       weight=weight,
       activation=activation,
-      sample=self._batches(self.config.seed)[0]["image"],
+      sample=self.batches(self.config.seed)[0]["image"],
       norm=config.norm,
     )
     started = time.monotonic()
@@ -258,7 +287,7 @@ class Run:
         norm=phase.norm or config.norm,
       )
       present = wanted
-      steps = self._train(
+      steps = self.train(
         "/".join(filter(None, (stage, phase.name))),
         network,
         weight.bits,
@@ -267,16 +296,25 @@ class Run:
       )
     # Norms that all bit-widths share have the statistics of all of them.
     if curriculum.recalibrate and config.norm != "shared":
-      batches = self._batches(self.config.seed)
+      batches = self.batches(self.config.seed)
       images = [batches[step]["image"] for step in range(_RECALIBRATION)]
       for bits in weight.bits:
         nn.set_bits(network, bits)
         nn.recalibrate(network, images)
-    self._score(stage, network, weight.bits, steps, started)
+    self.score(stage, network, weight.bits, steps, started)
     self.trained[stage] = network
     return network
 
-  def _train(self, stage, model, bits, recipe: TrainConfig, *, phase=(0, 1)):
+  def train(
+    self,
+    stage,
+    model,
+    bits,
+    recipe: TrainConfig,
+    *,
+    phase=(0, 1),
+    sampling=None,
+  ):
     """Trains a model in place to the end of a phase, from where it is.
 
     Args:
@@ -285,6 +323,7 @@ class Run:
       bits: candidate bit-widths, (None,) for a float network.
       recipe: how to train.
       phase: number of the phase, and how many there are.
+      sampling: number of steps -> train.Sampling, in place of the recipe's.
 
     Returns:
       The number of steps of the phase.
@@ -300,6 +339,9 @@ class Run:
     number, count = phase
     images = recipe.epochs * len(self.data.train)
     steps = max(images // (batch_size * count), 1)
+    drawn = train.SAMPLINGS[recipe.sampling]
+    if sampling is not None:
+      drawn = sampling(steps)
     state = train.init_state(
       network,
       optimizer,
@@ -307,21 +349,20 @@ class Run:
       distillation=recipe.distillation,
       num_classes=self.data.num_classes,
     )
-    directory = self.workdir / stage / "checkpoints"
+    directory = self.workdir.path / stage / "checkpoints"
     with (
       Checkpoints(directory) as checkpoints,
-      MetricsWriter(self.workdir / "metrics.jsonl") as metrics,
+      MetricsWriter(self.workdir.metrics) as metrics,
     ):
       if checkpoints.latest() is not None:
         state = checkpoints.restore(like=state)
       if int(state.step) < steps:
         metrics.resume(stage, int(state.step))
         candidates = tuple(32 if b is None else b for b in bits)
-        sampling = train.SAMPLINGS[recipe.sampling]
         loop = train.Loop(
           stage=stage,
           steps=steps,
-          labels=bits if bits == (None,) else sampling.labels(bits),
+          labels=bits if bits == (None,) else drawn.labels(bits),
           step=train.make_step(
             network,
             candidates,
@@ -330,12 +371,12 @@ class Run:
             schedule=recipe.schedule,
             vectorize=recipe.vectorize,
             alrs=recipe.alrs,
-            sampling=recipe.sampling,
+            sampling=drawn,
             distillation=recipe.distillation,
             loss_weights=recipe.loss_weights,
             steps=steps,
           ),
-          batches=self._batches(self.config.seed),
+          batches=self.batches(self.config.seed),
           checkpoints=checkpoints,
           metrics=metrics,
           checkpoint_every=self.config.checkpoint_every,
@@ -346,12 +387,12 @@ class Run:
       nn.update(model, params=state.params, batch_stats=state.batch_stats)
     return steps
 
-  def _score(self, stage, model, bits, steps, started):
+  def score(self, stage, model, bits, steps, started):
     """Scores a trained network and ends its stage, unless that was done."""
-    if self._result(stage) is not None:
+    if self.workdir.result(stage) is not None:
       return
-    scores = self._scores(self._served(model), bits)
-    with MetricsWriter(self.workdir / "metrics.jsonl") as metrics:
+    scores = self._scores(self.served(model), bits)
+    with MetricsWriter(self.workdir.metrics) as metrics:
       # A process killed right here has written some of them already.
       metrics.resume(stage, steps, names=("loss", "images_per_second"))
       for key, score in scores.items():
@@ -360,9 +401,11 @@ class Run:
       seconds = metrics.training_seconds(
         stage, images_per_step=self.config.data.batch_size
       )
-    self._finish(stage, scores, started, train_seconds=round(seconds, 1))
+    self.workdir.finish(
+      stage, started, scores=scores, train_seconds=round(seconds, 1)
+    )
 
-  def _served(self, model):
+  def served(self, model):
     """A quantized network as it is deployed; a float one as it is.
 
     Folding norms before the program, and not inside, moves last bits that
@@ -372,19 +415,22 @@ class Run:
       return model
     return nn.thaw(self._model(), nn.freeze(model))
 
-  def _scores(self, model, bits):
-    """{bit-width: {"accuracy": percent, "loss": cross-entropy}} on test."""
+  def _scores(self, model, bits, *, indices=None):
+    """{bit-width: {"accuracy": percent, "loss": cross-entropy}} on test.
+
+    `indices` are the assignments that `bits` name; by default the positions.
+    """
     network = nn.functional(model)
     evaluate = train.make_evaluate(network)
     size = min(len(self.data.test), 512)
     scores = {}
-    for index, b in enumerate(bits):
+    for index, b in zip(indices or range(len(bits)), bits, strict=True):
       batches = data.epoch(self.data.test, batch_size=size)
       score = evaluate(network.params, network.batch_stats, index, batches)
       scores["float" if b is None else str(b)] = score._asdict()
     return scores
 
-  def _batches(self, seed):
+  def batches(self, seed):
     batch_size = self.config.data.batch_size
     return data.batches(self.data.train, batch_size=batch_size, seed=seed)
 
@@ -399,15 +445,6 @@ class Run:
       "num_classes": self.data.num_classes,
       "channels": self.data.image_shape[-1],
     }
-
-  def _result(self, stage):
-    path = self.workdir / stage / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-  def _finish(self, stage, scores, started, **more):
-    seconds = round(time.monotonic() - started, 1)
-    result = {"scores": scores, "seconds": seconds, **more}
-    write_json(self.workdir / stage / "result.json", result)
 
 
 def environment() -> dict[str, str]:
@@ -431,29 +468,3 @@ def environment() -> dict[str, str]:
 
 def _bits_or_none(key):
   return None if key == "float" else int(key)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a file that is complete or absent."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = _draft(path)
-  draft.write_text(json.dumps(value, indent=2) + "\n")
-  draft.replace(path)
-
-
-def _draft(path):
-  return path.with_name(path.name + ".partial")
-
-
-def _entries(directory):
-  return directory.iterdir() if directory.is_dir() else ()
-
-
-def _first_difference(theirs, mine, prefix=""):
-  for key in [*mine, *theirs]:
-    a, b = theirs.get(key), mine.get(key)
-    if isinstance(a, dict) and isinstance(b, dict) and a != b:
-      return _first_difference(a, b, f"{prefix}{key}.")
-    if a != b:
-      return f"{prefix}{key} is {a!r} there, {b!r} here"
-  return "they differ"

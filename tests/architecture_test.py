@@ -17,8 +17,11 @@ FLOORS = {
     [
       "quant hessian allocate data",
       "nn linen sharding checkpoint compilation metrics models",
-      "train search deploy report",
+      "train deploy report",
+      "search",
       "config",
+      "workdir",
+      "mixed_precision",
       "pipeline",
       "compare",
       "main benchmarks",

@@ -1,4 +1,4 @@
-"""The README's own method, run as it stands there."""
+"""The README's examples, run as they stand there."""
 
 import pathlib
 import re
@@ -61,6 +61,41 @@ def test_the_training_example_lowers_the_loss_at_every_bit_width():
   names["batches"] = batches()
   exec(compile(block("Training"), "training.py", "exec"), names)
   assert (np.mean(seen[-5:], 0) < np.mean(seen[:5], 0)).all()
+
+
+def test_the_mixed_precision_example_finds_and_sets_an_allocation(capsys):
+  bits = (8, 4, 2)
+  stream = data.batches(data.load("digits").train, batch_size=64, seed=0)
+  float_network = models.ResNet(
+    8, num_classes=10, widths=(2, 3, 4), channels=1, rngs=nnx.Rngs(0)
+  )
+  network = nn.quantize(
+    float_network,
+    weight=quant.double_rounding(bits),
+    activation=quant.lsq_activation(bits),
+    sample=stream[0]["image"],
+  )
+  names = {
+    "float_network": float_network,
+    "network": network,
+    "bits": bits,
+    "batches": [stream[0], stream[1]],
+  }
+  # Enough for an example: many probes make an error bar smaller.
+  source = block("Mixed precision")
+  assert "  select=" in source
+  source = source.replace("  select=", "  max_probes=8, select=")
+  exec(compile(source, "mixed.py", "exec"), names)
+  table = nn.layer_table(network)
+  parameters = [row.parameters for row in table]
+  stored = sum(
+    row.bits * size for row, size in zip(table, parameters, strict=True)
+  )
+  assert stored == names["solution"].usage["bits"] <= 4 * sum(parameters)
+  assert {row.name: row.bits for row in table} == dict(names["allocation"])
+  at = names["front"].at(4 * sum(parameters))
+  assert at.objective == names["solution"].objective
+  assert table[0].name in capsys.readouterr().out
 
 
 def test_it_keeps_the_laws_of_the_interface():

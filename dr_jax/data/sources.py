@@ -59,6 +59,55 @@ class ArraySource:
     return {"image": self.images[indices], "label": self.labels[indices]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Subset:
+  """Some examples of a source, by their numbers [N]."""
+
+  source: Source
+  indices: np.ndarray
+
+  def __len__(self):
+    return len(self.indices)
+
+  def __getitem__(self, index):
+    return self.source[int(self.indices[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySubset(Subset):
+  """Some examples of a source that gathers."""
+
+  def gather(self, indices):
+    """Returns the examples at `indices` ([B] integers) as one batch."""
+    return self.source.gather(self.indices[indices])
+
+
+def hold_out(source, share, *, seed=0):
+  """Splits a source in two at random, for what must not see all of it.
+
+  Args:
+    source: a `Source`.
+    share: of the examples to hold out, above 0 and below 1.
+    seed: draws the split; as for `load`, no training seed.
+
+  Returns:
+    (kept, held out), two `Source`s with at least one example each.
+
+  Raises:
+    ValueError: for another share, or one that leaves either side empty.
+  """
+  size = round(share * len(source)) if 0 < share < 1 else 0
+  if not 0 < size < len(source):
+    raise ValueError(
+      f"data.holdout={share!r}: of {len(source)} examples; allowed are shares "
+      "above 0 and below 1 that leave examples on both sides"
+    )
+  words = np.random.Philox(np.random.SeedSequence([seed, len(source)]))
+  order = np.argsort(words.random_raw(len(source)), kind="stable")
+  kind = ArraySubset if hasattr(source, "gather") else Subset
+  return kind(source, order[size:]), kind(source, order[:size])
+
+
 def load(name, *, seed=0):
   """Returns the data set called `name`.
 

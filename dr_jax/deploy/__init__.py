@@ -6,6 +6,7 @@ from dr_jax.deploy.artifact import (
   load,
   read,
   save,
+  size,
   sizes,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
   "load",
   "read",
   "save",
+  "size",
   "sizes",
 ]

@@ -21,6 +21,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from dr_jax import models, nn, quant
+from dr_jax import allocate, models, nn, quant
 from dr_jax.nn.layers import Place
 
 FORMAT = "dr_jax"
@@ -183,13 +184,29 @@ def sizes(path: str | os.PathLike) -> dict[int, int]:
   `storage.size`, and everything else as it is.
   """
   layers = layer_sizes(path)
+  bits = [key for key in next(iter(layers.values())) if key != "stored"]
+  return {b: size(path, dict.fromkeys(layers, b)) for b in bits}
+
+
+def size(path: str | os.PathLike, allocation: Mapping[str, int]) -> int:
+  """Bytes that a copy takes whose weights are stored for one allocation.
+
+  Args:
+    path: the directory.
+    allocation: {layer: bits}.
+
+  Raises:
+    ArtifactError: as `read`.
+    ValueError: if the layers or bits are not the artifact's.
+  """
+  layers = layer_sizes(path)
   _, tensors = read(path)
   total = sum(tensor.nbytes for tensor in tensors.values())
-  stored = sum(layer["stored"] for layer in layers.values())
   bits = [key for key in next(iter(layers.values())) if key != "stored"]
-  return {
-    b: total - stored + sum(layer[b] for layer in layers.values()) for b in bits
-  }
+  allocate.Allocation(allocation).check(layers, bits)
+  return total + sum(
+    layer[allocation[name]] - layer["stored"] for name, layer in layers.items()
+  )
 
 
 def layer_sizes(path: str | os.PathLike) -> dict[str, dict[int | str, int]]:

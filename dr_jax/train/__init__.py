@@ -1,5 +1,6 @@
 """Training at several bit-widths: steps, ALRS, and the loop around them."""
 
+from dr_jax.train import hasb
 from dr_jax.train.distill import SCHEMES as DISTILLATIONS
 from dr_jax.train.distill import cross_entropy
 from dr_jax.train.evaluate import Score, make_evaluate
@@ -7,12 +8,11 @@ from dr_jax.train.loop import InterruptedRun, Loop, NonFiniteError
 from dr_jax.train.optimizer import NAMES as OPTIMIZERS
 from dr_jax.train.optimizer import make_optimizer
 from dr_jax.train.recipes import CURRICULA, RECIPES, Curriculum, Phase, Recipe
-from dr_jax.train.sampling import SAMPLINGS
+from dr_jax.train.sampling import SAMPLINGS, Sampling
+from dr_jax.train.state import TrainState, init_state
 from dr_jax.train.step import (
   SCHEDULES,
   VECTORIZE,
-  TrainState,
-  init_state,
   make_step,
   resolve_vectorize,
 )
@@ -31,9 +31,11 @@ __all__ = [
   "NonFiniteError",
   "Phase",
   "Recipe",
+  "Sampling",
   "Score",
   "TrainState",
   "cross_entropy",
+  "hasb",
   "init_state",
   "make_evaluate",
   "make_step",

@@ -53,12 +53,13 @@ def factor(
 
   Args:
     mode: one of MODES.
-    eta_b: the bit-width's entry of `eta`.
+    eta_b: the bit-width's entry of `eta`; [layers] where they differ.
     size: m_b, see `gradient_size`.
     learning_rate: lambda, what the other parameters are updated with.
 
   Returns:
-    float32 scalar: the scales' learning rate over lambda, 0 where lambda is.
+    float32, scalar or [layers]: the scales' learning rate over lambda, 0 where
+    lambda is.
 
   Raises:
     ValueError: for an unknown mode.

@@ -4,6 +4,7 @@ A sampling is a list of visits. Each visit is a position in the candidate
 bit-widths: fixed (a Python int, whose constants fold), drawn for the whole
 network (an int32 scalar), or drawn for every layer (int32 [layers]). The first
 visit is always the highest of the step, so that it can teach the others.
+Sensitivity-aware sampling is in `train.hasb`.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ class Sampling(NamedTuple):
   Attributes:
     labels: `labels(bits) -> tuple`, what each visit trains: a bit-width, or a
       word where it is drawn.
-    draw: `draw(key, candidates, layers) -> list` of indices, one per visit;
-      `candidates` and `layers` are numbers of bit-widths and layers.
+    draw: `draw(key, candidates, layers, step) -> list` of indices, one per
+      visit; `candidates` and `layers` are numbers of bit-widths and layers,
+      `step` counts batches from 0.
   """
 
   labels: Callable[[tuple[int, ...]], tuple[int | str, ...]]
-  draw: Callable[[jax.Array, int, int], list[Index]]
+  draw: Callable[[jax.Array, int, int, jax.Array], list[Index]]
 
 
-def _all(key, candidates, layers):
-  del key, layers
+def _all(key, candidates, layers, step):
+  del key, layers, step
   return list(range(candidates))
 
 
-def _sandwich(key, candidates, layers):
-  del layers
+def _sandwich(key, candidates, layers, step):
+  del layers, step
   if candidates < 3:
     return list(range(candidates))
   middle = jax.random.randint(key, (), 1, candidates - 1)
@@ -47,8 +49,8 @@ def _sandwich_labels(bits):
   return bits if len(bits) < 3 else (bits[0], "random", bits[-1])
 
 
-def _pair(key, candidates, layers):
-  del layers
+def _pair(key, candidates, layers, step):
+  del layers, step
   if candidates < 3:
     return list(range(candidates))
   return [0, jax.random.randint(key, (), 1, candidates)]
@@ -58,12 +60,13 @@ def _pair_labels(bits):
   return bits if len(bits) < 3 else (bits[0], "random")
 
 
-def _random(key, candidates, layers):
-  del layers
+def _random(key, candidates, layers, step):
+  del layers, step
   return [jax.random.randint(key, (), 0, candidates)]
 
 
-def _mixed(key, candidates, layers):
+def _mixed(key, candidates, layers, step):
+  del step
   return [jax.random.randint(key, (layers,), 0, candidates)]
 
 
@@ -81,12 +84,14 @@ SAMPLINGS = {
 }
 
 
-def get(name: str) -> Sampling:
-  """Returns the sampling of that name.
+def get(name: str | Sampling) -> Sampling:
+  """Returns the sampling of that name; a Sampling stands for itself.
 
   Raises:
     ValueError: for an unknown name.
   """
+  if isinstance(name, Sampling):
+    return name
   if name not in SAMPLINGS:
     raise ValueError(f"sampling={name!r}: allowed are {tuple(SAMPLINGS)}")
   return SAMPLINGS[name]

@@ -64,3 +64,48 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
 def test_scikit_learn_is_imported_only_with_the_digits():
   code = "import sys, dr_jax.data; sys.exit('sklearn' in sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _numbered(n=10):
+  images = np.arange(n, dtype=np.float32).reshape(n, 1, 1, 1)
+  return data.ArraySource(images, np.arange(n, dtype=np.int32))
+
+
+class _Slow:
+  """A source that cannot gather."""
+
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    return self._source[index]
+
+
+@pytest.mark.parametrize("wrap", [lambda source: source, _Slow])
+def test_hold_out_splits_every_example_to_one_side(wrap):
+  kept, held_out = data.hold_out(wrap(_numbered()), 0.3)
+  assert (len(kept), len(held_out)) == (7, 3)
+  sides = [[int(side[i]["label"]) for i in range(len(side))] for side in
+           (kept, held_out)]  # fmt: skip
+  assert sorted(sides[0] + sides[1]) == list(range(10))
+  assert sides[0] + sides[1] != list(range(10))
+  batch = next(data.epoch(held_out, batch_size=3))
+  assert batch["label"].tolist() == sides[1]
+  assert batch["image"].ravel().tolist() == sides[1]
+
+
+def test_hold_out_depends_on_its_seed_alone():
+  draws = [
+    data.hold_out(_numbered(), 0.5, seed=seed)[0].indices.tolist()
+    for seed in (0, 0, 1)
+  ]
+  assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, 0.01, 0.99, float("nan")])
+def test_hold_out_leaves_examples_on_both_sides(share):
+  with pytest.raises(ValueError, match=r"data\.holdout=.* allowed are shares"):
+    data.hold_out(_numbered(), share)

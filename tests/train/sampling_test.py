@@ -11,10 +11,10 @@ from dr_jax.train import sampling
 BITS = (8, 6, 4, 2)
 
 
-def draws(name, *, candidates=4, layers=3, number=200):
+def draws(name, *, candidates=4, layers=3, number=200, step=0):
   draw = sampling.get(name).draw
   keys = jax.random.split(jax.random.key(0), number)
-  return [draw(key, candidates, layers) for key in keys]
+  return [draw(key, candidates, layers, step) for key in keys]
 
 
 def test_all_visits_every_bit_width_from_high_to_low_as_constants():
@@ -67,6 +67,17 @@ def test_few_candidates_are_visited_within_range(name, candidates):
     assert len(indices) == len(labels)
     assert all((np.asarray(i) < candidates).all() for i in indices)
     assert all((np.asarray(i) >= 0).all() for i in indices)
+
+
+@pytest.mark.parametrize("name", sampling.SAMPLINGS)
+def test_a_key_alone_decides_at_whatever_step(name):
+  early, late = draws(name, number=5), draws(name, number=5, step=1000)
+  jax.tree.map(np.testing.assert_array_equal, early, late)
+
+
+def test_a_sampling_stands_for_itself():
+  mixed = sampling.SAMPLINGS["mixed"]
+  assert sampling.get(mixed) is mixed
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():

@@ -9,16 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from dr_jax import nn
+from dr_jax import nn, quant
 from dr_jax.compilation import jit
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.train import (
+  alrs,
   cross_entropy,
   distill,
   init_state,
   make_optimizer,
   make_step,
+  sampling,
+  visit,
 )
 
 _spec = importlib.util.spec_from_file_location(
@@ -398,6 +402,141 @@ def test_drawn_bit_widths_are_the_same_in_every_mode(
   state, got = _unrolled(**options, vectorize=vectorize)
   np.testing.assert_allclose(got, losses, rtol=1e-3)
   _assert_close(state.params, expected.params)
+
+
+class Backwards(nnx.Module):
+  """Two quantized layers, called in the opposite order of their names."""
+
+  def __init__(self, rngs):
+    self.stem = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+    self.upper = nnx.Conv(4, 6, (3, 3), strides=2, rngs=rngs)
+    self.lower = nnx.Conv(6, 6, (3, 3), rngs=rngs)
+    self.head = nnx.Linear(6, 3, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.relu(self.stem(x))
+    x = nnx.relu(self.upper(x))
+    return self.head(self.lower(x).mean((1, 2)))
+
+
+@functools.cache
+def _backwards():
+  model = nn.quantize(
+    Backwards(nnx.Rngs(0)),
+    weight=quant.double_rounding(FOUR),
+    activation=quant.lsq_activation(FOUR),
+    sample=net.batch()["image"],
+  )
+  return nn.functional(model)
+
+
+def _fixed(*visits):
+  """Visits of given bits of each layer."""
+  return sampling.Sampling(
+    labels=lambda bits: ("fixed",) * len(visits),
+    draw=lambda key, candidates, layers, step: [
+      jnp.array(index, jnp.int32) for index in visits
+    ],
+  )
+
+
+@functools.cache
+def _gradients_at(index):
+  network, batch = _backwards(), net.batch(0)
+
+  def loss(params, index):
+    logits, _ = network.apply(
+      params, network.batch_stats, index, batch["image"], train=True
+    )
+    return cross_entropy(logits, batch["label"])
+
+  return jit(jax.grad(loss))(network.params, jnp.array(index, jnp.int32))
+
+
+@pytest.mark.parametrize(
+  ("schedule", "vectorize", "visits"),
+  [
+    ("alternate", "unroll", [(0, 3)]),
+    ("alternate", "sequential", [(2, 0)]),
+    ("accumulate", "unroll", [(0, 3), (2, 1)]),
+    ("accumulate", "sequential", [(0, 3), (2, 1)]),
+    ("accumulate", "vmap", [(0, 3), (2, 1)]),
+  ],
+)
+def test_scales_learn_at_the_pace_of_the_bits_of_their_own_layer(
+  schedule, vectorize, visits
+):
+  """Weighted by sizes of gradients where visits share a scale."""
+  network, rate = _backwards(), 0.5
+  state, _ = _run(
+    network=network,
+    bits=FOUR,
+    steps=1,
+    schedule=schedule,
+    vectorize=vectorize,
+    mode="eta",
+    momentum=0.0,
+    rate=rate,
+    sampling=_fixed(*visits),
+  )
+  eta = (1.0, 0.1, 0.01, 0.001)
+  gradients = [_gradients_at(index) for index in visits]
+  for order, layer in enumerate(("upper", "lower")):
+    factors = [eta[index[order]] for index in visits]
+    for kind in ("input_params", "weight_params"):
+      before, after, *slopes = (
+        np.asarray(tree[layer][kind]["scale"])
+        for tree in (network.params, state.params, *gradients)
+      )
+      sizes = sum(np.abs(g) for g in slopes)
+      weighted = sum(
+        f * np.abs(g) for f, g in zip(factors, slopes, strict=True)
+      )
+      pace = weighted / np.maximum(sizes, 1e-30)
+      move = -rate * pace * sum(slopes)
+      # New scales are rounded to half a unit in the last place.
+      atol = np.spacing(before.max())
+      assert np.abs(move).max() > 10 * atol
+      np.testing.assert_allclose(after - before, move, rtol=5e-3, atol=atol)
+
+
+@pytest.mark.parametrize("mode", alrs.MODES)
+@pytest.mark.parametrize("index", [0, 2])
+def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
+  network, rate = _four(), 0.7
+  parts = visit.Parts(
+    network=network,
+    bits=FOUR,
+    optimizer=make_optimizer("sgd", kinds=network.kinds),
+    learning_rate=optax.constant_schedule(rate),
+    alrs=mode,
+    sampling=sampling.get("all"),
+    distillation=distill.get("none"),
+    weights=np.ones(4, np.float32),
+    steps=None,
+  )
+  state = init_state(network, parts.optimizer, jax.random.key(0))
+  carry = visit.Carry(state.batch_stats, state.memory, ())
+
+  @jit
+  def run(state, carry, batch, index):
+    return visit.gradients_of(parts, state, carry, batch, index, 0)[0]
+
+  got = run(state, carry, net.batch(0), jnp.int32(index))
+  scales = visit.scales_of(parts, got.params)
+  factor = alrs.factor(
+    mode,
+    np.float32(alrs.eta(FOUR)[index]),
+    alrs.gradient_size(scales),
+    jnp.float32(rate),
+  )
+  for scale, weighted, total in zip(
+    scales, got.weighted, got.total, strict=True
+  ):
+    assert (jnp.abs(scale) > 0).any()
+    np.testing.assert_array_equal(total, jnp.abs(scale))
+    # XLA may compute a quotient of constants in another order.
+    np.testing.assert_allclose(weighted, factor * total, rtol=2.5e-7)
 
 
 # One scheme for every way in which visits depend on each other.

@@ -1,0 +1,158 @@
+"""Mixed precision over several seeds: SuperNet, and every search by budget.
+
+  python -m dr_jax.benchmarks.mixed --workdir=DIR [--seeds=3]
+      [--config=configs/digits_mixed.py] [--config.search.prefer=accuracy ...]
+
+Runs the configuration through the pipeline once per seed, and prints test
+accuracy and cross-entropy as mean and standard error over seeds. Finished runs
+in the directory are not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import compilation, pipeline
+from dr_jax.config import from_dict
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_mixed.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where runs go.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
+
+_FLOORS = ("uniform", "random")
+
+
+def main(argv):
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  compilation.cache_on_disk()
+  base = from_dict(_CONFIG.value.to_dict())
+  runs = []
+  for seed in range(_SEEDS.value):
+    workdir = os.path.join(_WORKDIR.value, f"{base.name}-seed{seed}")
+    summary = pipeline.run(dataclasses.replace(base, seed=seed), workdir)
+    runs.append(summary["stages"])
+  console = Console(width=130)
+  console.print(_uniform_table(base.quant.bits, runs))
+  rows = [run["search"]["rows"] for run in runs]
+  console.print(_search_table(rows))
+  console.print(_floor_table(rows))
+  console.print(pipeline.environment())
+
+
+def _uniform_table(bits, runs):
+  """The SuperNet at one bit-width everywhere, beside what it came from."""
+  table = Table(title="uniform bits: multi-precision network and SuperNet")
+  table.add_column("bits")
+  columns = ("multi-precision %", "SuperNet %", "difference")
+  for column in (*columns, "multi-precision loss", "SuperNet loss"):
+    table.add_column(column, justify="right")
+  for b in bits:
+    scores = {
+      stage: [run[stage]["scores"][str(b)] for run in runs]
+      for stage in ("multi_precision", "supernet")
+    }
+    before, after = ([s["accuracy"] for s in scores[stage]] for stage in scores)
+    losses = ([s["loss"] for s in scores[stage]] for stage in scores)
+    table.add_row(
+      str(b),
+      _mean(before),
+      _mean(after),
+      _difference(after, before),
+      *(_mean(values, 4) for values in losses),
+    )
+  return table
+
+
+def _search_table(seeds):
+  """What every search found at every budget."""
+  table = Table(title=f"searches, {len(seeds)} seeds, test set")
+  table.add_column("budget")
+  table.add_column("search")
+  for column in (
+    "accuracy %",
+    "cross-entropy",
+    "weight bytes",
+    "MBOPs",
+    "evaluations",
+    "search s",
+    "evaluation s",
+  ):
+    table.add_column(column, justify="right")
+  before = None
+  for rows in zip(*seeds, strict=True):
+    if before not in (None, rows[0]["budget"]):
+      table.add_section()
+    before = rows[0]["budget"]
+
+    def mean(value, rows=rows):
+      return statistics.mean(value(row) for row in rows)
+
+    table.add_row(
+      f"{before:g}",
+      rows[0]["strategy"],
+      _mean([row["test"]["accuracy"] for row in rows]),
+      _mean([row["test"]["loss"] for row in rows], 4),
+      f"{mean(lambda row: row['cost']['stored_bits'] / 8):,.0f}",
+      f"{mean(lambda row: row['cost']['bops'] / 1e6):.2f}",
+      f"{mean(lambda row: row['evaluations']):.0f}",
+      f"{mean(lambda row: row['seconds']):.2f}",
+      f"{mean(lambda row: row['evaluation_seconds']):.2f}",
+    )
+  return table
+
+
+def _floor_table(seeds):
+  """hessian_ilp against the floors, seed by seed."""
+  table = Table(title="hessian_ilp less a floor, paired by seed")
+  table.add_column("budget")
+  for floor in _FLOORS:
+    table.add_column(f"accuracy, {floor}", justify="right")
+    table.add_column(f"cross-entropy, {floor}", justify="right")
+  table.add_column("within one standard error")
+  found: dict[tuple[str, float], list] = {}
+  for row in (row for rows in seeds for row in rows):
+    found.setdefault((row["strategy"], row["budget"]), []).append(row["test"])
+  for budget in dict.fromkeys(budget for _, budget in found):
+    ours = found.get(("hessian_ilp", budget))
+    floors = [found.get((floor, budget)) for floor in _FLOORS]
+    if ours is None or None in floors:
+      continue
+    cells, holds = [], True
+    for theirs in floors:
+      for name, digits in (("accuracy", 2), ("loss", 4)):
+        mine, other = ([s[name] for s in side] for side in (ours, theirs))
+        cells.append(_difference(mine, other, digits))
+        if name == "accuracy":
+          gaps = [a - b for a, b in zip(mine, other, strict=True)]
+          holds &= statistics.mean(gaps) >= -_stderr(gaps)
+    table.add_row(f"{budget:g}", *cells, "yes" if holds else "no")
+  return table
+
+
+def _mean(values: Sequence[float], digits: int = 2) -> str:
+  return f"{statistics.mean(values):.{digits}f} ± {_stderr(values):.{digits}f}"
+
+
+def _difference(a, b, digits=2):
+  gaps = [x - y for x, y in zip(a, b, strict=True)]
+  return f"{statistics.mean(gaps):+.{digits}f} ± {_stderr(gaps):.{digits}f}"
+
+
+def _stderr(values):
+  if len(values) < 2:
+    return math.nan
+  return statistics.stdev(values) / math.sqrt(len(values))
+
+
+if __name__ == "__main__":
+  app.run(main)

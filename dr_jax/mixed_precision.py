@@ -1,0 +1,325 @@
+"""The stages of a run that give every layer bits of its own.
+
+  hessian   traces of the float network's Hessian, one per quantized layer
+  supernet  the multi-precision network, trained further by HASB
+  search    allocations under budgets, judged by inference
+
+arXiv 2502.01199, section 3.3. Each takes the run (`pipeline.Run`) whose stage
+it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pathlib
+import time
+from fractions import Fraction
+from typing import Any
+
+import jax
+
+from dr_jax import allocate, compilation, data, hessian, nn, report, train
+from dr_jax import search as searches
+from dr_jax.config import ConfigError
+from dr_jax.workdir import write_json
+
+
+def traces(run) -> dict[str, hessian.TraceEstimate]:
+  """Traces by layer name: estimated, or read where the stage is done.
+
+  Raises:
+    ValueError: if the file is damaged, or of another float network.
+  """
+  model = run.float_network()
+  network = nn.functional(model)
+  fingerprint = hessian.fingerprint((network.params, network.batch_stats))
+  path = run.workdir.path / "hessian" / "traces.json"
+  if path.exists() and run.workdir.result("hessian") is not None:
+    return hessian.load(path, fingerprint=fingerprint)
+  started = time.monotonic()
+  config = run.config.hessian
+  layers = [row.name for row in nn.layer_table(run.multi_precision_network())]
+
+  def loss(state, batch):
+    logits, _ = network.apply(
+      state["params"], state["batch_stats"], 0, batch["image"]
+    )
+    return train.cross_entropy(logits, batch["label"])
+
+  prefix, suffix = "params/", "/kernel"
+  batch_size = min(config.batch_size, len(run.data.train))
+  batches = data.batches(
+    run.data.train, batch_size=batch_size, seed=run.config.seed
+  )
+  estimates = hessian.trace(
+    loss,
+    {"params": network.params, "batch_stats": network.batch_stats},
+    jax.random.key(run.config.seed),
+    [batches[step] for step in range(math.ceil(config.images / batch_size))],
+    select=[f"{prefix}{name}{suffix}" for name in layers],
+    rel_stderr=config.rel_stderr,
+    min_probes=config.min_probes,
+    max_probes=config.max_probes,
+    jit=compilation.jit,
+    on_probe=lambda *_: run.stop_if_asked("hessian"),
+  )
+  estimates = {name: estimates[f"{prefix}{name}{suffix}"] for name in layers}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  hessian.save(path, estimates, fingerprint=fingerprint)
+  run.workdir.finish(
+    "hessian",
+    started,
+    traces={name: e._asdict() for name, e in estimates.items()},
+    sensitivity=_sensitivity(run, estimates),
+  )
+  return estimates
+
+
+def _sensitivity(run, estimates):
+  table = nn.layer_table(run.multi_precision_network())
+  parameters = {row.name: row.parameters for row in table}
+  return hessian.sensitivity(estimates, parameters)
+
+
+def supernet(run):
+  """The SuperNet, trained; restored if its stage is done."""
+  if "supernet" in run.trained:
+    return run.trained["supernet"]
+  sensitivity = _sensitivity(run, traces(run))
+  network = nn.requantize(run.multi_precision_network(), norm="transitional")
+  started = time.monotonic()
+  recipe, switching = run.config.supernet, run.config.hasb
+  steps = run.train(
+    "supernet",
+    network,
+    run.bits,
+    recipe,
+    sampling=lambda steps: train.hasb.sampling(
+      [sensitivity[row.name] for row in nn.layer_table(network)],
+      run.bits,
+      steps=steps,
+      epochs=recipe.epochs,
+      start=switching.sigma,
+      warmup=switching.warmup,
+    ),
+  )
+  run.score("supernet", network, run.bits, steps, started)
+  run.trained["supernet"] = network
+  return network
+
+
+def search(run) -> None:
+  """Searches under every budget; writes what each search found.
+
+  The same directory takes other searches later: what was trained and what was
+  scored stays.
+  """
+  config = run.config.search
+  done = run.workdir.result("search")
+  if done is not None and done["request"] == _request(config):
+    return
+  started = time.monotonic()
+  problem, scored = _problem(run)
+  rows = []
+  for budget in config.budgets:
+    budgets = _budgets(problem, config.costs, budget)
+    for strategy in config.strategies:
+      options = config.options.get(strategy, {})
+      path = _place(run, strategy, budget, config)
+      if not path.exists():
+        run.stop_if_asked("search")
+        found = _found(problem, strategy, budgets, run.config.seed, options)
+        test = scored(found.allocation)
+        write_json(path, _row(strategy, budget, budgets, found, test))
+      rows.append(json.loads(path.read_text()))
+  run.workdir.finish("search", started, request=_request(config), rows=rows)
+  report.write_pareto(run.workdir.path / "search" / "pareto.json", rows)
+
+
+def allocations(run) -> dict[str, dict[str, Any]]:
+  """What the searches found: {"<strategy>_<budget>": row}."""
+  found = run.workdir.result("search") or {"rows": []}
+  return {f"{r['strategy']}_{r['budget']:g}": r for r in found["rows"]}
+
+
+def _problem(run):
+  """The problem of this run, and what scores an allocation on test."""
+  config = run.config.search
+  network = supernet(run)
+  table = nn.layer_table(network)
+  bits, names = run.bits, [row.name for row in table]
+  served = nn.functional(run.served(network))
+  evaluate = train.make_evaluate(served)
+  judges = _judges(run)
+
+  def score(index, batches):
+    return evaluate(served.params, served.batch_stats, index, batches)
+
+  parameters = [row.parameters for row in table]
+  estimates = traces(run)
+  trainable = nn.functional(network)
+  problem = searches.Problem(
+    table=table,
+    bits=bits,
+    costs=_costs(config, table, bits),
+    evaluate=searches.Evaluator(
+      lambda index: score(index, judges),
+      path=run.workdir.path / "search" / f"trials_{config.judge}.jsonl",
+      interrupted=lambda: run.stop_if_asked("search"),
+    ),
+    sensitivity=searches.sensitivity_tables(
+      [estimates[name].mean for name in names],
+      parameters,
+      bits,
+      searches.quantization_errors(network),
+    ),
+    ties=tuple(tuple(map(_position(names, "ties"), g)) for g in config.ties),
+    pinned=_pinned(config.pinned, names, bits),
+    prefer=config.prefer,
+    network=trainable,
+    state=(trainable.params, trainable.batch_stats),
+    batches=run.batches(run.config.seed),
+    directory=run.workdir.path / "search" / "checkpoints",
+  )
+
+  def on_test(allocation):
+    size = min(len(run.data.test), 512)
+    batches = data.epoch(run.data.test, batch_size=size)
+    return score(allocation.index(bits), batches)
+
+  return problem, on_test
+
+
+def _judges(run):
+  """Batches of the images that assignments are scored on."""
+  sources = {"train": run.data.train, "held_out": run.held_out}
+  judge = run.config.search.judge
+  used = sources.values() if judge == "both" else [sources[judge]]
+  size = min(512, *(len(source) for source in used))
+  return [
+    batch for source in used for batch in data.epoch(source, batch_size=size)
+  ]
+
+
+def _found(problem, strategy, budgets, seed, options):
+  try:
+    return searches.SEARCHES[strategy](problem, budgets, seed=seed, **options)
+  except TypeError as error:
+    if "unexpected keyword" not in str(error):
+      raise
+    raise ConfigError(f"search.options.{strategy}: {error}") from None
+
+
+def _costs(config, table, bits):
+  costs = {
+    "stored_bits": allocate.stored_bits([r.parameters for r in table], bits),
+    "bops": allocate.bops([r.macs for r in table], bits),
+    "sum_bits": allocate.mean_bits(len(table), bits),
+  }
+  if config.latency:
+    costs["latency"] = allocate.latency(
+      _latency_table(config.latency), [r.name for r in table], bits
+    )
+  return costs
+
+
+def _latency_table(path):
+  try:
+    measured = json.loads(pathlib.Path(path).read_text())
+    return {
+      layer: {int(b): float(s) for b, s in row.items()}
+      for layer, row in measured.items()
+    }
+  except OSError as error:
+    raise ConfigError(f"search.latency={path!r}: {error.strerror}") from None
+  except (ValueError, AttributeError, TypeError):
+    raise ConfigError(
+      f"search.latency={path!r}: damaged; allowed is JSON of "
+      "{layer: {bits: seconds}}"
+    ) from None
+
+
+def _budgets(problem, names, mean):
+  """What a network costs with a mean bit-width everywhere, {cost: int}.
+
+  Between candidates, costs are interpolated: exactly m for stored bits.
+  """
+  m = Fraction(str(mean))
+  limits = {}
+  for name in names:
+    totals = [int(column.sum()) for column in problem.costs[name].T]
+    limits[name] = math.floor(_interpolated(problem.bits, totals, m))
+  return limits
+
+
+def _interpolated(bits, totals, m):
+  """The total at m bits: linear between candidates and beyond them."""
+  if len(bits) == 1:
+    return Fraction(totals[0]) * m / bits[0]
+  position = sum(b >= m for b in bits) - 1
+  position = min(max(position, 0), len(bits) - 2)
+  high, low = bits[position], bits[position + 1]
+  share = (m - low) / (high - low)
+  return totals[position + 1] + share * (
+    totals[position] - totals[position + 1]
+  )
+
+
+def _position(names, field):
+  def position(name):
+    if name not in names:
+      raise ConfigError(
+        f"search.{field}={name!r}: no quantized layer; allowed are "
+        f"{', '.join(names)}"
+      )
+    return names.index(name)
+
+  return position
+
+
+def _pinned(pinned, names, bits):
+  for name, b in pinned.items():
+    _position(names, "pinned")(name)
+    if b not in bits:
+      raise ConfigError(
+        f"search.pinned.{name}={b!r}: allowed are {', '.join(map(str, bits))}"
+      )
+  return {names.index(name): bits.index(b) for name, b in pinned.items()}
+
+
+def _place(run, strategy, budget, config):
+  """Where the result of one search lies: its name says all that decides it."""
+  decides = {
+    "costs": config.costs,
+    "options": config.options.get(strategy, {}),
+    "judge": config.judge,
+    "prefer": config.prefer,
+    "latency": config.latency,
+    "ties": config.ties,
+    "pinned": config.pinned,
+  }
+  digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+  name = f"{strategy}_{budget:g}_{digest.hexdigest()[:8]}.json"
+  return run.workdir.path / "search" / "found" / name
+
+
+def _request(config):
+  fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+  return json.loads(json.dumps(fields))
+
+
+def _row(strategy, budget, budgets, found, test):
+  return {
+    "strategy": strategy,
+    "budget": budget,
+    "budgets": budgets,
+    "allocation": dict(found.allocation),
+    "judged": {"accuracy": found.accuracy, "loss": found.loss},
+    "test": test._asdict(),
+    "cost": found.cost,
+    "evaluations": found.evaluations,
+    "seconds": round(found.seconds, 3),
+    "evaluation_seconds": round(found.evaluation_seconds, 3),
+  }

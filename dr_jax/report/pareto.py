@@ -1,0 +1,160 @@
+"""What searches found: a table, a plot, and the same as JSON.
+
+A row is what the stage search writes for one strategy and budget: "strategy",
+"budget" (mean bits), "allocation", "cost" {name: int}, "judged" and "test"
+{"accuracy", "loss"}, "evaluations", "seconds", "evaluation_seconds".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+
+# Each with what a cost is divided by for its axis.
+_AXES = {
+  "stored_bits": ("bytes of the weights", 8),
+  "bops": ("bit operations, millions", 10**6),
+}
+
+
+def front(rows: Sequence[Row], cost: str, score: str = "accuracy") -> list[Row]:
+  """Returns the rows that no other row beats in cost and test score.
+
+  Args:
+    rows: what searches found.
+    cost: a name in the rows' costs.
+    score: "accuracy" (more is better) or "loss".
+
+  Returns:
+    Rows by rising cost, each with a better score than those before.
+  """
+  sign = -1 if score == "accuracy" else 1
+  ranked = sorted(
+    rows, key=lambda r: (r["cost"][cost], sign * r["test"][score])
+  )
+  kept: list[Row] = []
+  for row in ranked:
+    value = sign * row["test"][score]
+    if not kept or value < sign * kept[-1]["test"][score]:
+      kept.append(row)
+  return kept
+
+
+def write_pareto(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+  """Writes points and fronts as JSON, whole or not at all.
+
+  {"points": {strategy: [{"budget", "stored_bytes", "bops", "accuracy", "loss",
+  "evaluations", "seconds", "evaluation_seconds", "allocation"}]}, "front":
+  {"stored_bits": [[strategy, budget], ...], "bops": [...]}}; accuracy and loss
+  on the test set, and the front over all strategies.
+  """
+  content = {
+    "points": {
+      strategy: [_point(row) for row in rows if row["strategy"] == strategy]
+      for strategy in _strategies(rows)
+    },
+    "front": {
+      cost: [[r["strategy"], r["budget"]] for r in front(rows, cost)]
+      for cost in _AXES
+    },
+  }
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = path.with_name(path.name + ".partial")
+  draft.write_text(json.dumps(content, indent=2) + "\n")
+  draft.replace(path)
+
+
+def _point(row):
+  return {
+    "budget": row["budget"],
+    "stored_bytes": row["cost"]["stored_bits"] / 8,
+    "bops": row["cost"]["bops"],
+    **row["test"],
+    "evaluations": row["evaluations"],
+    "seconds": row["seconds"],
+    "evaluation_seconds": row["evaluation_seconds"],
+    "allocation": row["allocation"],
+  }
+
+
+def plot_pareto(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+  """Draws test accuracy against weight bytes and BOPs, as a PNG.
+
+  A line per strategy, through its budgets; the front of all in gray.
+  """
+  # Slow to import, and only reports need it. Its pyplot would look for a
+  # display and keep figures alive.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(12, 5), layout="constrained")
+  for axes, (cost, (label, unit)) in zip(
+    figure.subplots(1, 2, sharey=True), _AXES.items(), strict=True
+  ):
+    best = front(rows, cost)
+    axes.step(
+      [row["cost"][cost] / unit for row in best],
+      [row["test"]["accuracy"] for row in best],
+      where="post",
+      color="0.85",
+      linewidth=8,
+      label="front",
+    )
+    for strategy in _strategies(rows):
+      mine = [row for row in rows if row["strategy"] == strategy]
+      mine.sort(key=lambda row: row["cost"][cost])
+      axes.plot(
+        [row["cost"][cost] / unit for row in mine],
+        [row["test"]["accuracy"] for row in mine],
+        marker="o",
+        markersize=4,
+        linewidth=1,
+        label=strategy,
+      )
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.3)
+  figure.axes[0].set_ylabel("test accuracy, %")
+  figure.axes[1].legend(loc="lower right", fontsize="small")
+  FigureCanvasAgg(figure).print_png(os.fspath(path))
+
+
+def pareto_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
+  """Lists what each search found, by budget."""
+  table = Table(title=title)
+  table.add_column("budget")
+  table.add_column("search")
+  for column in (
+    "accuracy %",
+    "cross-entropy",
+    "weight bytes",
+    "MBOPs",
+    "evaluations",
+    "search s",
+    "evaluation s",
+  ):
+    table.add_column(column, justify="right")
+  for row in rows:
+    table.add_row(
+      f"{row['budget']:g}",
+      row["strategy"],
+      f"{row['test']['accuracy']:.2f}",
+      f"{row['test']['loss']:.4f}",
+      f"{row['cost']['stored_bits'] / 8:,.0f}",
+      f"{row['cost']['bops'] / 1e6:.2f}",
+      str(row["evaluations"]),
+      f"{row['seconds']:.1f}",
+      f"{row['evaluation_seconds']:.1f}",
+    )
+  return table
+
+
+def _strategies(rows):
+  return list(dict.fromkeys(row["strategy"] for row in rows))

@@ -1,0 +1,170 @@
+"""Allocation by prior knowledge: Hessian traces and an integer programme.
+
+  error  minimize sum_l (t_l / n_l) ||Q_b(W_l) - W_l||^2   (HAWQ-V2, -V3)
+  bits   maximize sum_l (t_l / n_l) b_l                    (arXiv 2502.01199)
+
+with t_l the trace of layer l's Hessian and n_l its number of parameters. The
+second paper prints "minimal", which would starve the sensitive layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from dr_jax.allocate import Infeasible
+from dr_jax.nn.bits import quantized_layers
+from dr_jax.nn.layers import arrays_of
+from dr_jax.search.floors import check_count
+from dr_jax.search.problem import Index, Ledger, Problem, Result
+
+if TYPE_CHECKING:
+  from flax import nnx
+  from numpy.typing import ArrayLike
+
+
+def hessian_ilp(
+  problem: Problem,
+  budgets: Mapping[str, int],
+  *,
+  seed: int = 0,
+  objective: str = "error",
+  max_candidates: int | None = None,
+) -> Result:
+  """Solves for the objective, then scores the optimum and its neighbors.
+
+  Neighbors: for every layer and every bit-width below its optimal one, the
+  optimum with that layer held there, so that others rise. The best score wins.
+
+  Args:
+    problem, budgets: what to assign, and {cost: limit}.
+    seed: not used.
+    objective: name of a table of `problem.sensitivity`; `sensitivity_tables`
+      makes "error" and "bits".
+    max_candidates: number of assignments to score, those of least objective;
+      None for all, at most 1 + L (B - 1). With 1 the objective alone decides.
+
+  Raises:
+    allocate.Infeasible: if nothing fits.
+    ValueError: for a table that the problem does not have, or a wrong budget
+      or number of candidates.
+
+  References:
+    arXiv 2502.01199, section 3.3; arXiv 2011.10680 (HAWQ-V3), section 3.4.
+  """
+  ledger = Ledger(problem, budgets)
+  if objective not in problem.sensitivity:
+    raise ValueError(
+      f"objective={objective!r}: the problem has no such sensitivity; allowed "
+      f"are {', '.join(problem.sensitivity) or 'none: it has no table'}"
+    )
+  if max_candidates is not None:
+    check_count("max_candidates", max_candidates, 1)
+  table = np.asarray(problem.sensitivity[objective], np.float64)
+
+  def value(index):
+    return math.fsum(table[np.arange(len(index)), index])
+
+  candidates = _candidates(problem, table, budgets)
+  for index in sorted(candidates, key=value)[:max_candidates]:
+    ledger(index)
+  return ledger.result()
+
+
+def _candidates(
+  problem: Problem, table: np.ndarray, budgets: Mapping[str, int]
+) -> list[Index]:
+  """The optimum, then what is optimal with one group held below it."""
+  first = problem.solve(table, budgets)
+  found = {first: None}
+  for layer, *_ in problem.groups():
+    for position in range(first[layer] + 1, len(problem.bits)):
+      try:
+        index = problem.solve(table, budgets, pinned={layer: position})
+      except Infeasible:  # Where fewer bits take longer.
+        continue
+      found[index] = None
+  return list(found)
+
+
+def sensitivity_tables(
+  traces: Sequence[float],
+  parameters: Sequence[int],
+  bits: Sequence[int],
+  errors: ArrayLike,
+) -> dict[str, np.ndarray]:
+  """Returns the tables that `hessian_ilp` minimizes.
+
+  A negative trace, from noise or a loss that is not convex, counts as 0: no
+  error makes the network better.
+
+  Args:
+    traces: [L] Hessian traces t_l, of any sign.
+    parameters: [L] numbers of parameters n_l, positive.
+    bits: B candidate bit-widths.
+    errors: [L, B], from `quantization_errors`.
+
+  Returns:
+    {"error": (t_l / n_l) errors, "bits": -(t_l / n_l) b}, float64 [L, B].
+
+  Raises:
+    ValueError: if shapes do not fit, or a trace or an error is not finite.
+
+  References:
+    HAWQ-V2, arXiv 1911.03852 (Omega); arXiv 2502.01199, section 3.3.
+  """
+  traces, errors = np.asarray(traces, float), np.asarray(errors, float)
+  parameters = np.asarray(parameters, float)
+  shape = (len(traces), len(bits))
+  for name, array, allowed in (
+    ("parameters", parameters, shape[:1]),
+    ("errors", errors, shape),
+  ):
+    if array.shape != allowed:
+      raise ValueError(f"{name}: shape {array.shape}; allowed is {allowed}")
+  for name, array, wrong, allowed in (
+    ("traces", traces, ~np.isfinite(traces), "finite numbers"),
+    ("errors", errors, ~np.isfinite(errors).all(1), "finite numbers"),
+    ("parameters", parameters, ~(parameters >= 1), "1 and more"),
+  ):
+    if wrong.any():
+      layer = int(wrong.argmax())
+      raise ValueError(f"{name}[{layer}]={array[layer]}: allowed are {allowed}")
+  weight = (np.maximum(traces, 0) / parameters)[:, None]
+  return {"error": weight * errors, "bits": -weight * np.asarray(bits, float)}
+
+
+def quantization_errors(model: nnx.Module) -> np.ndarray:
+  """Returns ||Q_b(W_l) - W_l||^2 of every layer at every bit-width.
+
+  Args:
+    model: quantized network with float kernels, not changed.
+
+  Returns:
+    float64 [L, B], layers in call order, bit-widths highest first.
+
+  Raises:
+    ValueError: for a layer that holds stored codes in place of a kernel.
+  """
+  return np.array(
+    [_errors(name, layer) for name, layer in quantized_layers(model).items()]
+  )
+
+
+def _errors(name, layer):
+  if not hasattr(layer, "weight_params"):
+    raise ValueError(
+      f"layer {name!r}: holds stored codes; allowed are layers with a float "
+      "kernel"
+    )
+  quantizer, kernel = layer.weight_quantizer, layer.kernel[...]
+  positions = range(len(quantizer.bits))
+  quantized = jax.jit(
+    lambda params, w: [quantizer.fake_quantize(params, w, i) for i in positions]
+  )(arrays_of(layer.weight_params), kernel)
+  w = np.asarray(kernel, np.float64)
+  return [np.square(np.asarray(q, np.float64) - w).sum() for q in quantized]

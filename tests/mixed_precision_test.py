@@ -1,0 +1,353 @@
+"""Tests of the stages hessian, supernet and search, on the smallest job."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dr_jax import (
+  allocate,
+  deploy,
+  hessian,
+  mixed_precision,
+  models,
+  nn,
+  pipeline,
+  quant,
+  train,
+)
+from dr_jax.checkpoint import CheckpointError, Checkpoints
+from dr_jax.config import ConfigError, from_dict
+from dr_jax.train import InterruptedRun
+from dr_jax.workdir import Workdir
+
+BITS = (8, 4, 2)
+STRATEGIES = ("hessian_ilp", "uniform", "greedy")
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Training runs as users run it."""
+  yield
+
+
+def values(**changes):
+  base = {
+    "stages": (
+      "pretrain",
+      "multi_precision",
+      "hessian",
+      "supernet",
+      "search",
+      "export",
+      "report",
+    ),  # fmt: skip
+    "data": {"holdout": 0.2},
+    "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 3, 4)}},
+    "quant": {"bits": BITS},
+    "pretrain": {"epochs": 2, "optimizer": "sgd", "learning_rate": 0.1},
+    "train": {"epochs": 1, "vectorize": "sequential"},
+    "hessian": {"images": 256, "batch_size": 128, "max_probes": 8},
+    "supernet": {"epochs": 2, "vectorize": "sequential", "alrs": "eta"},
+    "search": {"strategies": STRATEGIES, "budgets": (3.0, 5)},
+  }
+  for field, value in changes.items():
+    if isinstance(value, dict) and field in base:
+      value = {**base[field], **value}
+    base[field] = value
+  return base
+
+
+def config(**changes):
+  return from_dict(values(**changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("mixed") / "run"
+  return workdir, pipeline.run(config(), workdir)
+
+
+def found(workdir):
+  return json.loads((workdir / "search" / "result.json").read_text())["rows"]
+
+
+def test_every_layer_has_a_trace_with_its_error_bar(finished):
+  workdir, summary = finished
+  estimates = hessian.load(workdir / "hessian" / "traces.json")
+  assert all(e.probes == 8 and e.stderr > 0 for e in estimates.values())
+  layers = [name for name in estimates]
+  manifest, _ = deploy.read(workdir / "export" / "model")
+  assert layers == [layer["name"] for layer in manifest["layers"]]
+  result = summary["stages"]["hessian"]
+  size = int(np.prod(manifest["layers"][0]["shape"]))
+  assert result["sensitivity"][layers[0]] == pytest.approx(
+    estimates[layers[0]].mean / size
+  )
+
+
+def test_searches_keep_every_budget_and_name_every_layer(finished):
+  workdir, _ = finished
+  rows = found(workdir)
+  assert [(r["budget"], r["strategy"]) for r in rows] == list(
+    itertools.product((3.0, 5), STRATEGIES)
+  )
+  manifest, _ = deploy.read(workdir / "export" / "model")
+  parameters = {
+    layer["name"]: int(np.prod(layer["shape"])) for layer in manifest["layers"]
+  }
+  for row in rows:
+    assert set(row["allocation"]) == set(parameters)
+    stored = sum(parameters[n] * b for n, b in row["allocation"].items())
+    assert stored == row["cost"]["stored_bits"] <= row["budgets"]["stored_bits"]
+    # A budget of m bits is what m bits everywhere would store.
+    assert row["budgets"]["stored_bits"] == row["budget"] * sum(
+      parameters.values()
+    )
+  uniform = [r for r in rows if r["strategy"] == "uniform"]
+  assert [set(r["allocation"].values()) for r in uniform] == [{2}, {4}]
+
+
+def test_the_artifact_scores_as_the_search_said_and_so_do_its_files(finished):
+  workdir, summary = finished
+  path = workdir / "export"
+  export = summary["stages"]["export"]
+  names = [
+    f"{strategy}_{budget}" for budget in (3, 5) for strategy in STRATEGIES
+  ]
+  assert export["allocations"] == names
+  assert sorted(p.stem for p in (path / "allocations").iterdir()) == sorted(
+    names
+  )
+  allocation = allocate.Allocation.load(path / "allocations" / "uniform_5.json")
+  assert set(allocation.values()) == {4}
+  assert export["allocation_bytes"]["uniform_5"] == export["bytes_at"]["4"]
+  loaded = deploy.load(path / "model", bits=allocation)
+  assert loaded is not None
+
+
+def test_the_report_has_a_plot_and_the_same_as_json(finished):
+  workdir, _ = finished
+  assert (workdir / "report" / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+  points = json.loads((workdir / "search" / "pareto.json").read_text())
+  assert set(points["points"]) == set(STRATEGIES)
+
+
+def test_a_finished_run_repeats_nothing(finished, monkeypatch):
+  workdir, summary = finished
+
+  def never(*args, **kwargs):
+    raise AssertionError("trained or estimated again")
+
+  monkeypatch.setattr(hessian, "trace", never)
+  monkeypatch.setattr(pipeline.Run, "train", never)
+  assert pipeline.run(config(), workdir) == summary
+
+
+def test_other_searches_in_the_same_directory_train_nothing(
+  finished, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  monkeypatch.setattr(hessian, "trace", None)
+  other = config(
+    search={"strategies": ("uniform", "proportional"), "budgets": (6,)}
+  )
+  trials = (workdir / "search" / "trials_held_out.jsonl").read_text()
+  pipeline.run(other, workdir)
+  rows = found(workdir)
+  assert [r["strategy"] for r in rows] == ["uniform", "proportional"]
+  assert (
+    (workdir / "search" / "trials_held_out.jsonl")
+    .read_text()
+    .startswith(trials)
+  )
+  assert (workdir / "export" / "allocations" / "uniform_6.json").exists()
+  # And back: what was found before is still there.
+  pipeline.run(config(), workdir)
+  assert found(workdir) == found(finished[0])
+
+
+def test_a_search_stopped_by_a_signal_goes_on_to_the_same_result(
+  finished, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  shutil.rmtree(workdir / "search")
+  shutil.rmtree(workdir / "export")
+  calls = itertools.count()
+  with pytest.raises(InterruptedRun, match="search: SIGTERM"):
+    pipeline.run(
+      config(),
+      workdir,
+      interrupted=lambda: "SIGTERM" if next(calls) > 6 else None,
+    )
+  kept = len(
+    (workdir / "search" / "trials_held_out.jsonl").read_text().splitlines()
+  )
+  assert kept > 0
+  pipeline.run(config(), workdir)
+
+  def essence(rows):
+    keys = ("strategy", "allocation", "test", "judged", "evaluations")
+    return [{key: row[key] for key in keys} for row in rows]
+
+  assert essence(found(workdir)) == essence(found(finished[0]))
+  trials = (
+    (workdir / "search" / "trials_held_out.jsonl").read_text().splitlines()
+  )
+  indices = [json.loads(line)[0] for line in trials]
+  assert len(indices) == len({tuple(i) for i in indices})
+
+
+def test_traces_of_another_network_are_refused(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  for part in ("supernet/result.json", "search/result.json"):
+    (workdir / part).unlink()
+  path = workdir / "hessian" / "traces.json"
+  content = json.loads(path.read_text())
+  content["fingerprint"] = "0" * 64
+  path.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r"traces\.json: traces of another"):
+    pipeline.run(config(), workdir)
+
+
+def test_a_supernet_of_other_candidate_bits_is_refused(finished):
+  workdir, _ = finished
+  with pytest.raises(ConfigError, match=r"quant\.bits is \[8, 4, 2\] there"):
+    pipeline.run(config(quant={"bits": (8, 4)}), workdir)
+
+
+def test_a_supernet_checkpoint_does_not_fit_other_candidate_bits(finished):
+  workdir, _ = finished
+  bits = (8, 4)
+  network = nn.functional(
+    nn.quantize(
+      models.build(
+        "resnet",
+        depth=8,
+        widths=(2, 3, 4),
+        num_classes=10,
+        channels=1,
+        rngs=nnx.Rngs(0),
+      ),
+      weight=quant.double_rounding(bits),
+      activation=quant.lsq_activation(bits),
+      sample=np.ones((2, 8, 8, 1), np.float32),
+      norm="transitional",
+    )
+  )
+  optimizer = train.make_optimizer("adam", kinds=network.kinds)
+  state = train.init_state(network, optimizer, jax.random.key(0))
+  directory = workdir / "supernet" / "checkpoints"
+  with Checkpoints(directory) as checkpoints:
+    with pytest.raises(
+      CheckpointError,
+      match=r"another state: .*float32\[9, \d\], not float32\[4, ",
+    ):
+      checkpoints.restore(like=state)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"search": {"budgets": (0,)}}, r"search\.budgets=0: allowed is more"),
+    ({"search": {"budgets": (3, -1.0)}}, r"search\.budgets=-1\.0: allowed"),
+    ({"search": {"budgets": ()}}, r"search\.budgets=\(\): allowed is at"),
+    ({"search": {"budgets": ("3",)}}, r"search\.budgets=.*mean bit-widths"),
+    ({"search": {"strategies": ("best",)}}, r"strategies='best'.*greedy"),
+    ({"search": {"costs": ("bytes",)}}, r"costs='bytes'.*stored_bits"),
+    ({"search": {"costs": ("latency",)}}, r"search\.latency=''"),
+    ({"search": {"judge": "test"}}, r"search\.judge='test'.*held_out"),
+    ({"search": {"prefer": "speed"}}, r"search\.prefer='speed'"),
+    ({"data": {"holdout": 0.0}}, r"data\.holdout=0\.0: allowed with"),
+    ({"hessian": {"rel_stderr": 0.0}}, r"hessian\.rel_stderr=0\.0"),
+    ({"hessian": {"max_probes": 7}}, r"hessian\.max_probes=7: allowed is 8"),
+    ({"hasb": {"sigma": 1.5}}, r"hasb\.sigma=1\.5: allowed are 0 to 1"),
+    ({"supernet": {"sampling": "random"}}, r"supernet\.sampling='random'"),
+    ({"quant": {"norm": "shared"}}, r"quant\.norm='shared'.*supernet"),
+    ({"stages": ("pretrain", "search")}, r"search is allowed after supernet"),
+    (
+      {"stages": ("multi_precision", "supernet", "hessian")},
+      r"supernet is allowed after hessian",
+    ),
+  ],
+)
+def test_what_is_not_allowed_is_said_before_anything_runs(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    config(**changes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "error", "message"),
+  [
+    ({"budgets": (1.5,)}, allocate.Infeasible, r"stored_bits.*allowed is"),
+    ({"pinned": {"conv9": 8}}, ConfigError, r"pinned='conv9': no quantized"),
+    ({"pinned": {"stage1/block0/conv1": 3}}, ConfigError, r"conv1=3: allowed"),
+    ({"ties": (("a", "b"),)}, ConfigError, r"search\.ties='a'"),
+    ({"latency": "absent.json"}, ConfigError, r"search\.latency='absent"),
+    (
+      {"options": {"uniform": {"speed": 3}}, "budgets": (4.5,)},
+      ConfigError,
+      r"search\.options\.uniform: .*speed",
+    ),
+  ],
+)
+def test_what_only_the_network_can_tell_is_one_line_too(
+  finished, tmp_path, changes, error, message
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  with pytest.raises(error, match=message) as caught:
+    pipeline.run(config(search=changes), workdir)
+  assert "\n" not in str(caught.value)
+
+
+def test_pins_ties_and_several_costs_hold_in_what_is_found(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  layers = list(found(workdir)[0]["allocation"])
+  changes = {
+    "costs": ("stored_bits", "bops"),
+    "budgets": (6,),
+    "pinned": {layers[0]: 8},
+    "ties": ((layers[1], layers[2]),),
+  }
+  pipeline.run(config(search=changes), workdir)
+  for row in found(workdir):
+    allocation = row["allocation"]
+    assert allocation[layers[0]] == 8
+    assert allocation[layers[1]] == allocation[layers[2]]
+    assert all(
+      row["cost"][name] <= limit for name, limit in row["budgets"].items()
+    )
+
+
+@pytest.mark.parametrize(
+  ("mean", "expected"), [(8, 1600), (6, 1200), (5, 1000), (2, 400), (9, 1800)]
+)
+def test_a_budget_of_m_bits_is_what_m_bits_everywhere_would_cost(
+  mean, expected
+):
+  totals = [1600, 800, 400]
+  assert mixed_precision._interpolated(BITS, totals, mean) == expected
+
+
+def test_a_network_of_one_bit_width_scales_its_budget():
+  assert mixed_precision._interpolated((8,), [1600], 4) == 800
+
+
+def test_the_search_is_no_part_of_what_a_directory_is_claimed_for(tmp_path):
+  directory = Workdir(tmp_path / "run")
+  directory.claim(config())
+  directory.claim(config(search={"budgets": (4,)}))
+  stored = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert stored["search"]["budgets"] == [4]
+  with pytest.raises(ConfigError, match="seed is 0 there, 1 here"):
+    directory.claim(dataclasses.replace(config(), seed=1))

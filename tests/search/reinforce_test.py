@@ -1,0 +1,700 @@
+"""Search by reinforcement learning: its parts by hand, and what it finds."""
+
+import importlib.util
+import itertools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from dr_jax import allocate, nn
+from dr_jax.search.reinforce import (
+  Ddpg,
+  Memory,
+  Steps,
+  act,
+  action_of,
+  cut,
+  features,
+  position,
+  programs,
+  reinforce,
+  steps,
+  truncated,
+  value,
+)
+
+_spec = importlib.util.spec_from_file_location(
+  "search_problems", pathlib.Path(__file__).with_name("problems.py")
+)
+problems = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(problems)
+
+# The package may name the function as it names the file.
+module = sys.modules["dr_jax.search.reinforce"]
+
+# Small networks that learn fast: a search takes a second.
+SMALL = {"hidden": 32, "actor_rate": 1e-3, "critic_rate": 1e-2}
+SHORT = {**SMALL, "episodes": 30}
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Overrides the strict promotion: optax multiplies floats by its counts."""
+  with jax.numpy_rank_promotion("raise"):
+    yield
+
+
+def search(problem, budgets=None, **options):
+  budgets = problems.budgets(problem) if budgets is None else budgets
+  return reinforce(problem, budgets, **{**SHORT, **options})
+
+
+def indices(result):
+  return [trial.index for trial in result.trials]
+
+
+# What it finds.
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_finds_the_best_assignment_of_a_small_problem(seed):
+  problem = problems.problem(4)
+  budgets = problems.budgets(problem)
+  result = search(problem, budgets, episodes=250, seed=seed)
+  found = problems.index_of(problem, result)
+  assert found == problems.best(problem, budgets)
+  assert result.evaluations < len(list(problems.assignments(problem))) / 4
+
+
+def test_it_learns_to_do_better_than_its_random_episodes():
+  problem = problems.problem(14)
+  options = {"episodes": 200, "reference": 90.0}
+  learned = search(problem, **options)
+  chance = search(problem, **options, warmup=200)
+  losses = [trial.loss for trial in learned.trials]
+  # Of five seeds the ratios are 0.36 to 0.50, and 0.57 to 0.66 but for one.
+  assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
+  assert learned.loss < 0.85 * chance.loss
+
+
+def test_with_the_defaults_it_walks_six_hundred_times(monkeypatch):
+  calls = spied(monkeypatch)
+  reinforce(problems.problem(2), {"sum_bits": 12})
+  assert len(calls.learn) == 600 - 21
+  assert {batches.state.shape for _, batches, _ in calls.learn} == {(2, 64, 9)}
+  assert [w.shape for w, _ in calls.learn[0][0].actor] == [
+    (9, 300),
+    (300, 300),
+    (300, 1),
+  ]
+  (settings,) = set(calls.settings)
+  assert settings == Ddpg(1e-4, 1e-3, tau=0.01, discount=1.0)
+
+
+# What all searches promise.
+
+
+@pytest.mark.parametrize("names", [("stored_bits",), ("bops", "sum_bits")])
+def test_all_that_is_scored_is_within_the_budgets_but_for_the_reference(names):
+  problem = problems.problem()
+  budgets = problems.budgets(problem, names=names)
+  result = search(problem, budgets)
+  assert indices(result)[0] == (0,) * 6
+  assert all(problem.fits(index, budgets) for index in indices(result)[1:])
+  assert all(result.cost[name] <= budgets[name] for name in names)
+  assert result.evaluations > 10
+
+
+def test_every_assignment_is_scored_once_and_counted():
+  problem = problems.problem(3)
+  result = search(problem, episodes=60)
+  calls = problem.evaluate.score.calls
+  assert len(calls) == len(set(calls)) == result.evaluations < 60
+  assert calls == indices(result)
+
+
+def test_a_given_reference_costs_no_evaluation():
+  problem = problems.problem()
+  result = search(problem, reference=80.0)
+  assert (0,) * 6 not in indices(result)
+
+
+def test_the_same_seed_does_the_same_and_another_one_does_not():
+  one, same, other = (
+    indices(search(problems.problem(), seed=seed)) for seed in (3, 3, 4)
+  )
+  assert one == same
+  assert set(one) != set(other)
+
+
+@pytest.mark.parametrize("calls", [0, 7, 25])
+def test_a_search_that_was_stopped_ends_the_same_for_the_rest(tmp_path, calls):
+  whole = search(problems.problem())
+  damage = problems.damage(6, problems.BITS)
+  path = tmp_path / "trials.jsonl"
+  first = problems.Additive(damage, limit=calls)
+  with pytest.raises(problems.Stop):
+    search(problems.problem(path=path, score=first))
+  second = problems.Additive(damage)
+  result = search(problems.problem(path=path, score=second))
+  assert len(second.calls) == whole.evaluations - calls
+  assert indices(result) == indices(whole)
+  assert result.allocation == whole.allocation
+
+
+def test_tied_layers_move_together_and_pinned_ones_stay():
+  problem = problems.problem(ties=((0, 2), (3, 5)), pinned={1: 0, 5: 2})
+  result = search(problem)
+  assert all(i[0] == i[2] for i in indices(result))
+  assert {(i[1], i[3], i[5]) for i in indices(result)} == {(0, 2, 2)}
+  assert len({i[0] for i in indices(result)}) > 1
+  assert len({i[4] for i in indices(result)}) > 1
+
+
+def test_without_free_layers_it_scores_the_only_assignment():
+  problem = problems.problem(2, pinned={0: 1, 1: 3})
+  result = search(problem, {"sum_bits": 8})
+  assert indices(result) == [(1, 3)]
+
+
+def test_the_best_is_what_the_problem_prefers():
+  # The loss falls with the bits, the accuracy rises.
+  def score(index):
+    return problems.Score(accuracy=float(sum(index)), loss=9.0 - sum(index))
+
+  def other(index):
+    return problems.Score(accuracy=float(sum(index)), loss=float(sum(index)))
+
+  for prefer, scored, best in (
+    ("loss", score, max),
+    ("loss", other, min),
+    ("accuracy", other, max),
+  ):
+    problem = problems.problem(3, score=scored, prefer=prefer)
+    result = search(problem)
+    sums = [
+      sum(i)
+      for i in indices(result)
+      if problem.fits(i, problems.budgets(problem))
+    ]
+    assert sum(problems.index_of(problem, result)) == best(sums)
+
+
+def test_an_infeasible_budget_is_refused_before_anything_is_scored():
+  problem = problems.problem()
+  with pytest.raises(allocate.Infeasible, match="sum_bits"):
+    search(problem, {"sum_bits": 11})
+  with pytest.raises(ValueError, match="watts"):
+    search(problem, {"watts": 11})
+  assert problem.evaluate.score.calls == []
+
+
+@pytest.mark.parametrize(
+  ("name", "wrong", "allowed"),
+  [
+    *itertools.product(
+      ("episodes", "hidden", "replay", "batch"), (0, 1.5), ("at least 1",)
+    ),
+    *itertools.product(("warmup",), (-1, 0.5), ("at least 0",)),
+    *itertools.product(
+      (
+        *("actor_rate", "critic_rate", "tau"),
+        *("discount", "decay", "baseline"),
+      ),
+      (-0.1, 1.1, float("nan"), "1"),
+      (r"0\.\.1$",),
+    ),
+    *itertools.product(("noise",), (-0.1, 10.5), (r"0\.\.10$",)),
+    *itertools.product(
+      ("reference",), (-1.0, 101.0, float("nan")), (r"0\.\.100$",)
+    ),
+  ],
+)
+def test_a_wrong_option_is_named_with_what_is_allowed(name, wrong, allowed):
+  problem = problems.problem(2)
+  with pytest.raises(ValueError, match=f"{name}=.*{allowed}"):
+    search(problem, **{name: wrong})
+  assert problem.evaluate.score.calls == []
+
+
+# The pass over the layers.
+
+
+class Calls:
+  """What a search asked of its compiled programs."""
+
+  def __init__(self):
+    self.settings, self.walk, self.learn = [], [], []
+
+
+def spied(monkeypatch):
+  """Takes the place of the programs: acts at random and learns nothing."""
+  calls = Calls()
+
+  def spies(settings):
+    calls.settings.append(settings)
+
+    def walk(actor, states, uniform, width):
+      calls.walk.append((states, uniform, width))
+      return uniform
+
+    def learn(agent, batches, baseline):
+      calls.learn.append((agent, batches, float(baseline)))
+      return agent
+
+    return walk, learn
+
+  monkeypatch.setattr(module, "programs", spies)
+  return calls
+
+
+def test_noise_falls_from_the_first_episode_that_is_not_random(monkeypatch):
+  calls = spied(monkeypatch)
+  search(problems.problem(3), warmup=4, episodes=9, noise=0.4, decay=0.9)
+  widths = [width for _, _, width in calls.walk]
+  np.testing.assert_allclose(widths, 0.4 * 0.9 ** np.arange(5), rtol=1e-6)
+  assert len(calls.learn) == 5
+
+
+def test_rewards_are_tenths_of_percents_and_compared_to_their_average(
+  monkeypatch,
+):
+  calls = spied(monkeypatch)
+  scores = []
+
+  def score(index):
+    scores.append(50.0 + len(scores) ** 2)
+    return problems.Score(accuracy=scores[-1], loss=1.0)
+
+  # Seven layers: no two random assignments of so few are the same.
+  problem = problems.problem(7, score=score)
+  options = {"warmup": 2, "episodes": 6, "baseline": 0.8, "batch": 200}
+  search(problem, {"sum_bits": 54}, **options)
+  assert len(scores) == 7
+  rewards = 0.1 * (np.array(scores[1:]) - scores[0])
+  average, averages = rewards[0], []
+  for reward in rewards:
+    average = 0.8 * average + 0.2 * reward
+    averages.append(average)
+  baselines = [baseline for _, _, baseline in calls.learn]
+  np.testing.assert_allclose(baselines, averages[2:], rtol=1e-6)
+  # 1400 draws of at most 42 steps: each reward is among them.
+  for episode, (_, batches, _) in enumerate(calls.learn, 2):
+    assert batches.reward.shape == (7, 200, 1)
+    np.testing.assert_allclose(
+      np.unique(batches.reward), rewards[: episode + 1], rtol=1e-6
+    )
+
+
+def test_a_given_reference_earns_nothing(monkeypatch):
+  calls = spied(monkeypatch)
+  problem = problems.problem(
+    2, score=lambda index: problems.Score(accuracy=73.0, loss=1.0)
+  )
+  search(problem, reference=70.0, warmup=0, episodes=1)
+  np.testing.assert_allclose(calls.learn[0][1].reward, 0.3, rtol=1e-6)
+  np.testing.assert_allclose(calls.learn[0][2], 0.3, rtol=1e-6)
+
+
+def test_the_agent_learns_from_the_latest_bits_that_were_scored(monkeypatch):
+  calls = spied(monkeypatch)
+  bits = tuple(range(8, 1, -1))
+  problem = problems.problem(5, bits, ties=((0, 1),))
+  result = search(
+    problem,
+    {"sum_bits": 20},
+    **{"warmup": 0, "episodes": 9, "replay": 2, "batch": 100},
+  )
+  # No two episodes are the same; the first trial is the reference.
+  scored = [[i[0], i[2], i[3], i[4]] for i in indices(result)[1:]]
+  assert len(scored) == 9
+  taken = (6 - np.array(scored)) / 6
+  drawn = np.array([uniform for _, uniform, _ in calls.walk])
+  assert np.any(np.abs(taken - drawn) > 0.1)
+  for episode, (_, batches, _) in enumerate(calls.learn):
+    assert batches.action.shape == (4, 100, 1)
+    latest = taken[max(episode - 1, 0) : episode + 1]
+    before = np.concatenate([np.ones((len(latest), 1)), latest[:, :-1]], 1)
+    pairs = np.concatenate([batches.state[..., -1:], batches.action], -1)
+    pairs = {tuple(pair) for pair in pairs.reshape(-1, 2)}
+    steps = np.float32(np.stack([before, latest], -1)).reshape(-1, 2)
+    assert pairs == {tuple(step) for step in steps}
+
+
+def test_actions_become_bits_of_their_groups(monkeypatch):
+  spied(monkeypatch)
+  problem = problems.problem(4, ties=((1, 3),), pinned={0: 2})
+  budgets = problems.budgets(problem, 1.0)
+  result = search(problem, budgets, warmup=20, episodes=20, seed=5)
+  rng = np.random.Generator(np.random.PCG64(5))
+  # Networks are drawn first.
+  Ddpg(1.0, 1.0, 1.0, 1.0).init(rng, 9, SMALL["hidden"])
+  expected = [tuple(map(int, problem.start(0)))]
+  for _ in range(20):
+    one, two = rng.random(2, np.float32)
+    one, two = position(one, problem.bits), position(two, problem.bits)
+    expected.append((2, one, two, one))
+  assert indices(result) == list(dict.fromkeys(expected))
+
+
+@pytest.mark.parametrize(
+  ("bits", "actions"),
+  [
+    # 2 + 6 a: the halfway points are 7, 5 and 3, and belong below.
+    (
+      (8, 6, 4, 2),
+      {0: 3, 1 / 6: 3, 0.17: 2, 0.5: 2, 0.51: 1, 5 / 6: 1, 0.84: 0, 1: 0},
+    ),
+    ((4, 3, 2), {0: 2, 0.25: 2, 0.26: 1, 0.75: 1, 0.76: 0, 1: 0}),
+    ((8, 2), {0.5: 1, 0.501: 0}),
+    ((8, 4, 2), {1 / 6: 2, 0.17: 1, 2 / 3: 1, 0.67: 0}),
+    ((4,), {0: 0, 0.3: 0, 1: 0}),
+  ],
+)
+def test_an_action_means_the_nearest_bit_width_and_of_two_the_lower(
+  bits, actions
+):
+  assert {a: position(a, bits) for a in actions} == actions
+  assert [position(np.float32(a), bits) for a in (0, 1)] == [len(bits) - 1, 0]
+
+
+@pytest.mark.parametrize("bits", [(8, 6, 4, 2), (4, 3, 2), (8, 7, 2), (4,)])
+def test_every_bit_width_has_an_action_that_means_it(bits):
+  actions = [action_of(at, bits) for at in range(len(bits))]
+  assert [position(action, bits) for action in actions] == [*range(len(bits))]
+  assert actions[-1] == 0 and (actions[0] == 1 or len(bits) == 1)
+
+
+@pytest.mark.parametrize(
+  ("index", "limit", "expected"),
+  [
+    ((0, 0, 0, 0), 32, (0, 0, 0, 0)),
+    ((0, 0, 0, 0), 31, (0, 0, 0, 1)),
+    ((0, 0, 0, 0), 24, (1, 1, 1, 1)),
+    # The second round begins at the end again.
+    ((0, 0, 0, 0), 23, (1, 1, 1, 2)),
+    ((0, 2, 3, 3), 15, (0, 3, 3, 3)),
+    ((0, 2, 3, 3), 13, (1, 3, 3, 3)),
+    ((0, 2, 3, 3), 8, (3, 3, 3, 3)),
+  ],
+)
+def test_an_assignment_over_budget_is_cut_from_the_last_layer_on(
+  index, limit, expected
+):
+  problem = problems.problem(4)
+  before = np.array(index, np.int32)
+  after = cut(problem, {"sum_bits": limit}, before)
+  assert tuple(after) == expected
+  assert tuple(before) == index
+
+
+def test_a_cut_moves_tied_layers_together_and_leaves_pinned_ones():
+  problem = problems.problem(5, ties=((1, 4),), pinned={3: 0})
+  budgets = {"sum_bits": 35}
+  after = cut(problem, budgets, problem.start(0))
+  # Groups: layer 0, layers 1 and 4, layer 2; the last one loses first.
+  assert (
+    tuple(after) == (0, 1, 1, 0, 1) and problem.cost(after)["sum_bits"] <= 35
+  )
+
+
+def test_where_fewer_bits_cost_more_the_cut_goes_to_what_fits():
+  costs = {"latency": np.array([[3, 9, 9], [2, 9, 9], [4, 3, 9]])}
+  problem = problems.problem(3, (8, 4, 2), costs=costs)
+  after = cut(problem, {"latency": 8}, np.array([0, 1, 0], np.int32))
+  assert tuple(after) == (0, 0, 1)
+
+
+def test_features_are_those_of_the_first_layer_each_from_zero_to_one():
+  def row(kind, shape, stride, macs):
+    size = int(np.prod(shape))
+    return nn.LayerRow("", kind, shape, stride, size, macs * size, False, 8)
+
+  table = nn.LayerTable(
+    [
+      row("conv", (3, 3, 4, 8), 1, 64),
+      row("conv", (5, 5, 1, 8), 2, 16),
+      row("conv", (1, 1, 8, 16), 1, 16),
+      row("linear", (1, 10), 1, 1),
+      row("conv", (3, 3, 8, 16), 2, 4),
+    ]
+  )
+  seen = features(table, [(0,), (1,), (2, 4), (3,)])
+  expected = [
+    # depthwise c_in c_out stride window parameters input layer
+    [0, 4, 8, 1, 3, 288, 8, 0],
+    [1, 1, 8, 2, 5, 200, 8, 1],
+    [0, 8, 16, 1, 1, 128 + 1152, 4, 2],
+    [0, 1, 10, 1, 1, 10, 1, 3],
+  ]
+  low = np.array([0, 1, 8, 1, 1, 10, 1, 0])
+  spread = np.array([1, 7, 8, 1, 4, 1270, 7, 3])
+  assert seen.dtype == np.float32
+  np.testing.assert_allclose(
+    seen, (np.array(expected) - low) / spread, rtol=1e-6
+  )
+
+
+def test_a_feature_that_is_the_same_everywhere_is_zero():
+  table = problems.table(4, (8, 4))
+  seen = features(table, [(0,), (1,), (2,), (3,)])
+  np.testing.assert_array_equal(seen[:, [0, 3, 4]], 0)
+  assert np.all(np.delete(seen, [0, 3, 4], 1).max(0) == 1)
+  np.testing.assert_array_equal(features(table, [(2,)]), np.zeros((1, 8)))
+
+
+def test_steps_link_what_the_agent_saw_with_what_it_saw_next():
+  states = np.float32([[1, 2], [3, 4], [5, 6]])
+  found = steps(states, np.float32([0.1, 0.2, 0.3]), -7.5)
+  np.testing.assert_array_equal(
+    found.state, np.float32([[1, 2, 1], [3, 4, 0.1], [5, 6, 0.2]])
+  )
+  np.testing.assert_array_equal(found.after[:2], found.state[1:])
+  np.testing.assert_array_equal(found.action, np.float32([[0.1], [0.2], [0.3]]))
+  np.testing.assert_array_equal(found.reward, [[-7.5]] * 3)
+  np.testing.assert_array_equal(found.last, [[0], [0], [1]])
+  assert {array.dtype for array in found} == {np.dtype(np.float32)}
+
+
+def numbered(first, count):
+  """Steps that carry their number everywhere."""
+  number = np.arange(first, first + count, dtype=np.float32)[:, None]
+  wide = np.repeat(number, 2, 1)
+  return Steps(wide, number, number, wide, number)
+
+
+def test_the_memory_forgets_the_oldest_steps():
+  memory, rng = Memory(5, 2), np.random.default_rng(0)
+  for first, kept in (
+    (0, {0, 1, 2}),
+    (3, {1, 2, 3, 4, 5}),
+    (6, {*range(4, 9)}),
+  ):
+    memory.add(numbered(first, 3))
+    drawn = memory.sample(rng, (40, 5))
+    assert set(np.unique(drawn.action)) == kept
+    assert drawn.state.shape == drawn.after.shape == (40, 5, 2)
+    for array in drawn:
+      np.testing.assert_array_equal(array[..., :1], drawn.action)
+
+
+# The agent.
+
+
+def agent_of(ddpg, seed=0, width=3, hidden=4):
+  """An agent whose copies and last layers are not special."""
+  rng = np.random.default_rng(seed)
+  agent = ddpg.init(rng, width, hidden)
+  networks = [
+    [
+      tuple(jnp.asarray(rng.normal(size=a.shape), jnp.float32) for a in layer)
+      for layer in network
+    ]
+    for network in agent[:4]
+  ]
+  return agent._replace(**dict(zip(agent._fields, networks, strict=False)))
+
+
+def batch_of(seed=0, count=7, width=3):
+  rng = np.random.default_rng(seed)
+  last = (np.arange(count) % 3 == 2)[:, None]
+  arrays = [
+    *(rng.random((count, width)), rng.random((count, 1))),
+    *(rng.normal(size=(count, 1)), rng.random((count, width)), last),
+  ]
+  return Steps(*(np.asarray(a, np.float32) for a in arrays))
+
+
+def forward(network, x):
+  """Output and last hidden layer, in float64."""
+  *layers, (weight, bias) = [
+    [np.asarray(a, np.float64) for a in layer] for layer in network
+  ]
+  for w, b in layers:
+    x = np.maximum(x @ w + b, 0)
+  return x @ weight + bias, x
+
+
+def actions(network, state):
+  return 1 / (1 + np.exp(-forward(network, state)[0]))
+
+
+def test_networks_have_two_hidden_layers_and_start_small():
+  agent = Ddpg(1e-4, 1e-3, 0.01, 1.0).init(np.random.default_rng(0), 9, 300)
+  for network, inputs in ((agent.actor, 9), (agent.critic, 10)):
+    shapes = [(w.shape, b.shape) for w, b in network]
+    assert shapes == [
+      *(((inputs, 300), (300,)), ((300, 300), (300,)), ((300, 1), (1,)))
+    ]
+    for (weight, bias), bound in zip(
+      network, (inputs**-0.5, 300**-0.5, 3e-3), strict=True
+    ):
+      assert weight.dtype == bias.dtype == jnp.float32
+      # Of at least 300 draws one comes that near to the bound.
+      assert 0.95 * bound < np.abs(weight).max() <= bound
+      assert 0 < np.abs(bias).max() <= bound
+  for own, slow in (
+    (agent.actor, agent.slow_actor),
+    (agent.critic, agent.slow_critic),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, own, slow)
+
+
+def test_actor_and_critic_compute_relu_networks():
+  agent, batch = agent_of(Ddpg(1.0, 1.0, 1.0, 1.0)), batch_of()
+  # Float32 sums of a few terms of size 1.
+  np.testing.assert_allclose(
+    jax.jit(act)(agent.actor, batch.state),
+    actions(agent.actor, batch.state),
+    rtol=1e-5,
+  )
+  both = np.concatenate([batch.state, batch.action], 1)
+  np.testing.assert_allclose(
+    jax.jit(value)(agent.critic, batch.state, batch.action),
+    forward(agent.critic, both)[0],
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("width", [0.0, 1e-3, 0.1, 0.5, 3.0])
+def test_noise_is_a_normal_distribution_truncated_to_actions(width):
+  uniform = np.linspace(0, 1, 101, dtype=np.float32)[:-1]
+  for mean in (0.0, 0.02, 0.5, 0.9, 1.0):
+    drawn = jax.jit(truncated)(
+      np.full(100, mean, np.float32), np.float32(width), uniform
+    )
+    assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
+    scale = max(width, 1e-6)
+    low, high = -mean / scale, (1 - mean) / scale
+    expected = scipy.stats.truncnorm.ppf(uniform, low, high, mean, scale)
+    # Float32 near 1 leaves little of the upper tail: there errors are some
+    # hundredths of the width.
+    np.testing.assert_allclose(drawn, expected, atol=2e-2 * scale + 1e-6)
+
+
+def test_a_walk_tells_each_layer_the_action_before_it():
+  walk, _ = programs(Ddpg(1.0, 1.0, 1.0, 1.0))
+  agent = agent_of(Ddpg(1.0, 1.0, 1.0, 1.0))
+  states = np.random.default_rng(1).random((5, 2)).astype(np.float32)
+  uniform = np.random.default_rng(2).random(5).astype(np.float32)
+  found = np.asarray(walk(agent.actor, states, uniform, np.float32(0.3)))
+  assert found.shape == (5,)
+  before = 1.0
+  for state, drawn, action in zip(states, uniform, found, strict=True):
+    mean = actions(agent.actor, np.array([[*state, before]]))[0, 0]
+    low, high = -mean / 0.3, (1 - mean) / 0.3
+    expected = scipy.stats.truncnorm.ppf(drawn, low, high, mean, 0.3)
+    # Float32 distribution functions and their inverse.
+    np.testing.assert_allclose(action, expected, rtol=1e-4, atol=1e-5)
+    before = action
+
+
+def first_moments(state):
+  """The gradient of Adam's first step: its first moment is a tenth of it."""
+  return jax.tree.map(lambda m: np.asarray(m) / 0.1, state[0].mu)
+
+
+def test_the_critic_learns_reward_over_baseline_and_what_follows():
+  ddpg = Ddpg(actor_rate=1e-3, critic_rate=1e-2, tau=0.1, discount=0.7)
+  agent, batch = agent_of(ddpg), batch_of()
+  updated = jax.jit(ddpg.update)(agent, batch, np.float32(0.25))
+  follows, _ = forward(
+    agent.slow_critic,
+    np.concatenate([batch.after, actions(agent.slow_actor, batch.after)], 1),
+  )
+  target = batch.reward - 0.25 + 0.7 * np.where(batch.last, 0, follows)
+  found, hidden = forward(
+    agent.critic, np.concatenate([batch.state, batch.action], 1)
+  )
+  gradient = first_moments(updated.critic_state)
+  weight, bias = gradient[-1]
+  # Float32 means of seven terms of size 10.
+  np.testing.assert_allclose(
+    weight, hidden.T @ (2 * (found - target)) / 7, rtol=1e-4, atol=1e-4
+  )
+  np.testing.assert_allclose(bias, (2 * (found - target)).mean(0), rtol=1e-4)
+  # Adam's first step is the learning rate, against the sign of the gradient.
+  for before, after, slope in zip(
+    *map(jax.tree.leaves, (agent.critic, updated.critic, gradient)), strict=True
+  ):
+    step = -1e-2 * np.sign(slope) * (np.abs(slope) > 1e-4)
+    np.testing.assert_allclose(after - before, step, atol=1e-5)
+
+
+def test_the_actor_climbs_what_the_updated_critic_expects():
+  ddpg = Ddpg(actor_rate=1e-3, critic_rate=1e-1, tau=0.1, discount=1.0)
+  agent, batch = agent_of(ddpg, seed=3), batch_of()
+  updated = jax.jit(ddpg.update)(agent, batch, np.float32(0))
+
+  def expected(bias):
+    actor = [*agent.actor[:-1], (agent.actor[-1][0], bias)]
+    chosen = actions(actor, batch.state)
+    both = np.concatenate([batch.state, chosen], 1)
+    return forward(updated.critic, both)[0].mean()
+
+  bias = np.asarray(agent.actor[-1][1], np.float64)
+  slope = (expected(bias + 1e-6) - expected(bias - 1e-6)) / 2e-6
+  gradient = first_moments(updated.actor_state)
+  # Float32 against float64 of a sum of seven products.
+  np.testing.assert_allclose(gradient[-1][1], -slope, rtol=1e-3)
+  step = updated.actor[-1][1] - agent.actor[-1][1]
+  np.testing.assert_allclose(step, 1e-3 * np.sign(slope), rtol=1e-3)
+
+
+def test_copies_follow_by_a_share_of_the_way():
+  ddpg = Ddpg(actor_rate=0.1, critic_rate=0.1, tau=0.25, discount=1.0)
+  agent, batch = agent_of(ddpg), batch_of()
+  updated = jax.jit(ddpg.update)(agent, batch, np.float32(0))
+  for own, slow, moved in (
+    (updated.actor, agent.slow_actor, updated.slow_actor),
+    (updated.critic, agent.slow_critic, updated.slow_critic),
+  ):
+    jax.tree.map(
+      lambda o, s, m: np.testing.assert_allclose(
+        m, 0.25 * o + 0.75 * s, rtol=1e-5, atol=1e-6
+      ),
+      *(own, slow, moved),
+    )
+
+
+def test_an_episode_learns_from_one_batch_after_the_other():
+  ddpg = Ddpg(actor_rate=1e-2, critic_rate=1e-2, tau=0.1, discount=0.9)
+  _, learn = programs(ddpg)
+  agent, batches = agent_of(ddpg), [batch_of(seed) for seed in range(3)]
+  together = learn(
+    agent, jax.tree.map(lambda *a: np.stack(a), *batches), np.float32(0.5)
+  )
+  one = jax.jit(ddpg.update)
+  for batch in batches:
+    agent = one(agent, batch, np.float32(0.5))
+  # The same float32 operations; compilers may order sums differently.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+    *(together, agent),
+  )
+
+
+def test_a_search_compiles_its_two_programs_once(monkeypatch):
+  traced, compile_ = [], module.jit
+
+  def counting(function):
+    def counted(*arguments):
+      traced.append(function.__name__)
+      return function(*arguments)
+
+    return compile_(counted)
+
+  monkeypatch.setattr(module, "jit", counting)
+  programs.cache_clear()
+  try:
+    for seed in range(2):
+      search(problems.problem(), seed=seed, tau=0.03)
+  finally:
+    programs.cache_clear()
+  assert sorted(traced) == ["learn", "walk"]
