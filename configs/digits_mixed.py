@@ -6,9 +6,9 @@ Float training, joint training at {8, 6, 4, 2} bits, Hessian traces, a SuperNet
 trained by Hessian-aware stochastic bit-switching, every search at budgets of
 2.5 to 7 mean bits, and an artifact with the allocations found. The network, a
 pre-activation ResNet14 of 4 to 16 channels, is narrow enough that bits matter
-and has 14 quantized layers. Searches judge assignments on all images but the test
-set's: a fifth of the training images is held out, but 251 images alone rank
-good assignments poorly.
+and has 14 quantized layers. Searches judge assignments on all images but those
+of the test set: a fifth of the training images is held out, but 251 images
+alone rank good assignments poorly.
 
 arXiv 2502.01199, section 3.3; searches in dr_jax/search.
 `python -m dr_jax.benchmarks.mixed` gives means over seeds.

@@ -182,6 +182,7 @@ def _problem(run):
     state=(trainable.params, trainable.batch_stats),
     batches=run.batches(run.config.seed),
     directory=run.workdir.path / "search" / "checkpoints",
+    interrupted=run.interrupted,
   )
 
   def on_test(allocation):

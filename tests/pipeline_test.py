@@ -8,6 +8,7 @@ from dr_jax import pipeline
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.deploy import ArtifactError
 from dr_jax.main import table
+from dr_jax.workdir import Workdir
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +105,8 @@ def test_a_kill_while_the_configuration_is_written_leaves_a_usable_directory(
   tmp_path,
 ):
   (tmp_path / "config.json.partial").write_text("{")
-  job = pipeline.Run(_config(), tmp_path, lambda: None)
-  job.claim()
+  job = Workdir(tmp_path)
+  job.claim(_config())
   assert json.loads((tmp_path / "config.json").read_text())["name"] == "run"
 
 

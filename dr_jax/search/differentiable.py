@@ -306,6 +306,7 @@ def _search(problem, budgets, name, **options):
       batches=problem.batches,
       checkpoints=checkpoints,
       checkpoint_every=options["checkpoint_every"],
+      interrupted=problem.interrupted,
     ).run(state)
   logits = np.asarray(state.params["logits"])
   return ledger.result(most_probable(problem, logits, budgets))

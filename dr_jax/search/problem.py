@@ -130,6 +130,7 @@ class Problem:
     network, state, batches: for searches by gradient: the SuperNet, its
       (params, batch_stats), and training batches by step.
     directory: where a search by gradient keeps its checkpoints, or None.
+    interrupted: names a signal that asks to stop, else None, as `train.Loop`'s.
   """
 
   table: LayerTable
@@ -146,6 +147,7 @@ class Problem:
   state: tuple[Any, Any] | None = None
   batches: Any = None
   directory: pathlib.Path | None = None
+  interrupted: Callable[[], str | None] = lambda: None
 
   def __post_init__(self):
     shape = (len(self.table), len(self.bits))

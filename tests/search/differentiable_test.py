@@ -403,6 +403,15 @@ def test_the_most_probable_assignment_within_the_budget_is_found(
     assert [found[group[0]] for group in groups] == list(highest)
 
 
+def test_tied_layers_count_as_one_choice():
+  costs = {"size": np.array([[2, 1], [2, 1], [4, 2]])}
+  problem = problems.problem(3, (8, 2), ties=((0, 1),), costs=costs)
+  # One group must give way: of the pair it is less unlikely.
+  logits = np.array([[1.0, 0.0], [1.5, 0.0]])
+  found = differentiable.most_probable(problem, logits, {"size": 6})
+  assert found == (1, 1, 0)
+
+
 @pytest.mark.parametrize("strategy", SEARCHES)
 def test_where_all_layers_cost_the_same_the_best_assignment_is_found(strategy):
   problem = additive(bits=(8, 2))
@@ -456,8 +465,9 @@ def test_dnas_learns_its_logits_from_every_second_batch(learned):
   for steps in (1, 2):
     search.dnas(problem, budgets, steps=steps)
   assert not learned[0].any()
-  # Adam's first step is the rate, but for its epsilon.
-  np.testing.assert_allclose(np.abs(learned[1]), 0.05, rtol=1e-3)
+  # Adam's first step is the rate, but for its epsilon beside gradients of
+  # down to 1e-6.
+  np.testing.assert_allclose(np.abs(learned[1]), 0.05, rtol=1e-2)
 
 
 def test_both_temperatures_matter(learned):

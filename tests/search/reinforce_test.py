@@ -233,7 +233,7 @@ class Calls:
 
 
 def spied(monkeypatch):
-  """Takes the place of the programs: acts at random and learns nothing."""
+  """Takes the place of the programs: acts at random and counts lessons."""
   calls = Calls()
 
   def spies(settings):
@@ -245,7 +245,7 @@ def spied(monkeypatch):
 
     def learn(agent, batches, baseline):
       calls.learn.append((agent, batches, float(baseline)))
-      return agent
+      return agent._replace(critic_state=len(calls.learn))
 
     return walk, learn
 
@@ -258,7 +258,8 @@ def test_noise_falls_from_the_first_episode_that_is_not_random(monkeypatch):
   search(problems.problem(3), warmup=4, episodes=9, noise=0.4, decay=0.9)
   widths = [width for _, _, width in calls.walk]
   np.testing.assert_allclose(widths, 0.4 * 0.9 ** np.arange(5), rtol=1e-6)
-  assert len(calls.learn) == 5
+  # Each goes on from the agent that the one before it left.
+  assert [agent.critic_state for agent, _, _ in calls.learn][1:] == [1, 2, 3, 4]
 
 
 def test_rewards_are_tenths_of_percents_and_compared_to_their_average(
