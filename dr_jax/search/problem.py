@@ -76,7 +76,7 @@ class Evaluator:
     if self.path is not None and self.path.exists():
       self._read()
 
-  def __call__(self, index: Sequence[int]) -> Trial:
+  def __call__(self, index: Sequence[int] | np.ndarray) -> Trial:
     """Returns the trial of an assignment, scored now or remembered."""
     key = tuple(map(int, index))
     if key not in self._known:
@@ -166,7 +166,7 @@ class Problem:
     """Names of the layers."""
     return tuple(row.name for row in self.table)
 
-  def cost(self, index: Sequence[int]) -> dict[str, int]:
+  def cost(self, index: Sequence[int] | np.ndarray) -> dict[str, int]:
     """What an assignment costs, exact."""
     rows = range(len(index))
     return {
@@ -174,7 +174,9 @@ class Problem:
       for name, table in self.costs.items()
     }
 
-  def fits(self, index: Sequence[int], budgets: Mapping[str, int]) -> bool:
+  def fits(
+    self, index: Sequence[int] | np.ndarray, budgets: Mapping[str, int]
+  ) -> bool:
     """Whether an assignment keeps every budget."""
     rows = np.arange(len(self.table))
     return all(
@@ -290,7 +292,7 @@ class Ledger:
   def __iter__(self) -> Iterator[Trial]:
     return iter(self._trials.values())
 
-  def __call__(self, index: Sequence[int]) -> Trial:
+  def __call__(self, index: Sequence[int] | np.ndarray) -> Trial:
     """Scores an assignment; one that this search had before costs nothing."""
     key = tuple(map(int, index))
     if key not in self._trials:
@@ -299,7 +301,7 @@ class Ledger:
       self._waited += time.perf_counter() - before
     return self._trials[key]
 
-  def result(self, index: Sequence[int] | None = None) -> Result:
+  def result(self, index: Sequence[int] | np.ndarray | None = None) -> Result:
     """Ends the search.
 
     Args:
@@ -313,8 +315,8 @@ class Ledger:
       fitting = [t for t in self if problem.fits(t.index, self._budgets)]
       if not fitting:
         raise ValueError(
-          f"trials: none of {len(self._trials)} keeps {self._budgets}; an error "
-          "of the search"
+          f"trials: none of {len(self._trials)} keeps {self._budgets}; an "
+          "error of the search"
         )
       index = min(fitting, key=problem.rank).index
     trial = self(index)
