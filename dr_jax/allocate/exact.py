@@ -344,7 +344,7 @@ def _relax(scaled: _Scaled) -> _Relaxed:
     A_ub=rows,
     b_ub=scaled.limits,
     A_eq=one_hot,
-    b_eq=np.ones(one_hot.shape[0]),
+    b_eq=np.ones(len(free.x)),
     bounds=(0, 1),
     method="highs",
   )
