@@ -11,6 +11,7 @@ it is.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import pathlib
@@ -19,11 +20,51 @@ from fractions import Fraction
 from typing import Any
 
 import jax
+from flax import nnx
 
 from dr_jax import allocate, compilation, data, hessian, nn, report, train
 from dr_jax import search as searches
-from dr_jax.config import ConfigError
+from dr_jax.config import Config, ConfigError
 from dr_jax.workdir import write_json
+
+
+def check(config: Config, model: nnx.Module) -> None:
+  """Checks what a search is told, before anything is trained for it.
+
+  Args:
+    config: of the run.
+    model: its float network, untrained.
+
+  Raises:
+    ConfigError: naming the field.
+  """
+  wanted, bits = config.search, config.quant.bits
+  names = [
+    "/".join(map(str, path))
+    for path, module in nnx.iter_modules(model)
+    if type(module) in (nnx.Conv, nnx.Linear)
+  ]
+  _pinned(wanted.pinned, names, bits)
+  for group in wanted.ties:
+    for name in group:
+      _position(names, "ties")(name)
+  if wanted.latency:
+    _latency_table(wanted.latency)
+  for budget in wanted.budgets:
+    if budget < min(bits):
+      raise ConfigError(
+        f"search.budgets={budget!r}: mean bit-width below all of "
+        f"quant.bits={bits}; allowed is {min(bits)} or more"
+      )
+  for strategy, options in wanted.options.items():
+    known = inspect.signature(searches.SEARCHES[strategy]).parameters
+    allowed = [n for n in known if n not in ("problem", "budgets", "seed")]
+    for option in options:
+      if option not in allowed:
+        raise ConfigError(
+          f"search.options.{strategy}.{option}: unknown; allowed are "
+          f"{', '.join(allowed) or 'no options'}"
+        )
 
 
 def traces(run) -> dict[str, hessian.TraceEstimate]:
@@ -130,12 +171,15 @@ def search(run) -> None:
       path = _place(run, strategy, budget, config)
       if not path.exists():
         run.stop_if_asked("search")
-        found = _found(problem, strategy, budgets, run.config.seed, options)
+        found = searches.SEARCHES[strategy](
+          problem, budgets, seed=run.config.seed, **options
+        )
         test = scored(found.allocation)
         write_json(path, _row(strategy, budget, budgets, found, test))
       rows.append(json.loads(path.read_text()))
-  run.workdir.finish("search", started, request=_request(config), rows=rows)
+  # The result last: a stage with a result is not looked at again.
   report.write_pareto(run.workdir.path / "search" / "pareto.json", rows)
+  run.workdir.finish("search", started, request=_request(config), rows=rows)
 
 
 def allocations(run) -> dict[str, dict[str, Any]]:
@@ -202,15 +246,6 @@ def _judges(run):
   return [
     batch for source in used for batch in data.epoch(source, batch_size=size)
   ]
-
-
-def _found(problem, strategy, budgets, seed, options):
-  try:
-    return searches.SEARCHES[strategy](problem, budgets, seed=seed, **options)
-  except TypeError as error:
-    if "unexpected keyword" not in str(error):
-      raise
-    raise ConfigError(f"search.options.{strategy}: {error}") from None
 
 
 def _costs(config, table, bits):

@@ -102,7 +102,9 @@ class Run:
     self.trained: dict[str, nnx.Module] = {}
     # Before anything is written: values that only the library can judge.
     self.batches(config.seed)
-    self._model()
+    model = self._model()
+    if "search" in config.stages:
+      mixed_precision.check(config, model)
     self.bits = config.quant.bits
     quantizers(config.quant)
 
