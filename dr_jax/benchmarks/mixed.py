@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation, pipeline
+from dr_jax import compilation, pipeline, report
 from dr_jax.config import from_dict
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_mixed.py")
@@ -78,15 +78,7 @@ def _search_table(seeds):
   table = Table(title=f"searches, {len(seeds)} seeds, test set")
   table.add_column("budget")
   table.add_column("search")
-  for column in (
-    "accuracy %",
-    "cross-entropy",
-    "weight bytes",
-    "MBOPs",
-    "evaluations",
-    "search s",
-    "evaluation s",
-  ):
+  for column in report.COLUMNS:
     table.add_column(column, justify="right")
   before = None
   for rows in zip(*seeds, strict=True):

@@ -17,6 +17,17 @@ from rich.table import Table
 
 Row = dict[str, Any]
 
+# Of the table, after the budget and the search.
+COLUMNS = (
+  "accuracy %",
+  "cross-entropy",
+  "weight bytes",
+  "MBOPs",
+  "evaluations",
+  "search s",
+  "evaluation s",
+)
+
 # Each with what a cost is divided by for its axis.
 _AXES = {
   "stored_bits": ("bytes of the weights", 8),
@@ -131,15 +142,7 @@ def pareto_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
   table = Table(title=title)
   table.add_column("budget")
   table.add_column("search")
-  for column in (
-    "accuracy %",
-    "cross-entropy",
-    "weight bytes",
-    "MBOPs",
-    "evaluations",
-    "search s",
-    "evaluation s",
-  ):
+  for column in COLUMNS:
     table.add_column(column, justify="right")
   for row in rows:
     table.add_row(

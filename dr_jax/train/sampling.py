@@ -4,7 +4,8 @@ A sampling is a list of visits. Each visit is a position in the candidate
 bit-widths: fixed (a Python int, whose constants fold), drawn for the whole
 network (an int32 scalar), or drawn for every layer (int32 [layers]). The first
 visit is always the highest of the step, so that it can teach the others.
-Sensitivity-aware sampling is in `train.hasb`.
+Sensitivity-aware sampling is in `train.hasb`; there some layers of a visit have
+other bits than its own.
 """
 
 from __future__ import annotations
