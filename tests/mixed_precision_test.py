@@ -173,6 +173,60 @@ def test_other_searches_in_the_same_directory_train_nothing(
   assert found(workdir) == found(finished[0])
 
 
+def test_all_that_decides_a_search_gives_it_a_result_of_its_own(
+  finished, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  judged = {}
+  for judge in ("held_out", "train", "both"):
+    search = {"strategies": ("uniform",), "budgets": (5,), "judge": judge}
+    pipeline.run(config(search=search), workdir)
+    (row,) = found(workdir)
+    judged[judge] = row["judged"]["loss"]
+    assert (workdir / "search" / f"trials_{judge}.jsonl").exists()
+  run = pipeline.Run(config(), workdir, lambda: None)
+  train, held_out = len(run.data.train), len(run.held_out)
+  assert judged["both"] == pytest.approx(
+    (train * judged["train"] + held_out * judged["held_out"])
+    / (train + held_out),
+    rel=1e-5,  # float32 sums of a batch
+  )
+  assert judged["train"] != pytest.approx(judged["held_out"], rel=1e-3)
+  greedy = {"strategies": ("greedy",), "budgets": (5,)}
+  files = set()
+  for changes in ({}, {"options": {"greedy": {"per_cost": True}}},
+                  {"prefer": "accuracy"}):  # fmt: skip
+    pipeline.run(config(search={**greedy, **changes}), workdir)
+    before = len(files)
+    files |= set((workdir / "search" / "found").glob("greedy_5_*"))
+    assert len(files) == max(before + 1, 1)
+
+
+def test_the_supernet_is_told_its_sigma_and_warmup(monkeypatch, tmp_path):
+  told = {}
+
+  class Told(Exception):
+    pass
+
+  def sampling(sensitivity, bits, **options):
+    told.update(options, sensitivity=sensitivity, bits=bits)
+    raise Told
+
+  monkeypatch.setattr(train.hasb, "sampling", sampling)
+  with pytest.raises(Told):
+    pipeline.run(config(hasb={"sigma": 0.25, "warmup": 0.5}), tmp_path / "run")
+  result = json.loads((tmp_path / "run/hessian/result.json").read_text())
+  assert told == {
+    "sensitivity": list(result["sensitivity"].values()),
+    "bits": BITS,
+    "steps": 2 * 1006 // 128,
+    "epochs": 2,
+    "start": 0.25,
+    "warmup": 0.5,
+  }
+
+
 def test_a_search_stopped_by_a_signal_goes_on_to_the_same_result(
   finished, tmp_path
 ):
