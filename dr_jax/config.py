@@ -201,12 +201,14 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   _check_pretrain(config.pretrain)
   _check_curriculum(config)
   _check_mixed(config)
-  count, weights = len(config.quant.bits), config.train.loss_weights
-  if weights and len(weights) != count:
-    raise ConfigError(
-      f"train.loss_weights={weights!r}: allowed are {count} numbers, one for "
-      f"each of quant.bits={config.quant.bits}"
-    )
+  count = len(config.quant.bits)
+  for name in ("train", "supernet"):
+    weights = getattr(config, name).loss_weights
+    if weights and len(weights) != count:
+      raise ConfigError(
+        f"{name}.loss_weights={weights!r}: allowed are {count} numbers, one "
+        f"for each of quant.bits={config.quant.bits}"
+      )
   return config
 
 

@@ -91,6 +91,39 @@ def test_every_layer_has_a_trace_with_its_error_bar(finished):
   )
 
 
+def test_searches_minimise_traces_per_parameter_times_errors(finished):
+  workdir, _ = finished
+  run = pipeline.Run(config(), workdir, lambda: None)
+  problem, score_on_test = mixed_precision._problem(run)
+  traces = hessian.load(workdir / "hessian" / "traces.json")
+  network = mixed_precision.supernet(run)
+  for number, row in enumerate(problem.table):
+    mean = max(traces[row.name].mean, 0) / row.parameters
+    np.testing.assert_allclose(
+      problem.sensitivity["bits"][number], [-mean * b for b in BITS]
+    )
+    block = network
+    for part in row.name.split("/"):
+      block = getattr(block, part)
+    scale = {"scale": block.weight_params["scale"][...]}
+    kernel = block.kernel[...]
+    errors = [
+      np.square(
+        np.asarray(
+          block.weight_quantizer.fake_quantize(scale, kernel, i) - kernel,
+          np.float64,
+        )
+      ).sum()
+      for i in range(len(BITS))
+    ]
+    np.testing.assert_allclose(
+      problem.sensitivity["error"][number], mean * np.array(errors), rtol=1e-6
+    )
+  row = found(workdir)[0]
+  allocation = allocate.Allocation(row["allocation"])
+  assert score_on_test(allocation)._asdict() == row["test"]
+
+
 def test_searches_keep_every_budget_and_name_every_layer(finished):
   workdir, _ = finished
   rows = found(workdir)
@@ -129,6 +162,22 @@ def test_the_artifact_scores_as_the_search_said_and_so_do_its_files(finished):
   assert export["allocation_bytes"]["uniform_5"] == export["bytes_at"]["4"]
   loaded = deploy.load(path / "model", bits=allocation)
   assert loaded is not None
+
+
+def test_an_artifact_that_scores_otherwise_than_the_search_is_an_error(
+  finished, tmp_path
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  (workdir / "export" / "result.json").unlink()
+  path = workdir / "search" / "result.json"
+  result = json.loads(path.read_text())
+  result["rows"][1]["test"]["loss"] += 1e-6
+  path.write_text(json.dumps(result))
+  with pytest.raises(
+    deploy.ArtifactError, match="uniform_3, but in the search"
+  ):
+    pipeline.run(config(), workdir)
 
 
 def test_the_report_has_a_plot_and_the_same_as_json(finished):
@@ -324,6 +373,10 @@ def test_a_supernet_checkpoint_does_not_fit_other_candidate_bits(finished):
     ({"hessian": {"rel_stderr": 0.0}}, r"hessian\.rel_stderr=0\.0"),
     ({"hessian": {"max_probes": 7}}, r"hessian\.max_probes=7: allowed is 8"),
     ({"hasb": {"sigma": 1.5}}, r"hasb\.sigma=1\.5: allowed are 0 to 1"),
+    (
+      {"supernet": {"loss_weights": (1.0,)}},
+      r"supernet\.loss_weights=.* 3 num",
+    ),
     ({"supernet": {"sampling": "random"}}, r"supernet\.sampling='random'"),
     ({"quant": {"norm": "shared"}}, r"quant\.norm='shared'.*supernet"),
     ({"stages": ("pretrain", "search")}, r"search is allowed after supernet"),
