@@ -161,7 +161,8 @@ class Run:
     path = self.workdir.path / "export" / "model"
     found = mixed_precision.allocations(self)
     done = self.workdir.result("export")
-    if done is not None and done.get("allocations", []) == list(found):
+    chosen = {name: row["allocation"] for name, row in found.items()}
+    if done is not None and done.get("allocations", {}) == chosen:
       deploy.read(path)
       return
     started = time.monotonic()
@@ -185,7 +186,7 @@ class Run:
       "export",
       started,
       scores=scores,
-      allocations=list(found),
+      allocations=chosen,
       allocation_bytes={
         name: deploy.size(path, row["allocation"])
         for name, row in found.items()

@@ -153,7 +153,7 @@ def test_the_artifact_scores_as_the_search_said_and_so_do_its_files(finished):
   names = [
     f"{strategy}_{budget}" for budget in (3, 5) for strategy in STRATEGIES
   ]
-  assert export["allocations"] == names
+  assert list(export["allocations"]) == names
   assert sorted(p.stem for p in (path / "allocations").iterdir()) == sorted(
     names
   )
@@ -220,6 +220,21 @@ def test_other_searches_in_the_same_directory_train_nothing(
   # And back: what was found before is still there.
   pipeline.run(config(), workdir)
   assert found(workdir) == found(finished[0])
+
+
+def test_the_export_follows_a_search_at_the_same_budget(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  layers = list(found(workdir)[0]["allocation"])
+  search = {"strategies": ("uniform",), "budgets": (8,)}
+  file = workdir / "export" / "allocations" / "uniform_8.json"
+  for pinned in ({}, {layers[0]: 2}):
+    pipeline.run(config(search={**search, "pinned": pinned}), workdir)
+    (row,) = found(workdir)
+    assert dict(allocate.Allocation.load(file)) == row["allocation"]
+    result = json.loads((workdir / "export" / "result.json").read_text())
+    assert result["allocations"] == {"uniform_8": row["allocation"]}
+  assert row["allocation"][layers[0]] == 2
 
 
 def test_all_that_decides_a_search_gives_it_a_result_of_its_own(

@@ -93,6 +93,14 @@ def test_the_mixed_precision_example_finds_and_sets_an_allocation(capsys):
   )
   assert stored == names["solution"].usage["bits"] <= 4 * sum(parameters)
   assert {row.name: row.bits for row in table} == dict(names["allocation"])
+  # Traces come in the order of names, layers in that of calls.
+  paths = [f"params/{row.name}/kernel" for row in table]
+  assert list(names["traces"]) != paths
+  for row, path, line in zip(
+    table, paths, names["tables"]["bits"], strict=True
+  ):
+    mean = max(names["traces"][path].mean, 0) / row.parameters
+    np.testing.assert_allclose(line, [-mean * b for b in bits])
   at = names["front"].at(4 * sum(parameters))
   assert at.objective == names["solution"].objective
   assert table[0].name in capsys.readouterr().out

@@ -50,7 +50,8 @@ class Evaluator:
   """Scores assignments, each only once, and remembers them in a file.
 
   Attributes:
-    path: JSON lines, one trial each; None for memory alone.
+    path: JSON lines, one trial each; None for memory alone. It belongs to one
+      network and one set of examples: a new one needs a file of its own.
   """
 
   def __init__(
@@ -150,6 +151,10 @@ class Problem:
   interrupted: Callable[[], str | None] = lambda: None
 
   def __post_init__(self):
+    if list(self.bits) != sorted(self.bits, reverse=True):
+      raise ValueError(
+        f"bits={self.bits}: not highest first; allowed are falling bit-widths"
+      )
     shape = (len(self.table), len(self.bits))
     for group in ("costs", "sensitivity"):
       for name, table in getattr(self, group).items():

@@ -348,3 +348,10 @@ def test_budgets_hold_where_fewer_bits_cost_more(name):
   problem = with_tables(costs={"latency": SLOW})
   result = run(name, problem, {"latency": 49})
   assert result.cost["latency"] <= 49
+
+
+def test_bits_that_are_not_highest_first_are_refused():
+  with pytest.raises(ValueError, match=r"bits=\(2, 4\): not highest first"):
+    search.Problem(
+      table=problems.problem(2).table, bits=(2, 4), costs={}, evaluate=None
+    )
