@@ -128,8 +128,7 @@ def run(
     place = workdir / f"seed{seed}"
     config = dataclasses.replace(comparison.base, seed=seed)
     job = pipeline.Run(config, place / "float", interrupted)
-    job.workdir.claim(config)
-    with job.workdir.alone():
+    with job.workdir.claim(config):
       job.pretrain()
       start = job.float_network()
     size = job.float_bytes()

@@ -38,10 +38,10 @@ STAGES = (
 )
 # What a stage needs to come before it.
 _NEEDS = {
-  "export": "multi_precision",
-  "hessian": "multi_precision",
-  "supernet": "hessian",
-  "search": "supernet",
+  "export": ("multi_precision",),
+  "hessian": ("pretrain", "multi_precision"),
+  "supernet": ("hessian",),
+  "search": ("supernet",),
 }
 
 
@@ -111,7 +111,7 @@ class TrainConfig:
 class HessianConfig:
   """Traces of the float network's Hessian; see `hessian.trace`.
 
-  `images` of the training set are used, rounded up to whole batches.
+  `images` of the training set are used, or all if there are fewer.
   """
 
   images: int = 1024
@@ -276,9 +276,9 @@ def _check_recipe(name, recipe):
 def _check_stages(stages):
   for number, stage in enumerate(stages):
     _one_of("stages", stage, STAGES)
-    needed = _NEEDS.get(stage)
-    if needed is not None and needed not in stages[:number]:
-      raise ConfigError(f"stages: {stage} is allowed after {needed} only")
+    for needed in _NEEDS.get(stage, ()):
+      if needed not in stages[:number]:
+        raise ConfigError(f"stages: {stage} is allowed after {needed} only")
 
 
 def _check_mixed(config):
@@ -314,8 +314,20 @@ def _check_search(wanted, holdout):
       f"data.holdout={holdout!r}: allowed with search.judge={wanted.judge!r} "
       "are shares above 0 and below 1"
     )
-  for strategy in (*wanted.strategies, *wanted.options):
+  for strategy in wanted.strategies:
     _one_of("search.strategies", strategy, search.SEARCHES)
+  for strategy, options in wanted.options.items():
+    _one_of("search.options", strategy, search.SEARCHES)
+    if not isinstance(options, Mapping):
+      raise ConfigError(
+        f"search.options.{strategy}={options!r}: allowed is a group of options"
+      )
+  for group in wanted.ties:
+    if not isinstance(group, list | tuple):
+      raise ConfigError(
+        f"search.ties={wanted.ties!r}: allowed are groups of layer names, as "
+        "(('conv1', 'conv2'),)"
+      )
   costs = ("stored_bits", "bops", "sum_bits", "latency")
   for cost in wanted.costs:
     _one_of("search.costs", cost, costs)
@@ -336,6 +348,15 @@ def _check_search(wanted, holdout):
     if math.isinf(budget):
       raise ConfigError("search.budgets=inf: allowed are finite numbers")
   _one_of("search.prefer", wanted.prefer, ("loss", "accuracy"))
+  # Both name files.
+  for field, shown in (("strategies", str), ("budgets", "{:g}".format)):
+    names = list(map(shown, getattr(wanted, field)))
+    for name in names:
+      if names.count(name) > 1:
+        raise ConfigError(
+          f"search.{field}: {name} is there {names.count(name)} times; allowed "
+          "is once"
+        )
 
 
 def _check_pretrain(recipe):

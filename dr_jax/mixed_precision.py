@@ -10,11 +10,13 @@ it is.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
 import math
 import pathlib
+import shutil
 import time
 from fractions import Fraction
 from typing import Any
@@ -24,38 +26,27 @@ from flax import nnx
 
 from dr_jax import allocate, compilation, data, hessian, nn, report, train
 from dr_jax import search as searches
-from dr_jax.config import Config, ConfigError
-from dr_jax.workdir import write_json
+from dr_jax.config import ConfigError
+from dr_jax.workdir import read_json, write_json
 
 
-def check(config: Config, model: nnx.Module) -> None:
+def check(run, network: nnx.Module) -> None:
   """Checks what a search is told, before anything is trained for it.
 
   Args:
-    config: of the run.
-    model: its float network, untrained.
+    run: whose search it is.
+    network: quantized, untrained.
 
   Raises:
     ConfigError: naming the field.
   """
-  wanted, bits = config.search, config.quant.bits
-  names = [
-    "/".join(map(str, path))
-    for path, module in nnx.iter_modules(model)
-    if type(module) in (nnx.Conv, nnx.Linear)
-  ]
-  _pinned(wanted.pinned, names, bits)
-  for group in wanted.ties:
-    for name in group:
-      _position(names, "ties")(name)
-  if wanted.latency:
-    _latency_table(wanted.latency)
+  wanted = run.config.search
+  problem = _space(wanted, nn.layer_table(network), run.bits)
   for budget in wanted.budgets:
-    if budget < min(bits):
-      raise ConfigError(
-        f"search.budgets={budget!r}: mean bit-width below all of "
-        f"quant.bits={bits}; allowed is {min(bits)} or more"
-      )
+    try:
+      problem.check(_budgets(problem, wanted.costs, budget))
+    except ValueError as error:
+      raise ConfigError(f"search.budgets={budget!r}: {error}") from None
   for strategy, options in wanted.options.items():
     known = inspect.signature(searches.SEARCHES[strategy]).parameters
     allowed = [n for n in known if n not in ("problem", "budgets", "seed")]
@@ -73,15 +64,19 @@ def traces(run) -> dict[str, hessian.TraceEstimate]:
   Raises:
     ValueError: if the file is damaged, or of another float network.
   """
-  model = run.float_network()
-  network = nn.functional(model)
+  network = nn.functional(run.float_network())
   fingerprint = hessian.fingerprint((network.params, network.batch_stats))
   path = run.workdir.path / "hessian" / "traces.json"
+  layers = [row.name for row in nn.layer_table(run.multi_precision_network())]
   if path.exists() and run.workdir.result("hessian") is not None:
-    return hessian.load(path, fingerprint=fingerprint)
+    estimates = hessian.load(path, fingerprint=fingerprint)
+    if list(estimates) != layers:
+      raise ConfigError(
+        f"{path}: traces of layers {list(estimates)}; allowed are {layers}"
+      )
+    return estimates
   started = time.monotonic()
   config = run.config.hessian
-  layers = [row.name for row in nn.layer_table(run.multi_precision_network())]
 
   def loss(state, batch):
     logits, _ = network.apply(
@@ -90,15 +85,21 @@ def traces(run) -> dict[str, hessian.TraceEstimate]:
     return train.cross_entropy(logits, batch["label"])
 
   prefix, suffix = "params/", "/kernel"
-  batch_size = min(config.batch_size, len(run.data.train))
-  batches = data.batches(
-    run.data.train, batch_size=batch_size, seed=run.config.seed
-  )
+  count = min(config.images, len(run.data.train))
+  images = data.batches(run.data.train, batch_size=count, seed=run.config.seed)[
+    0
+  ]
   estimates = hessian.trace(
     loss,
     {"params": network.params, "batch_stats": network.batch_stats},
     jax.random.key(run.config.seed),
-    [batches[step] for step in range(math.ceil(config.images / batch_size))],
+    [
+      {
+        name: array[start : start + config.batch_size]
+        for name, array in images.items()
+      }
+      for start in range(0, count, config.batch_size)
+    ],
     select=[f"{prefix}{name}{suffix}" for name in layers],
     rel_stderr=config.rel_stderr,
     min_probes=config.min_probes,
@@ -146,7 +147,15 @@ def supernet(run):
       warmup=switching.warmup,
     ),
   )
-  run.score("supernet", network, run.bits, steps, started)
+  split = nn.functional(network)
+  run.score(
+    "supernet",
+    network,
+    run.bits,
+    steps,
+    started,
+    network=hessian.fingerprint((split.params, split.batch_stats)),
+  )
   run.trained["supernet"] = network
   return network
 
@@ -158,8 +167,9 @@ def search(run) -> None:
   scored stays.
   """
   config = run.config.search
+  request = _request(run)
   done = run.workdir.result("search")
-  if done is not None and done["request"] == _request(config):
+  if done is not None and done.get("request") == request:
     return
   started = time.monotonic()
   problem, scored = _problem(run)
@@ -168,18 +178,18 @@ def search(run) -> None:
     budgets = _budgets(problem, config.costs, budget)
     for strategy in config.strategies:
       options = config.options.get(strategy, {})
-      path = _place(run, strategy, budget, config)
+      path = _place(run, problem, strategy, budget, budgets)
       if not path.exists():
         run.stop_if_asked("search")
-        found = searches.SEARCHES[strategy](
-          problem, budgets, seed=run.config.seed, **options
-        )
+        found = _found(problem, strategy, budgets, run.config.seed, options)
         test = scored(found.allocation)
         write_json(path, _row(strategy, budget, budgets, found, test))
-      rows.append(json.loads(path.read_text()))
+      rows.append(read_json(path))
   # The result last: a stage with a result is not looked at again.
-  report.write_pareto(run.workdir.path / "search" / "pareto.json", rows)
-  run.workdir.finish("search", started, request=_request(config), rows=rows)
+  write_json(run.workdir.path / "search" / "pareto.json", report.pareto(rows))
+  run.workdir.finish("search", started, request=request, rows=rows)
+  # Of searches by gradient, whose results are there now.
+  shutil.rmtree(problem.directory, ignore_errors=True)
 
 
 def allocations(run) -> dict[str, dict[str, Any]]:
@@ -193,7 +203,6 @@ def _problem(run):
   config = run.config.search
   network = supernet(run)
   table = nn.layer_table(network)
-  bits, names = run.bits, [row.name for row in table]
   served = nn.functional(run.served(network))
   evaluate = train.make_evaluate(served)
   judges = _judges(run)
@@ -201,40 +210,58 @@ def _problem(run):
   def score(index, batches):
     return evaluate(served.params, served.batch_stats, index, batches)
 
-  parameters = [row.parameters for row in table]
   estimates = traces(run)
   trainable = nn.functional(network)
-  problem = searches.Problem(
-    table=table,
-    bits=bits,
-    costs=_costs(config, table, bits),
+  of_network = run.workdir.result("supernet")["network"][:8]
+  directory = run.workdir.path / "search"
+  problem = dataclasses.replace(
+    _space(config, table, run.bits),
     evaluate=searches.Evaluator(
       lambda index: score(index, judges),
-      path=run.workdir.path / "search" / f"trials_{config.judge}.jsonl",
-      interrupted=lambda: run.stop_if_asked("search"),
+      path=directory / f"trials_{config.judge}_{of_network}.jsonl",
     ),
     sensitivity=searches.sensitivity_tables(
-      [estimates[name].mean for name in names],
-      parameters,
-      bits,
+      [estimates[row.name].mean for row in table],
+      [row.parameters for row in table],
+      run.bits,
       searches.quantization_errors(network),
     ),
-    ties=tuple(tuple(map(_position(names, "ties"), g)) for g in config.ties),
-    pinned=_pinned(config.pinned, names, bits),
-    prefer=config.prefer,
     network=trainable,
     state=(trainable.params, trainable.batch_stats),
     batches=run.batches(run.config.seed),
-    directory=run.workdir.path / "search" / "checkpoints",
+    directory=directory / "checkpoints",
     interrupted=run.interrupted,
   )
 
   def on_test(allocation):
     size = min(len(run.data.test), 512)
     batches = data.epoch(run.data.test, batch_size=size)
-    return score(allocation.index(bits), batches)
+    return score(allocation.index(run.bits), batches)
 
   return problem, on_test
+
+
+def _space(config, table, bits):
+  """The problem without what scores assignments: layers, costs, ties, pins."""
+  names = [row.name for row in table]
+  return searches.Problem(
+    table=table,
+    bits=bits,
+    costs=_costs(config, table, bits),
+    evaluate=None,
+    ties=tuple(tuple(map(_position(names, "ties"), g)) for g in config.ties),
+    pinned=_pinned(config.pinned, names, bits),
+    prefer=config.prefer,
+  )
+
+
+def _found(problem, strategy, budgets, seed, options):
+  try:
+    return searches.SEARCHES[strategy](problem, budgets, seed=seed, **options)
+  except (TypeError, ValueError) as error:
+    raise ConfigError(
+      f"search: {strategy} with options {options} under {budgets}: {error}"
+    ) from error
 
 
 def _judges(run):
@@ -255,9 +282,13 @@ def _costs(config, table, bits):
     "sum_bits": allocate.mean_bits(len(table), bits),
   }
   if config.latency:
-    costs["latency"] = allocate.latency(
-      _latency_table(config.latency), [r.name for r in table], bits
-    )
+    measured = _latency_table(config.latency)
+    try:
+      costs["latency"] = allocate.latency(
+        measured, [r.name for r in table], bits
+      )
+    except ValueError as error:
+      raise ConfigError(f"search.latency={config.latency!r}: {error}") from None
   return costs
 
 
@@ -325,14 +356,16 @@ def _pinned(pinned, names, bits):
   return {names.index(name): bits.index(b) for name, b in pinned.items()}
 
 
-def _place(run, strategy, budget, config):
+def _place(run, problem, strategy, budget, budgets):
   """Where the result of one search lies: its name says all that decides it."""
+  config = run.config.search
   decides = {
-    "costs": config.costs,
+    "network": run.workdir.result("supernet")["network"],
+    "costs": {n: problem.costs[n].tolist() for n in config.costs},
+    "budgets": budgets,
     "options": config.options.get(strategy, {}),
     "judge": config.judge,
     "prefer": config.prefer,
-    "latency": config.latency,
     "ties": config.ties,
     "pinned": config.pinned,
   }
@@ -341,9 +374,15 @@ def _place(run, strategy, budget, config):
   return run.workdir.path / "search" / "found" / name
 
 
-def _request(config):
-  fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-  return json.loads(json.dumps(fields))
+def _request(run):
+  """What decides the stage's result; what was trained stays as it is."""
+  config = run.config.search
+  request = {
+    **dataclasses.asdict(config),
+    "latency": _latency_table(config.latency) if config.latency else None,
+    "network": (run.workdir.result("supernet") or {}).get("network"),
+  }
+  return json.loads(json.dumps(request))
 
 
 def _row(strategy, budget, budgets, found, test):

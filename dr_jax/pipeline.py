@@ -19,6 +19,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -79,8 +80,7 @@ def run(
     train.NonFiniteError, train.InterruptedRun: see `train.Loop`.
   """
   job = Run(config, workdir, interrupted, start=start)
-  job.workdir.claim(config)
-  with job.workdir.alone():
+  with job.workdir.claim(config):
     for stage in config.stages:
       getattr(job, stage)()
     return job.summary()
@@ -102,11 +102,11 @@ class Run:
     self.trained: dict[str, nnx.Module] = {}
     # Before anything is written: values that only the library can judge.
     self.batches(config.seed)
-    model = self._model()
-    if "search" in config.stages:
-      mixed_precision.check(config, model)
     self.bits = config.quant.bits
     quantizers(config.quant)
+    model = self._model()
+    if "search" in config.stages:
+      mixed_precision.check(self, self._quantize(model, config.quant))
 
   def pretrain(self) -> None:
     """Trains the float network."""
@@ -180,8 +180,13 @@ class Run:
       raise deploy.ArtifactError(
         f"{path}: scores {scores}, but the trained network {trained}"
       )
+    allocations = path.parent / "allocations"
+    if found:
+      shutil.rmtree(allocations, ignore_errors=True)
+      allocations.mkdir()
     for name, row in found.items():
-      self._export_allocation(path, loaded, name, row)
+      self._check_allocation(path, loaded, name, row)
+      allocate.Allocation(row["allocation"]).save(allocations / f"{name}.json")
     self.workdir.finish(
       "export",
       started,
@@ -199,18 +204,14 @@ class Run:
       float_bytes=self.float_bytes(),
     )
 
-  def _export_allocation(self, path, loaded, name, row):
-    """Writes an allocation, if the artifact scores as the search said."""
-    allocation = allocate.Allocation(row["allocation"])
-    index = allocation.index(self.bits)
+  def _check_allocation(self, path, loaded, name, row):
+    """Raises unless the artifact scores as the search said."""
+    index = allocate.Allocation(row["allocation"]).index(self.bits)
     score = self._scores(loaded, ("found",), indices=(index,))["found"]
     if score != row["test"]:
       raise deploy.ArtifactError(
         f"{path}: scores {score} with {name}, but in the search {row['test']}"
       )
-    directory = path.parent / "allocations"
-    directory.mkdir(exist_ok=True)
-    allocation.save(directory / f"{name}.json")
 
   def float_bytes(self) -> int:
     """Bytes of the float network's parameters."""
@@ -265,18 +266,22 @@ class Run:
     config = self.config
     return self._quantized("multi_precision", config.quant, config.train)
 
-  def _quantized(self, stage, config: QuantConfig, recipe: TrainConfig):
-    """A quantized network, trained; restored if its stage is done."""
-    if stage in self.trained:
-      return self.trained[stage]
+  def _quantize(self, model, config: QuantConfig):
     weight, activation = quantizers(config)
-    network = nn.quantize(
-      self.float_network(),
+    return nn.quantize(
+      model,
       weight=weight,
       activation=activation,
       sample=self.batches(self.config.seed)[0]["image"],
       norm=config.norm,
     )
+
+  def _quantized(self, stage, config: QuantConfig, recipe: TrainConfig):
+    """A quantized network, trained; restored if its stage is done."""
+    if stage in self.trained:
+      return self.trained[stage]
+    weight, _ = quantizers(config)
+    network = self._quantize(self.float_network(), config)
     started = time.monotonic()
     curriculum = train.CURRICULA[recipe.curriculum]
     present, steps = weight, 0
@@ -352,6 +357,10 @@ class Run:
       distillation=recipe.distillation,
       num_classes=self.data.num_classes,
     )
+    table = nn.layer_table(model)
+    self.workdir.tell(
+      stage, {"bits": bits, "layers": [row.name for row in table]}
+    )
     directory = self.workdir.path / stage / "checkpoints"
     with (
       Checkpoints(directory) as checkpoints,
@@ -390,7 +399,7 @@ class Run:
       nn.update(model, params=state.params, batch_stats=state.batch_stats)
     return steps
 
-  def score(self, stage, model, bits, steps, started):
+  def score(self, stage, model, bits, steps, started, **more):
     """Scores a trained network and ends its stage, unless that was done."""
     if self.workdir.result(stage) is not None:
       return
@@ -405,7 +414,11 @@ class Run:
         stage, images_per_step=self.config.data.batch_size
       )
     self.workdir.finish(
-      stage, started, scores=scores, train_seconds=round(seconds, 1)
+      stage,
+      started,
+      scores=scores,
+      train_seconds=round(seconds, 1),
+      **more,
     )
 
   def served(self, model):

@@ -31,49 +31,19 @@ class Workdir:
     self.path = pathlib.Path(path)
     self.metrics = self.path / "metrics.jsonl"
 
-  def claim(self, config: Config) -> None:
-    """Writes config.json, or checks that it is this configuration.
-
-    Only the field `search` may be another one: it changes nothing of what was
-    trained.
-
-    Raises:
-      ConfigError: if the directory holds another one, or other files.
-    """
-    path = self.path / "config.json"
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
-      try:
-        theirs = json.loads(path.read_text())
-      except ValueError:
-        raise ConfigError(
-          f"{path}: damaged, no JSON; allowed is a new directory"
-        ) from None
-      fixed = {**mine, "search": theirs.get("search")}
-      if theirs != fixed:
-        raise ConfigError(
-          f"workdir={self.path}: holds another configuration "
-          f"({_first_difference(theirs, fixed)}); allowed is a new directory, "
-          "or the same configuration"
-        )
-      if theirs != mine:
-        write_json(path, mine)
-      return
-    entries = self.path.iterdir() if self.path.is_dir() else ()
-    if any(entry != _draft(path) for entry in entries):
-      raise ConfigError(
-        f"workdir={self.path}: is not empty and holds no run; allowed is a "
-        "new or empty directory"
-      )
-    write_json(path, mine)
-
   @contextlib.contextmanager
-  def alone(self) -> Iterator[None]:
-    """Keeps other processes out of the directory; a kill lets them in.
+  def claim(self, config: Config) -> Iterator[None]:
+    """Keeps the directory for one process and this configuration.
+
+    Only the field `search` may be another one than before: it changes nothing
+    of what was trained. A kill lets others in.
 
     Raises:
-      ConfigError: if another process is at work in it.
+      ConfigError: if the directory holds another configuration or other files,
+        or another process is at work in it; nothing is changed then.
     """
+    self._check(config)
+    self.path.mkdir(parents=True, exist_ok=True)
     with (self.path / "lock").open("w") as file:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,12 +52,55 @@ class Workdir:
           f"workdir={self.path}: another process is at work in it; allowed "
           "is one at a time"
         ) from None
+      self._check(config)
+      write_json(self.path / "config.json", dataclasses.asdict(config))
       yield
+
+  def _check(self, config):
+    path = self.path / "config.json"
+    if path.exists():
+      theirs = read_json(path, allowed="a new directory")
+      mine = json.loads(json.dumps(dataclasses.asdict(config)))
+      mine["search"] = theirs.get("search")
+      if theirs != mine:
+        raise ConfigError(
+          f"workdir={self.path}: holds another configuration "
+          f"({_first_difference(theirs, mine)}); allowed is a new directory, "
+          "or the same configuration"
+        )
+      return
+    ours = (_draft(path), self.path / "lock")
+    entries = self.path.iterdir() if self.path.is_dir() else ()
+    if any(entry not in ours for entry in entries):
+      raise ConfigError(
+        f"workdir={self.path}: is not empty and holds no run; allowed is a "
+        "new or empty directory"
+      )
+
+  def tell(self, stage: str, network: dict[str, Any]) -> None:
+    """Writes what a stage trains, or checks that its checkpoints are of it.
+
+    Args:
+      stage: its name.
+      network: what tells networks apart whose arrays may have equal shapes.
+
+    Raises:
+      ConfigError: if the checkpoints there are of another network.
+    """
+    path = self.path / stage / "network.json"
+    network = json.loads(json.dumps(network))
+    if not path.exists():
+      write_json(path, network)
+    elif (theirs := read_json(path, allowed="a new directory")) != network:
+      raise ConfigError(
+        f"{path}: checkpoints of another network "
+        f"({_first_difference(theirs, network)}); allowed is a new directory"
+      )
 
   def result(self, stage: str) -> dict[str, Any] | None:
     """What a stage has reached, or None if it is not done."""
     path = self.path / stage / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
   def finish(self, stage: str, started: float, **result: Any) -> None:
     """Ends a stage: what it has reached, and its seconds since `started`."""
@@ -95,6 +108,23 @@ class Workdir:
     write_json(
       self.path / stage / "result.json", {**result, "seconds": seconds}
     )
+
+
+def read_json(
+  path: pathlib.Path, *, allowed: str = "to delete it and run again"
+) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    ConfigError: if the file holds something else.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except ValueError:
+    value = None
+  if not isinstance(value, dict):
+    raise ConfigError(f"{path}: damaged, no JSON; allowed is {allowed}")
+  return value
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

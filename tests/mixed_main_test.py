@@ -60,8 +60,12 @@ def _kill_when(process, reached):
   assert process.returncode == -signal.SIGKILL
 
 
-def _lines(path):
-  return path.read_text().count("\n") if path.exists() else 0
+def _trials(workdir):
+  return list((workdir / "search").glob("trials_both_*.jsonl"))
+
+
+def _lines(workdir):
+  return sum(path.read_text().count("\n") for path in _trials(workdir))
 
 
 def _essence(workdir):
@@ -90,11 +94,10 @@ def test_a_run_killed_in_the_supernet_and_in_searches_ends_the_same(
   for strategy in ("hessian_ilp", "genetic", "edmips", "uniform"):
     assert strategy in out
 
-  trials = killed / "search" / "trials_both.jsonl"
   found = killed / "search" / "found"
   saved = killed / "supernet" / "checkpoints" / "20"
   _kill_when(start(killed), saved.exists)
-  _kill_when(start(killed), lambda: _lines(trials) >= 40)
+  _kill_when(start(killed), lambda: _lines(killed) >= 40)
   _kill_when(
     start(killed), lambda: found.exists() and len(list(found.iterdir())) >= 5
   )
@@ -102,5 +105,6 @@ def test_a_run_killed_in_the_supernet_and_in_searches_ends_the_same(
   _, err = process.communicate(timeout=500)
   assert process.returncode == 0, err
   assert _essence(killed) == _essence(whole)
+  (trials,) = _trials(killed)
   scored = [json.loads(line)[0] for line in trials.read_text().splitlines()]
   assert len(scored) == len({tuple(index) for index in scored})

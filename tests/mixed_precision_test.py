@@ -77,6 +77,11 @@ def found(workdir):
   return json.loads((workdir / "search" / "result.json").read_text())["rows"]
 
 
+def trials_of(workdir, judge="held_out"):
+  (path,) = (workdir / "search").glob(f"trials_{judge}_*.jsonl")
+  return path
+
+
 def test_every_layer_has_a_trace_with_its_error_bar(finished):
   workdir, summary = finished
   estimates = hessian.load(workdir / "hessian" / "traces.json")
@@ -207,15 +212,11 @@ def test_other_searches_in_the_same_directory_train_nothing(
   other = config(
     search={"strategies": ("uniform", "proportional"), "budgets": (6,)}
   )
-  trials = (workdir / "search" / "trials_held_out.jsonl").read_text()
+  trials = trials_of(workdir).read_text()
   pipeline.run(other, workdir)
   rows = found(workdir)
   assert [r["strategy"] for r in rows] == ["uniform", "proportional"]
-  assert (
-    (workdir / "search" / "trials_held_out.jsonl")
-    .read_text()
-    .startswith(trials)
-  )
+  assert trials_of(workdir).read_text().startswith(trials)
   assert (workdir / "export" / "allocations" / "uniform_6.json").exists()
   # And back: what was found before is still there.
   pipeline.run(config(), workdir)
@@ -248,7 +249,7 @@ def test_all_that_decides_a_search_gives_it_a_result_of_its_own(
     pipeline.run(config(search=search), workdir)
     (row,) = found(workdir)
     judged[judge] = row["judged"]["loss"]
-    assert (workdir / "search" / f"trials_{judge}.jsonl").exists()
+    assert trials_of(workdir, judge).exists()
   run = pipeline.Run(config(), workdir, lambda: None)
   train, held_out = len(run.data.train), len(run.held_out)
   assert judged["both"] == pytest.approx(
@@ -305,9 +306,7 @@ def test_a_search_stopped_by_a_signal_goes_on_to_the_same_result(
       workdir,
       interrupted=lambda: "SIGTERM" if next(calls) > 6 else None,
     )
-  kept = len(
-    (workdir / "search" / "trials_held_out.jsonl").read_text().splitlines()
-  )
+  kept = len(trials_of(workdir).read_text().splitlines())
   assert kept > 0
   pipeline.run(config(), workdir)
 
@@ -316,9 +315,7 @@ def test_a_search_stopped_by_a_signal_goes_on_to_the_same_result(
     return [{key: row[key] for key in keys} for row in rows]
 
   assert essence(found(workdir)) == essence(found(finished[0]))
-  trials = (
-    (workdir / "search" / "trials_held_out.jsonl").read_text().splitlines()
-  )
+  trials = trials_of(workdir).read_text().splitlines()
   indices = [json.loads(line)[0] for line in trials]
   assert len(indices) == len({tuple(i) for i in indices})
 
@@ -394,9 +391,25 @@ def test_a_supernet_checkpoint_does_not_fit_other_candidate_bits(finished):
     ),
     ({"supernet": {"sampling": "random"}}, r"supernet\.sampling='random'"),
     ({"quant": {"norm": "shared"}}, r"quant\.norm='shared'.*supernet"),
+    (
+      {"search": {"options": {"greedy": 3}}},
+      r"options\.greedy=3: allowed is a",
+    ),
+    ({"search": {"options": {"best": {}}}}, r"search\.options='best'"),
+    (
+      {"search": {"ties": ("conv1", "conv2")}},
+      r"search\.ties=.* groups of lay",
+    ),
+    ({"search": {"ties": (3,)}}, r"search\.ties=\(3,\): allowed are groups"),
+    ({"search": {"budgets": (3, 3.0)}}, r"budgets: 3 is there 2 times"),
+    ({"search": {"strategies": ("greedy",) * 2}}, r"greedy is there 2 times"),
     ({"stages": ("pretrain", "search")}, r"search is allowed after supernet"),
     (
-      {"stages": ("multi_precision", "supernet", "hessian")},
+      {"stages": ("multi_precision", "hessian")},
+      r"hessian is allowed after pretrain",
+    ),
+    (
+      {"stages": ("pretrain", "multi_precision", "supernet", "hessian")},
       r"supernet is allowed after hessian",
     ),
   ],
@@ -409,7 +422,7 @@ def test_what_is_not_allowed_is_said_before_anything_runs(changes, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"budgets": (1.5,)}, r"budgets=1\.5: .* allowed is 2 or more"),
+    ({"budgets": (1.5,)}, r"budgets=1\.5: .*stored_bits.* or more"),
     ({"pinned": {"conv9": 8}}, r"pinned='conv9': no quantized"),
     ({"pinned": {"stage1/block0/conv1": 3}}, r"conv1=3: allowed"),
     ({"ties": (("a", "b"),)}, r"search\.ties='a'"),
@@ -429,24 +442,172 @@ def test_what_only_the_network_can_tell_is_one_line_before_training(
   assert not workdir.exists()
 
 
-def test_a_budget_that_pins_make_infeasible_names_the_smallest(
-  finished, tmp_path
+def test_a_budget_that_pins_make_infeasible_is_told_before_training(tmp_path):
+  changes = {"budgets": (2,), "pinned": {"stage3/block0/conv2": 8}}
+  with pytest.raises(
+    ConfigError,
+    match=r"search\.budgets=2: .*stored_bits.*allowed is .* or more",
+  ):
+    pipeline.run(config(search=changes), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("layer", ["stem", "head"])
+def test_a_layer_that_stays_float_cannot_be_pinned(tmp_path, layer):
+  with pytest.raises(ConfigError, match=rf"'{layer}': no quantized layer"):
+    pipeline.run(config(search={"pinned": {layer: 8}}), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"genetic": {"probability": "x"}}, r"genetic .*probability='x'"),
+    ({"hessian_ilp": {"objective": ["error"]}}, r"objective=\['error'\]"),
+    ({"greedy": {"per_cost": True}}, r"greedy .* 2 budgets; allowed is one"),
+  ],
+)
+def test_an_option_of_a_wrong_kind_names_the_search(
+  finished, tmp_path, options, message
 ):
   workdir = tmp_path / "run"
   shutil.copytree(finished[0], workdir)
+  search = {
+    "strategies": tuple(options),
+    "budgets": (6,),
+    "costs": ("stored_bits", "bops"),
+    "options": options,
+  }
+  with pytest.raises(ConfigError, match=message) as caught:
+    pipeline.run(config(search=search), workdir)
+  assert "\n" not in str(caught.value)
+
+
+def latencies(workdir, fast):
+  """A latency table in which one layer alone gains from fewer bits."""
   layers = list(found(workdir)[0]["allocation"])
-  changes = {"budgets": (2,), "pinned": {layers[-1]: 8}}
-  with pytest.raises(
-    allocate.Infeasible, match=r"stored_bits.*allowed is .* or more"
-  ):
-    pipeline.run(config(search=changes), workdir)
+  return json.dumps(
+    {
+      name: {b: (b if name == layers[fast] else 1) * 1e-3 for b in BITS}
+      for name in layers
+    }
+  )
 
 
-def test_a_stem_cannot_be_pinned_because_it_stays_float(finished, tmp_path):
+def test_another_latency_table_in_the_same_file_is_another_search(
+  finished, tmp_path
+):
+  workdir, table = tmp_path / "run", tmp_path / "table.json"
+  shutil.copytree(finished[0], workdir)
+  layers = list(found(workdir)[0]["allocation"])
+  search = {
+    "strategies": ("hessian_ilp",),
+    "budgets": (2.5,),
+    "costs": ("latency",),
+    "latency": str(table),
+    "options": {"hessian_ilp": {"max_candidates": 1}},
+  }
+  for fast in (0, -1):
+    table.write_text(latencies(finished[0], fast))
+    pipeline.run(config(search=search), workdir)
+    (row,) = found(workdir)
+    assert row["allocation"][layers[fast]] == 2
+    assert row["allocation"][layers[-1 - fast]] == 8
+  table.write_text('{"stage1/block0/conv1": {"8": 1}}')
+  with pytest.raises(ConfigError, match=r"search\.latency='.*table\.json': "):
+    pipeline.run(config(search=search), workdir)
+
+
+def test_a_supernet_trained_anew_is_searched_anew(finished, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(finished[0], workdir)
-  with pytest.raises(ConfigError, match=r"pinned='stem': no quantized layer"):
-    pipeline.run(config(search={"pinned": {"stem": 8}}), workdir)
+  # Scores that only another network can have had.
+  path = trials_of(workdir)
+  fake = [[json.loads(line)[0], 99.0, 0.001, 0.0] for line in path.open()]
+  path.unlink()
+  other = path.with_name("trials_held_out_00000000.jsonl")
+  other.write_text("".join(json.dumps(trial) + "\n" for trial in fake))
+  for name in ("supernet", "search"):
+    result = workdir / name / "result.json"
+    content = json.loads(result.read_text())
+    if name == "supernet":
+      content["network"] = "f" * 64
+    result.write_text(json.dumps(content))
+  pipeline.run(config(), workdir)
+  for row, before in zip(found(workdir), found(finished[0]), strict=True):
+    assert row["judged"] == before["judged"]
+  files = list((workdir / "search" / "found").iterdir())
+  assert len(files) == 2 * len(found(workdir))
+
+
+def test_copied_checkpoints_of_other_bits_are_refused(finished, tmp_path):
+  workdir = tmp_path / "run"
+  bits = (8, 5, 2)  # As many, so that every array has the same shape.
+  with pytest.raises(InterruptedRun):
+    pipeline.run(
+      config(quant={"bits": bits}), workdir, interrupted=lambda: "SIGTERM"
+    )
+  for stage in ("pretrain", "multi_precision"):
+    shutil.rmtree(workdir / stage, ignore_errors=True)
+    shutil.copytree(finished[0] / stage, workdir / stage)
+  (workdir / "multi_precision" / "result.json").unlink()
+  with pytest.raises(
+    ConfigError,
+    match=r"multi_precision/network\.json: .*bits is \[8, 4, 2\] there, \[8, 5",
+  ):
+    pipeline.run(config(quant={"bits": bits}), workdir)
+
+
+@pytest.mark.parametrize(
+  "name", ["config.json", "supernet/result.json", "hessian/result.json"]
+)
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_is_named(finished, tmp_path, name, content):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  (workdir / name).write_text(content)
+  with pytest.raises(ConfigError, match=rf"{name}: damaged, no JSON; allowed"):
+    pipeline.run(config(), workdir)
+
+
+def test_a_damaged_result_of_a_search_is_named(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  (workdir / "search" / "result.json").write_text("{}")
+  broken = next((workdir / "search" / "found").iterdir())
+  broken.write_text("{")
+  with pytest.raises(ConfigError, match=rf"{broken.name}: damaged"):
+    pipeline.run(config(), workdir)
+
+
+def test_traces_that_lack_a_layer_are_refused(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  (workdir / "search" / "result.json").unlink()
+  path = workdir / "hessian" / "traces.json"
+  content = json.loads(path.read_text())
+  content["traces"].pop("stage1/block0/conv1")
+  path.write_text(json.dumps(content))
+  with pytest.raises(ConfigError, match=r"traces\.json: traces of layers"):
+    pipeline.run(config(), workdir)
+
+
+def test_a_directory_at_work_keeps_its_configuration(tmp_path):
+  directory = Workdir(tmp_path / "run")
+  with directory.claim(config()):
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ConfigError, match="another process is at work"):
+      pipeline.run(config(search={"budgets": (7,)}), tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_allocations_of_an_earlier_search_do_not_stay(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  search = {"strategies": ("uniform",), "budgets": (6,)}
+  pipeline.run(config(search=search), workdir)
+  (file,) = (workdir / "export" / "allocations").iterdir()
+  assert file.name == "uniform_6.json"
 
 
 def test_pins_ties_and_several_costs_hold_in_what_is_found(finished, tmp_path):
@@ -485,9 +646,12 @@ def test_a_network_of_one_bit_width_scales_its_budget():
 
 def test_the_search_is_no_part_of_what_a_directory_is_claimed_for(tmp_path):
   directory = Workdir(tmp_path / "run")
-  directory.claim(config())
-  directory.claim(config(search={"budgets": (4,)}))
+  with directory.claim(config()):
+    pass
+  with directory.claim(config(search={"budgets": (4,)})):
+    pass
   stored = json.loads((tmp_path / "run" / "config.json").read_text())
   assert stored["search"]["budgets"] == [4]
   with pytest.raises(ConfigError, match="seed is 0 there, 1 here"):
-    directory.claim(dataclasses.replace(config(), seed=1))
+    with directory.claim(dataclasses.replace(config(), seed=1)):
+      pass

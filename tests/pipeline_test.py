@@ -106,7 +106,8 @@ def test_a_kill_while_the_configuration_is_written_leaves_a_usable_directory(
 ):
   (tmp_path / "config.json.partial").write_text("{")
   job = Workdir(tmp_path)
-  job.claim(_config())
+  with job.claim(_config()):
+    pass
   assert json.loads((tmp_path / "config.json").read_text())["name"] == "run"
 
 

@@ -80,6 +80,8 @@ def test_the_mixed_precision_example_finds_and_sets_an_allocation(capsys):
     "network": network,
     "bits": bits,
     "batches": [stream[0], stream[1]],
+    "images": stream[2]["image"],
+    "labels": stream[2]["label"],
   }
   # Enough for an example: many probes make an error bar smaller.
   source = block("Mixed precision")
@@ -103,6 +105,9 @@ def test_the_mixed_precision_example_finds_and_sets_an_allocation(capsys):
     np.testing.assert_allclose(line, [-mean * b for b in bits])
   at = names["front"].at(4 * sum(parameters))
   assert at.objective == names["solution"].objective
+  result = names["found"]
+  assert result.cost["bits"] <= 4 * sum(parameters)
+  assert result.evaluations > len(parameters)
   assert table[0].name in capsys.readouterr().out
 
 

@@ -41,7 +41,7 @@ def main(argv):
     workdir = os.path.join(_WORKDIR.value, f"{base.name}-seed{seed}")
     summary = pipeline.run(dataclasses.replace(base, seed=seed), workdir)
     runs.append(summary["stages"])
-  console = Console(width=130)
+  console = Console(width=150)
   console.print(_uniform_table(base.quant.bits, runs))
   rows = [run["search"]["rows"] for run in runs]
   console.print(_search_table(rows))
@@ -78,7 +78,7 @@ def _search_table(seeds):
   table = Table(title=f"searches, {len(seeds)} seeds, test set")
   table.add_column("budget")
   table.add_column("search")
-  for column in report.COLUMNS:
+  for column in (*report.COLUMNS, "judged loss"):
     table.add_column(column, justify="right")
   before = None
   for rows in zip(*seeds, strict=True):
@@ -99,6 +99,7 @@ def _search_table(seeds):
       f"{mean(lambda row: row['evaluations']):.0f}",
       f"{mean(lambda row: row['seconds']):.2f}",
       f"{mean(lambda row: row['evaluation_seconds']):.2f}",
+      f"{mean(lambda row: row['judged']['loss']):.4f}",
     )
   return table
 
@@ -110,7 +111,8 @@ def _floor_table(seeds):
   for floor in _FLOORS:
     table.add_column(f"accuracy, {floor}", justify="right")
     table.add_column(f"cross-entropy, {floor}", justify="right")
-  table.add_column("within one standard error")
+  for name in ("accuracy", "cross-entropy"):
+    table.add_column(f"{name} within one s.e.")
   found: dict[tuple[str, float], list] = {}
   for row in (row for rows in seeds for row in rows):
     found.setdefault((row["strategy"], row["budget"]), []).append(row["test"])
@@ -119,15 +121,19 @@ def _floor_table(seeds):
     floors = [found.get((floor, budget)) for floor in _FLOORS]
     if ours is None or None in floors:
       continue
-    cells, holds = [], True
+    cells, holds = [], {"accuracy": True, "loss": True}
     for theirs in floors:
       for name, digits in (("accuracy", 2), ("loss", 4)):
         mine, other = ([s[name] for s in side] for side in (ours, theirs))
         cells.append(_difference(mine, other, digits))
-        if name == "accuracy":
-          gaps = [a - b for a, b in zip(mine, other, strict=True)]
-          holds &= statistics.mean(gaps) >= -_stderr(gaps)
-    table.add_row(f"{budget:g}", *cells, "yes" if holds else "no")
+        sign = 1 if name == "accuracy" else -1
+        gaps = [sign * (a - b) for a, b in zip(mine, other, strict=True)]
+        holds[name] &= statistics.mean(gaps) >= -_stderr(gaps)
+    table.add_row(
+      f"{budget:g}",
+      *cells,
+      *("yes" if held else "no" for held in holds.values()),
+    )
   return table
 
 

@@ -3,9 +3,9 @@
 from dr_jax.report.pareto import (
   COLUMNS,
   front,
+  pareto,
   pareto_table,
   plot_pareto,
-  write_pareto,
 )
 
-__all__ = ["COLUMNS", "front", "pareto_table", "plot_pareto", "write_pareto"]
+__all__ = ["COLUMNS", "front", "pareto_table", "plot_pareto", "pareto"]

@@ -7,9 +7,7 @@ A row is what the stage search writes for one strategy and budget: "strategy",
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,15 +56,15 @@ def front(rows: Sequence[Row], cost: str, score: str = "accuracy") -> list[Row]:
   return kept
 
 
-def write_pareto(path: str | os.PathLike, rows: Sequence[Row]) -> None:
-  """Writes points and fronts as JSON, whole or not at all.
+def pareto(rows: Sequence[Row]) -> dict[str, Any]:
+  """Returns the points of every search and the fronts over all of them.
 
   {"points": {strategy: [{"budget", "stored_bytes", "bops", "accuracy", "loss",
-  "evaluations", "seconds", "evaluation_seconds", "allocation"}]}, "front":
-  {"stored_bits": [[strategy, budget], ...], "bops": [...]}}; accuracy and loss
-  on the test set, and the front over all strategies.
+  "judged", "evaluations", "seconds", "evaluation_seconds", "allocation"}]},
+  "front": {"stored_bits": [[strategy, budget], ...], "bops": [...]}}; accuracy
+  and loss on the test set, and "judged" both on what the search looked at.
   """
-  content = {
+  return {
     "points": {
       strategy: [_point(row) for row in rows if row["strategy"] == strategy]
       for strategy in _strategies(rows)
@@ -76,11 +74,6 @@ def write_pareto(path: str | os.PathLike, rows: Sequence[Row]) -> None:
       for cost in _AXES
     },
   }
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = path.with_name(path.name + ".partial")
-  draft.write_text(json.dumps(content, indent=2) + "\n")
-  draft.replace(path)
 
 
 def _point(row):
@@ -89,6 +82,7 @@ def _point(row):
     "stored_bytes": row["cost"]["stored_bits"] / 8,
     "bops": row["cost"]["bops"],
     **row["test"],
+    "judged": row["judged"],
     "evaluations": row["evaluations"],
     "seconds": row["seconds"],
     "evaluation_seconds": row["evaluation_seconds"],

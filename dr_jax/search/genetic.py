@@ -76,8 +76,8 @@ def genetic(
     ("scored", scored, 1),
   ):
     check_count(name, value, least)
-  if not 0 <= probability <= 1:
-    raise ValueError(f"probability={probability}: outside; allowed is 0..1")
+  if not isinstance(probability, int | float) or not 0 <= probability <= 1:
+    raise ValueError(f"probability={probability!r}: outside; allowed is 0..1")
   breed = _Breed(
     genes=Genes(problem, budgets),
     tries=tries,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dr_jax.allocate import Infeasible
-from dr_jax.nn.bits import quantized_layers
+from dr_jax.nn.bits import candidates, quantized_layers
 from dr_jax.nn.layers import arrays_of
 from dr_jax.search.floors import check_count
 from dr_jax.search.problem import Index, Ledger, Problem, Result
@@ -57,7 +57,7 @@ def hessian_ilp(
     arXiv 2502.01199, section 3.3; arXiv 2011.10680 (HAWQ-V3), section 3.4.
   """
   ledger = Ledger(problem, budgets)
-  if objective not in problem.sensitivity:
+  if not isinstance(objective, str) or objective not in problem.sensitivity:
     raise ValueError(
       f"objective={objective!r}: the problem has no such sensitivity; allowed "
       f"are {', '.join(problem.sensitivity) or 'none: it has no table'}"
@@ -69,8 +69,8 @@ def hessian_ilp(
   def value(index):
     return math.fsum(table[np.arange(len(index)), index])
 
-  candidates = _candidates(problem, table, budgets)
-  for index in sorted(candidates, key=value)[:max_candidates]:
+  neighbors = _candidates(problem, table, budgets)
+  for index in sorted(neighbors, key=value)[:max_candidates]:
     ledger(index)
   return ledger.result()
 
@@ -148,8 +148,10 @@ def quantization_errors(model: nnx.Module) -> np.ndarray:
     float64 [L, B], layers in call order, bit-widths highest first.
 
   Raises:
-    ValueError: for a layer that holds stored codes in place of a kernel.
+    ValueError: for a model that is not quantized, or a layer that holds stored
+      codes in place of a kernel.
   """
+  candidates(model)
   return np.array(
     [_errors(name, layer) for name, layer in quantized_layers(model).items()]
   )

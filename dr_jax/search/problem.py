@@ -25,7 +25,7 @@ import numpy as np
 
 from dr_jax import allocate
 from dr_jax.nn import Functional, LayerTable
-from dr_jax.train import Score
+from dr_jax.train import InterruptedRun, Score
 
 Index = tuple[int, ...]
 
@@ -59,20 +59,18 @@ class Evaluator:
     score: Callable[[np.ndarray], Score],
     *,
     path: str | os.PathLike | None = None,
-    interrupted: Callable[[], None] = lambda: None,
   ):
     """Reads what earlier runs scored.
 
     Args:
       score: int32 [L] positions in the candidate bit-widths -> Score.
       path: where trials are kept; a torn last line is cut off.
-      interrupted: called before each new score; raises to stop the search.
 
     Raises:
       ValueError: if the file holds something else than trials.
     """
     self.path = None if path is None else pathlib.Path(path)
-    self._score, self._interrupted = score, interrupted
+    self._score = score
     self._known: dict[Index, Trial] = {}
     if self.path is not None and self.path.exists():
       self._read()
@@ -81,7 +79,6 @@ class Evaluator:
     """Returns the trial of an assignment, scored now or remembered."""
     key = tuple(map(int, index))
     if key not in self._known:
-      self._interrupted()
       started = time.perf_counter()
       accuracy, loss = self._score(np.asarray(key, np.int32))
       seconds = time.perf_counter() - started
@@ -121,7 +118,8 @@ class Problem:
     bits: candidate bit-widths, highest first.
     costs: {name: int64 [L, B]}, what each layer costs at each bit-width; a
       measured latency may also rise with fewer bits.
-    evaluate: scores an assignment by inference; never on the test set.
+    evaluate: scores an assignment by inference; never on the test set. None
+      for a problem that is only checked.
     sensitivity: {objective: float [L, B]}, to be minimised; see
       `search.hessian_ilp`.
     ties: groups of layer numbers that share a bit-width.
@@ -137,7 +135,7 @@ class Problem:
   table: LayerTable
   bits: tuple[int, ...]
   costs: Mapping[str, np.ndarray]
-  evaluate: Evaluator
+  evaluate: Evaluator | None
   sensitivity: Mapping[str, np.ndarray] = dataclasses.field(
     default_factory=dict
   )
@@ -173,21 +171,19 @@ class Problem:
 
   def cost(self, index: Sequence[int] | np.ndarray) -> dict[str, int]:
     """What an assignment costs, exact."""
-    rows = range(len(index))
-    return {
-      name: sum(int(table[row][index[row]]) for row in rows)
-      for name, table in self.costs.items()
-    }
+    return {name: self._total(name, index) for name in self.costs}
 
   def fits(
     self, index: Sequence[int] | np.ndarray, budgets: Mapping[str, int]
   ) -> bool:
     """Whether an assignment keeps every budget."""
-    rows = np.arange(len(self.table))
     return all(
-      int(self.costs[name][rows, list(index)].sum()) <= limit
-      for name, limit in budgets.items()
+      self._total(name, index) <= limit for name, limit in budgets.items()
     )
+
+  def _total(self, name, index):
+    rows = zip(self.costs[name], index, strict=True)
+    return sum(int(row[position]) for row, position in rows)
 
   def groups(self) -> list[tuple[int, ...]]:
     """Layers that are free to change, as groups that change together."""
@@ -298,7 +294,15 @@ class Ledger:
     return iter(self._trials.values())
 
   def __call__(self, index: Sequence[int] | np.ndarray) -> Trial:
-    """Scores an assignment; one that this search had before costs nothing."""
+    """Scores an assignment; one that this search had before costs nothing.
+
+    Raises:
+      train.InterruptedRun: if a signal asked to stop.
+    """
+    if name := self._problem.interrupted():
+      raise InterruptedRun(
+        f"search: {name}; the same command goes on from there", name
+      )
     key = tuple(map(int, index))
     if key not in self._trials:
       before = time.perf_counter()
@@ -325,6 +329,11 @@ class Ledger:
         )
       index = min(fitting, key=problem.rank).index
     trial = self(index)
+    if not (math.isfinite(trial.loss) and math.isfinite(trial.accuracy)):
+      raise ValueError(
+        f"accuracy={trial.accuracy}, loss={trial.loss} of the best assignment; "
+        "allowed is a network whose scores are finite"
+      )
     cost = problem.cost(trial.index)
     if not problem.fits(trial.index, self._budgets):
       raise ValueError(f"found {cost}: allowed is at most {self._budgets}")

@@ -240,3 +240,8 @@ def test_a_layer_without_float_weights_is_named(network):
   stored = nn.thaw(Net(nnx.Rngs(1)), nn.freeze(network))
   with pytest.raises(ValueError, match="layer 'conv': holds stored codes"):
     search.quantization_errors(stored)
+
+
+def test_a_float_network_has_no_quantization_errors():
+  with pytest.raises(ValueError, match="no quantized layer; call nn.quantize"):
+    search.quantization_errors(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))

@@ -3,12 +3,13 @@
 import importlib.util
 import math
 import pathlib
+import signal
 
 import numpy as np
 import pytest
 
 from dr_jax import allocate, search
-from dr_jax.train import Score
+from dr_jax.train import InterruptedRun, Score
 
 _spec = importlib.util.spec_from_file_location(
   "search_problems", pathlib.Path(__file__).with_name("problems.py")
@@ -71,21 +72,25 @@ def test_a_file_of_something_else_is_named(tmp_path, line):
     search.Evaluator(lambda index: Score(1, 1), path=path)
 
 
-def test_an_interruption_comes_before_a_new_score_only(tmp_path):
+def test_a_signal_stops_a_search_before_its_next_score():
   stopping = []
-
-  def interrupted():
-    if stopping:
-      raise problems.Stop
-
-  score = problems.Additive(problems.damage(2, problems.BITS))
-  evaluate = search.Evaluator(score, interrupted=interrupted)
-  known = evaluate((0, 0))
+  problem = problems.problem(
+    2, interrupted=lambda: "SIGTERM" if stopping else None
+  )
+  ledger = search.Ledger(problem, problems.budgets(problem))
+  ledger((0, 0))
   stopping.append(True)
-  assert evaluate((0, 0)) is known
-  with pytest.raises(problems.Stop):
-    evaluate((1, 0))
-  assert score.calls == [(0, 0)]
+  with pytest.raises(InterruptedRun, match="search: SIGTERM") as caught:
+    ledger((1, 0))
+  assert caught.value.signal == signal.SIGTERM
+  assert problem.evaluate.score.calls == [(0, 0)]
+
+
+@pytest.mark.parametrize("score", [Score(math.nan, 1.0), Score(1.0, math.inf)])
+def test_a_search_does_not_end_with_scores_that_are_no_numbers(score):
+  problem = problems.problem(2, score=lambda index: score)
+  with pytest.raises(ValueError, match="allowed is a network whose scores are"):
+    search.uniform(problem, problems.budgets(problem))
 
 
 def test_costs_add_up_as_integers_of_any_size():
