@@ -52,6 +52,7 @@ class Workdir:
           f"workdir={self.path}: another process is at work in it; allowed "
           "is one at a time"
         ) from None
+      # Another process may have come and gone since.
       self._check(config)
       write_json(self.path / "config.json", dataclasses.asdict(config))
       yield
