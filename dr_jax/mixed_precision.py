@@ -18,6 +18,7 @@ import math
 import pathlib
 import shutil
 import time
+import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -108,6 +109,17 @@ def traces(run) -> dict[str, hessian.TraceEstimate]:
     on_probe=lambda *_: run.stop_if_asked("hessian"),
   )
   estimates = {name: estimates[f"{prefix}{name}{suffix}"] for name in layers}
+  loose = [
+    f"{name} ({e.mean:.3g} +- {e.stderr:.2g})"
+    for name, e in estimates.items()
+    if e.stderr > config.rel_stderr * abs(e.mean)
+  ]
+  if loose:
+    warnings.warn(
+      f"hessian: after max_probes={config.max_probes} the relative standard "
+      f"error is above rel_stderr={config.rel_stderr:g} at {', '.join(loose)}",
+      stacklevel=2,
+    )
   path.parent.mkdir(parents=True, exist_ok=True)
   hessian.save(path, estimates, fingerprint=fingerprint)
   run.workdir.finish(

@@ -580,6 +580,16 @@ def test_a_damaged_result_of_a_search_is_named(finished, tmp_path):
     pipeline.run(config(), workdir)
 
 
+def test_traces_that_stay_uncertain_are_named(finished, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished[0], workdir)
+  before = (workdir / "hessian" / "traces.json").read_text()
+  shutil.rmtree(workdir / "hessian")
+  with pytest.warns(UserWarning, match=r"after max_probes=8 .* stage1/block0"):
+    pipeline.run(config(), workdir)
+  assert (workdir / "hessian" / "traces.json").read_text() == before
+
+
 def test_traces_that_lack_a_layer_are_refused(finished, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(finished[0], workdir)
