@@ -4,8 +4,11 @@ import json
 import os
 import pathlib
 
-# Four CPU devices, before jax starts: sharding tests need a mesh.
+# Four CPU devices, before jax starts: sharding tests need a mesh. NPROC is the
+# size of XLA:CPU's thread pool; with as many threads as devices, collectives
+# can wait for a thread that never comes free, and XLA ends the process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "16")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
