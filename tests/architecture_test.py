@@ -16,7 +16,7 @@ FLOORS = {
   for floor, names in enumerate(
     [
       "quant hessian allocate data",
-      "nn linen sharding checkpoint compilation metrics models",
+      "nn linen sharding processes checkpoint compilation metrics models",
       "train deploy report",
       "search",
       "config",

@@ -55,6 +55,11 @@ class Distillation(NamedTuple):
   init: Callable[[int], Any] = lambda classes: {}
   learn: Callable[..., Any] = lambda memory, logits, labels: memory
 
+  @property
+  def exchanges(self) -> bool:
+    """Whether a visit needs the answers of others."""
+    return self.teacher is not None or bool(self.init(1))
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Mean cross-entropy; logits [n, classes], labels int [n]; float32."""

@@ -6,9 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dr_jax.nn import Functional
+from dr_jax.processes import from_first
+from dr_jax.sharding import Layout
 from dr_jax.train import distill
 
 
@@ -59,3 +62,43 @@ def init_state(
     key=key,
     memory=distill.get(distillation).init(num_classes),
   )
+
+
+def shardings(layout: Layout, tree: Any) -> Any:
+  """Where the arrays of a state, or of what its steps hand on, live.
+
+  Parameters, their gradients and their optimizer state are where the layout
+  says, a teacher's answers with the batch, all else on every device.
+  """
+
+  def sharding(path, leaf):
+    name = jax.tree_util.keystr(path[:1], simple=True)
+    if name in ("params", "opt_state"):
+      return layout.shardings(leaf)
+    return layout.batch if name == "teacher" else layout.replicated
+
+  return jax.tree.map_with_path(sharding, tree)
+
+
+def place(layout: Layout, state: TrainState) -> TrainState:
+  """A state on the devices of a layout.
+
+  Every process has the first one's; all must call this.
+  """
+  keys = jax.random.key_data(state.key)
+  plain = from_first(state._replace(key=keys))
+  placed = jax.tree.map(
+    lambda leaf, sharding: jax.make_array_from_callback(
+      np.shape(leaf), sharding, np.asarray(leaf).__getitem__
+    ),
+    plain,
+    shardings(layout, plain),
+  )
+  impl = jax.random.key_impl(state.key)
+  return placed._replace(key=jax.random.wrap_key_data(placed.key, impl=impl))
+
+
+def collect(layout: Layout, tree: Any) -> Any:
+  """Arrays of a state, whole and on this process's default device."""
+  whole = jax.jit(lambda t: t, out_shardings=layout.replicated)(tree)
+  return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), whole)

@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from dr_jax.compilation import jit
 from dr_jax.nn import Functional
+from dr_jax.sharding import Layout
 from dr_jax.train import alrs as alrs_lib
 from dr_jax.train import distill as distill_lib
 from dr_jax.train import sampling as sampling_lib
-from dr_jax.train.state import TrainState
+from dr_jax.train.state import TrainState, shardings
 from dr_jax.train.visit import (
   Carry,
   Gradients,
@@ -84,6 +86,7 @@ def make_step(
   distillation: str = "none",
   loss_weights: Sequence[float] = (),
   steps: int | None = None,
+  layout: Layout | None = None,
 ) -> Step:
   """Builds the training step.
 
@@ -101,13 +104,16 @@ def make_step(
     loss_weights: one factor per bit-width for its loss and so its gradient,
       or none; a visit that mixes bit-widths takes the mean of its layers'.
     steps: length of the run, for schemes that change along it.
+    layout: where states and batches live; None leaves it to JAX. With more than
+      one device along its axis "bits", vectorize must be "vmap".
 
   Returns:
     step(state, batch) -> (state, losses [visits]), losses unweighted. The
     state's buffers are donated. `batch` has "image" [n, ...] and "label" [n].
 
   Raises:
-    ValueError: for a name or a number of loss weights that is not allowed.
+    ValueError: for a name, a number of loss weights or a layout that is not
+      allowed.
   """
   vectorize = resolve_vectorize(vectorize, schedule)
   if alrs not in alrs_lib.MODES:
@@ -127,7 +133,10 @@ def make_step(
     distillation=distill_lib.get(distillation),
     weights=np.asarray(loss_weights or (1.0,) * len(bits), np.float32),
     steps=steps,
+    layout=layout,
   )
+  if layout is not None:
+    _check_layout(parts, layout, vectorize)
   build = {
     ("alternate", "unroll"): _alternate_unrolled,
     ("alternate", "sequential"): _alternate_sequential,
@@ -136,6 +145,38 @@ def make_step(
     ("accumulate", "vmap"): _accumulate_vmapped,
   }
   return build[schedule, vectorize](parts)
+
+
+def _check_layout(parts, layout, vectorize):
+  scheme = parts.distillation
+  if layout.bits > 1:
+    if vectorize != "vmap":
+      raise ValueError(
+        f"devices.bits={layout.bits}: allowed with vectorize={vectorize!r} is "
+        "1; spreading bit-widths over devices takes schedule='accumulate' and "
+        "vectorize='vmap'"
+      )
+    if parts.visits % layout.bits:
+      raise ValueError(
+        f"devices.bits={layout.bits}: allowed are divisors of {parts.visits}, "
+        "the bit-widths that a step visits"
+      )
+    if scheme.exchanges and parts.visits != layout.bits:
+      raise ValueError(
+        f"devices.bits={layout.bits}: allowed with a distillation are 1 and "
+        f"{parts.visits}, one bit-width for each device"
+      )
+  if layout.norm == "per_device":
+    if scheme.init(1):
+      raise ValueError(
+        "devices.norm='per_device': allowed with a distillation that carries "
+        "memory is 'global'"
+      )
+    if scheme.exchanges and vectorize == "vmap":
+      raise ValueError(
+        "devices.norm='per_device': allowed with a distillation and "
+        "vectorize='vmap' is 'global'"
+      )
 
 
 def _visit(parts, state, carry, batch, index, visit):
@@ -153,7 +194,7 @@ def _alternate_unrolled(parts):
     for visit, index in enumerate(parts.indices(state)):
       state, carry, loss = _visit(parts, state, carry, batch, index, visit)
       losses.append(loss)
-    return _end(state, carry), jnp.stack(losses)
+    return _end(parts, state, carry), jnp.stack(losses)
 
   return step
 
@@ -164,10 +205,11 @@ def _alternate_sequential(parts):
     index = parts.stacked_indices(state)[visit]
     carry = Carry(state.batch_stats, state.memory, teacher)
     state, carry, loss = _visit(parts, state, carry, batch, index, visit)
-    ended = _end(state, carry)
+    ended = _end(parts, state, carry)
     last = visit == parts.visits - 1
     step = jnp.where(last, ended.step, state.step)
-    return ended._replace(step=step), carry.teacher, loss
+    teacher = _kept(parts, Carry({}, {}, carry.teacher)).teacher
+    return ended._replace(step=step), teacher, loss
 
   teacher_of = _no_answers(parts)
 
@@ -196,7 +238,8 @@ def _accumulate_unrolled(parts):
       )
       summed = _add(summed, gradients)
       losses.append(loss)
-    return _end(apply_gradients(parts, state, summed), carry), jnp.stack(losses)
+    state = apply_gradients(parts, state, summed)
+    return _end(parts, state, carry), jnp.stack(losses)
 
   return step
 
@@ -208,17 +251,18 @@ def _accumulate_sequential(parts):
     gradients, carry, loss = gradients_of(
       parts, state, carry, batch, index, visit
     )
-    return carry, _add(summed, gradients), loss
+    summed = _add(summed, gradients)
+    return _kept(parts, carry), _kept(parts, summed), loss
 
   @jit
   def zeros(state):
     empty = scales_of(parts, state.params)
     tree = Gradients(state.params, empty, empty)
-    return jax.tree.map(jnp.zeros_like, tree)
+    return _kept(parts, jax.tree.map(jnp.zeros_like, tree))
 
   @functools.partial(jit, donate_argnums=(0, 2))
   def finish(state, summed, carry):
-    return _end(apply_gradients(parts, state, summed), carry)
+    return _end(parts, apply_gradients(parts, state, summed), carry)
 
   teacher_of = _no_answers(parts)
 
@@ -244,16 +288,28 @@ def _accumulate_sequential(parts):
 
 
 def _accumulate_vmapped(parts):
-  @functools.partial(jit, donate_argnums=0)
-  def step(state, batch):
-    carry = Carry(state.batch_stats, state.memory, ())
+  def visits(state, carry, batch, indices, numbers):
     gradients, carries, losses = jax.vmap(
       lambda index, visit: gradients_of(
         parts, state, carry, batch, index, visit, axis="visits"
       ),
       axis_name="visits",
-    )(parts.stacked_indices(state), jnp.arange(parts.visits))
-    summed = jax.tree.map(lambda g: g.sum(0), gradients)
+    )(indices, numbers)
+    return jax.tree.map(lambda g: g.sum(0), gradients), carries, losses
+
+  if parts.layout is not None and parts.layout.bits > 1:
+    visits = _over_devices(parts)
+
+  @functools.partial(jit, donate_argnums=0)
+  def step(state, batch):
+    carry = Carry(state.batch_stats, state.memory, ())
+    summed, carries, losses = visits(
+      state,
+      carry,
+      batch,
+      parts.stacked_indices(state),
+      jnp.arange(parts.visits),
+    )
     # Every bit-width started from the same statistics and changed its own
     # rows; norms shared by all take the mean of the changes.
     stats = jax.tree.map(
@@ -261,15 +317,48 @@ def _accumulate_vmapped(parts):
     )
     memory = jax.tree.map(lambda m: m[0], carries.memory)
     state = apply_gradients(parts, state, summed)
-    return _end(state, Carry(stats, memory, ())), losses
+    return _end(parts, state, Carry(stats, memory, ())), losses
 
   return step
 
 
-def _end(state, carry):
-  return state._replace(
+def _over_devices(parts):
+  """Every device along the axis "bits" makes its part of the visits."""
+
+  def visits(state, carry, batch, indices, numbers):
+    # Varying parameters have gradients of this device, not their sum.
+    state, carry = jax.lax.pcast((state, carry), "bits", to="varying")
+    summed, ends = None, []
+    for index, visit in zip(indices, numbers, strict=True):
+      gradients, *end = gradients_of(
+        parts, state, carry, batch, index, visit, axis="bits"
+      )
+      summed = _add(summed, gradients)
+      ends.append(end)
+    carries, losses = jax.tree.map(lambda *ends: jnp.stack(ends), *ends)
+    return jax.lax.psum(summed, "bits"), carries, losses
+
+  return jax.shard_map(
+    visits,
+    mesh=parts.layout.mesh,
+    in_specs=(P(), P(), P(), P("bits"), P("bits")),
+    out_specs=(P(), P("bits"), P("bits")),
+    axis_names={"bits"},
+  )
+
+
+def _end(parts, state, carry):
+  state = state._replace(
     batch_stats=carry.batch_stats, memory=carry.memory, step=state.step + 1
   )
+  return _kept(parts, state)
+
+
+def _kept(parts, tree):
+  """Keeps what one call hands to the next where the layout wants it."""
+  if parts.layout is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, shardings(parts.layout, tree))
 
 
 def _no_answers(parts):
@@ -284,7 +373,8 @@ def _no_answers(parts):
       functools.partial(parts.network.apply, train=True),
       *(state.params, state.batch_stats, index, batch["image"]),
     )
-    return jnp.zeros(logits.shape, jnp.float32)
+    answers = jnp.zeros(logits.shape, jnp.float32)
+    return _kept(parts, Carry({}, {}, answers)).teacher
 
   return zeros
 

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from dr_jax.nn import Functional
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
+from dr_jax.sharding import Layout
 from dr_jax.train import alrs as alrs_lib
 from dr_jax.train.distill import Distillation
 from dr_jax.train.sampling import Index, Sampling
@@ -29,6 +31,7 @@ class Parts(NamedTuple):
   distillation: Distillation
   weights: np.ndarray
   steps: int | None
+  layout: Layout | None = None
 
   @property
   def visits(self) -> int:
@@ -70,24 +73,30 @@ class Carry(NamedTuple):
 def gradients_of(parts, state, carry, batch, index, visit, *, axis=None):
   """Returns gradients, the new carry, and the loss of one visit.
 
-  `axis` names the batch dimension that holds the visits, if they run at once.
+  `axis` names the dimension of `jax.vmap` or of the mesh that holds the
+  visits, if they run at once.
   """
-  weight = _at(parts.weights, index)
 
-  def loss(params):
+  def loss(params, carry, batch, index, visit, progress):
     logits, stats = parts.network.apply(
       params, carry.batch_stats, index, batch["image"], train=True
     )
     answers = jax.lax.stop_gradient(logits.astype(jnp.float32))
     memory, teacher = _taught(parts, carry, batch, answers, visit, axis)
     value = parts.distillation.loss(
-      logits, batch["label"], teacher, visit, _progress(parts, state), memory
+      logits, batch["label"], teacher, visit, progress, memory
     )
     handed = _handed(parts, carry, answers, visit, axis)
-    return weight * value, (Carry(stats, memory, handed), value)
+    return _at(parts.weights, index) * value, (
+      Carry(stats, memory, handed),
+      value,
+    )
 
-  (_, (carry, value)), gradients = jax.value_and_grad(loss, has_aux=True)(
-    state.params
+  of_batch = jax.value_and_grad(loss, has_aux=True)
+  if parts.layout is not None and parts.layout.norm == "per_device":
+    of_batch = _per_device(parts.layout, of_batch)
+  (_, (carry, value)), gradients = of_batch(
+    state.params, carry, batch, index, visit, _progress(parts, state)
   )
   scales = scales_of(parts, gradients)
   learning_rate = jnp.float32(parts.learning_rate(state.step))
@@ -108,11 +117,43 @@ def gradients_of(parts, state, carry, batch, index, visit, *, axis=None):
   return Gradients(gradients, weighted, total), carry, value
 
 
+def _per_device(layout, of_batch):
+  """Makes every device see its share of the batch alone; means over devices."""
+
+  def local(params, carry, batch, index, visit, progress):
+    # Varying parameters have gradients of this device, not their sum.
+    params = jax.lax.pcast(params, "data", to="varying")
+    (loss, (carry, value)), gradients = of_batch(
+      params, carry, batch, index, visit, progress
+    )
+    loss, stats, value, gradients = jax.tree.map(
+      lambda x: (
+        jax.lax.pmean(x, "data") if jnp.issubdtype(x.dtype, jnp.floating) else x
+      ),
+      (loss, carry.batch_stats, value, gradients),
+    )
+    return (loss, (carry._replace(batch_stats=stats), value)), gradients
+
+  carries = Carry(P(), P(), P("data"))
+  outer = jax.sharding.get_abstract_mesh()
+  return jax.shard_map(
+    local,
+    mesh=layout.mesh if outer.empty else outer,
+    in_specs=(P(), carries, P("data"), P(), P(), P()),
+    out_specs=((P(), (carries, P())), P()),
+    axis_names={"data"},
+  )
+
+
 def _taught(parts, carry, batch, answers, visit, axis):
   """The memory and the teacher's logits that a visit's loss is given."""
   scheme, labels = parts.distillation, batch["label"]
   if axis is not None:
-    every = jax.lax.all_gather(answers, axis)
+    if not parts.distillation.exchanges:
+      return carry.memory, jnp.zeros_like(answers)
+    # A gather, but as a sum: its result is the same on every device.
+    mine = jnp.arange(parts.visits)[:, None, None] == visit
+    every = jax.lax.psum(jnp.where(mine, answers, 0), axis)
     memory = scheme.learn(carry.memory, every[0], labels)
     teacher = 0 if scheme.teacher == "first" else jnp.maximum(visit - 1, 0)
     return memory, every[teacher]
