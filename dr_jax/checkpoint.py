@@ -30,6 +30,8 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from dr_jax.processes import on_first
+
 
 class CheckpointError(Exception):
   """A checkpoint is missing, damaged, or of another state."""
@@ -72,9 +74,11 @@ class Checkpoints:
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     )
     # Orbax's own cleanup goes on in a thread that nobody waits for.
-    if jax.process_index() == 0:
-      for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
-        path.rmtree()
+    on_first(self._clean)
+
+  def _clean(self):
+    for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
+      path.rmtree()
 
   def save(self, step, state, *, blocking=False):
     """Saves a state as the latest one.

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from dr_jax import nn, quant, search
+from dr_jax import nn, quant, search, sharding
 from dr_jax.train import (
   CURRICULA,
   DISTILLATIONS,
@@ -154,6 +154,21 @@ class SearchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DevicesConfig:
+  """How training is spread over devices; see `sharding.Layout`.
+
+  `data` devices along the axis "data", 0 for all there are; `bits` along the
+  axis "bits" (for `vectorize="vmap"`); `parameters` "replicated" or "sharded";
+  `norm` "global" or "per_device".
+  """
+
+  data: int = 0
+  bits: int = 1
+  parameters: str = "replicated"
+  norm: str = "global"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run.
 
@@ -174,6 +189,7 @@ class Config:
   supernet: TrainConfig = TrainConfig(alrs="eta", vectorize="sequential")
   hasb: HasbConfig = HasbConfig()
   search: SearchConfig = SearchConfig()
+  devices: DevicesConfig = DevicesConfig()
   checkpoint_every: int = 100
   log_every: int = 10
 
@@ -196,6 +212,10 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     _at_least(name, getattr(config, name), 1)
   _at_least("seed", config.seed, 0)
   _at_least("data.batch_size", config.data.batch_size, 1)
+  _at_least("devices.data", config.devices.data, 0)
+  _at_least("devices.bits", config.devices.bits, 1)
+  _one_of("devices.parameters", config.devices.parameters, sharding.PARAMETERS)
+  _one_of("devices.norm", config.devices.norm, sharding.NORMS)
   for name in ("pretrain", "train", "supernet"):
     _check_recipe(name, getattr(config, name))
   _check_pretrain(config.pretrain)

@@ -201,7 +201,7 @@ def search(run) -> None:
   write_json(run.workdir.path / "search" / "pareto.json", report.pareto(rows))
   run.workdir.finish("search", started, request=request, rows=rows)
   # Of searches by gradient, whose results are there now.
-  shutil.rmtree(problem.directory, ignore_errors=True)
+  shutil.rmtree(run.workdir.path / "search" / "checkpoints", ignore_errors=True)
 
 
 def allocations(run) -> dict[str, dict[str, Any]]:
@@ -216,7 +216,7 @@ def _problem(run):
   network = supernet(run)
   table = nn.layer_table(network)
   served = nn.functional(run.served(network))
-  evaluate = train.make_evaluate(served)
+  evaluate = train.make_evaluate(served, run.local)
   judges = _judges(run)
 
   def score(index, batches):
@@ -241,14 +241,13 @@ def _problem(run):
     network=trainable,
     state=(trainable.params, trainable.batch_stats),
     batches=run.batches(run.config.seed),
-    directory=directory / "checkpoints",
+    # Checkpoints are written by all processes together; here is one alone.
+    directory=directory / "checkpoints" if jax.process_count() == 1 else None,
     interrupted=run.interrupted,
   )
 
   def on_test(allocation):
-    size = min(len(run.data.test), 512)
-    batches = data.epoch(run.data.test, batch_size=size)
-    return score(allocation.index(run.bits), batches)
+    return score(allocation.index(run.bits), run.epoch(run.data.test))
 
   return problem, on_test
 
@@ -283,7 +282,7 @@ def _judges(run):
   used = sources.values() if judge == "both" else [sources[judge]]
   size = min(512, *(len(source) for source in used))
   return [
-    batch for source in used for batch in data.epoch(source, batch_size=size)
+    batch for source in used for batch in run.epoch(source, batch_size=size)
   ]
 
 

@@ -9,12 +9,16 @@
   export           the integer artifact, and its accuracy read back from disk
   report           the table, and summary.json
 
+Training is spread over all processes and devices (`sharding`, `processes`);
+all else is done by the first process, on its own devices.
+
 A stage is done when its `result.json` is there; until then its checkpoints
 say where it stands.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -36,13 +40,16 @@ from dr_jax import (
   mixed_precision,
   models,
   nn,
+  processes,
   quant,
   report,
+  sharding,
   train,
 )
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import (
   Config,
+  ConfigError,
   QuantConfig,
   TrainConfig,
   quantizers,
@@ -94,6 +101,8 @@ class Run:
     self.start = start
     self.workdir = Workdir(workdir)
     self.interrupted = interrupted
+    self.agreed = processes.agreed(interrupted)
+    self.layout, self.local = _layouts(config)
     self.data = data.load(config.data.name)
     self.held_out = None
     if config.data.holdout:
@@ -142,7 +151,7 @@ class Run:
   def hessian(self) -> None:
     """Estimates the traces of the float network's Hessian."""
     if self.workdir.result("hessian") is None:
-      mixed_precision.traces(self)
+      self._alone(mixed_precision.traces)
 
   def supernet(self) -> None:
     """Trains the multi-precision network for bits that differ by layer."""
@@ -151,13 +160,29 @@ class Run:
 
   def search(self) -> None:
     """Searches for allocations of bits under budgets."""
-    mixed_precision.search(self)
+    self._alone(mixed_precision.search)
 
   def export(self) -> None:
     """Writes the artifact and evaluates it, read back from disk.
 
     It is the SuperNet's if there is one; beside it lie the allocations found.
     """
+    self._alone(Run._export)
+
+  def _alone(self, stage):
+    """Makes the first process do a stage, once all have the networks."""
+    if jax.process_count() > 1:
+      self.float_network()
+      self.multi_precision_network()
+      if "supernet" in self.config.stages:
+        mixed_precision.supernet(self)
+
+    def call():
+      stage(self)
+
+    processes.on_first(call)
+
+  def _export(self):
     path = self.workdir.path / "export" / "model"
     found = mixed_precision.allocations(self)
     done = self.workdir.result("export")
@@ -220,6 +245,9 @@ class Run:
 
   def report(self) -> None:
     """Writes summary.json, and a plot of what searches found."""
+    processes.on_first(self._report)
+
+  def _report(self):
     search = self.workdir.result("search")
     if search is not None:
       place = self.workdir.path / "report"
@@ -357,6 +385,7 @@ class Run:
       distillation=recipe.distillation,
       num_classes=self.data.num_classes,
     )
+    state = train.place(self.layout, state)
     table = nn.layer_table(model)
     self.workdir.tell(
       stage, {"bits": bits, "layers": [row.name for row in table]}
@@ -364,12 +393,14 @@ class Run:
     directory = self.workdir.path / stage / "checkpoints"
     with (
       Checkpoints(directory) as checkpoints,
-      MetricsWriter(self.workdir.metrics) as metrics,
+      self._metrics() as metrics,
     ):
       if checkpoints.latest() is not None:
         state = checkpoints.restore(like=state)
       if int(state.step) < steps:
-        metrics.resume(stage, int(state.step))
+        if metrics is not None:
+          metrics.resume(stage, int(state.step))
+        share, shares = self.layout.share
         candidates = tuple(32 if b is None else b for b in bits)
         loop = train.Loop(
           stage=stage,
@@ -387,22 +418,44 @@ class Run:
             distillation=recipe.distillation,
             loss_weights=recipe.loss_weights,
             steps=steps,
+            layout=self.layout,
           ),
-          batches=self.batches(self.config.seed),
+          batches=data.batches(
+            self.data.train,
+            batch_size=batch_size,
+            seed=self.config.seed,
+            process_index=share,
+            process_count=shares,
+          ),
           checkpoints=checkpoints,
           metrics=metrics,
           checkpoint_every=self.config.checkpoint_every,
           log_every=self.config.log_every,
-          interrupted=self.interrupted,
+          interrupted=self.agreed,
+          put=self.layout.put,
+          shows=processes.is_first(),
         )
         state = loop.run(state)
-      nn.update(model, params=state.params, batch_stats=state.batch_stats)
+      params, stats = train.collect(
+        self.layout, (state.params, state.batch_stats)
+      )
+      nn.update(model, params=params, batch_stats=stats)
     return steps
+
+  def _metrics(self):
+    """The file of numbers, in the process that writes it."""
+    if processes.is_first():
+      return MetricsWriter(self.workdir.metrics)
+    return contextlib.nullcontext()
 
   def score(self, stage, model, bits, steps, started, **more):
     """Scores a trained network and ends its stage, unless that was done."""
-    if self.workdir.result(stage) is not None:
-      return
+    if self.workdir.result(stage) is None:
+      processes.on_first(
+        lambda: self._score(stage, model, bits, steps, started, more)
+      )
+
+  def _score(self, stage, model, bits, steps, started, more):
     scores = self._scores(self.served(model), bits)
     with MetricsWriter(self.workdir.metrics) as metrics:
       # A process killed right here has written some of them already.
@@ -437,16 +490,22 @@ class Run:
     `indices` are the assignments that `bits` name; by default the positions.
     """
     network = nn.functional(model)
-    evaluate = train.make_evaluate(network)
-    size = min(len(self.data.test), 512)
+    evaluate = train.make_evaluate(network, self.local)
     scores = {}
     for index, b in zip(indices or range(len(bits)), bits, strict=True):
-      batches = data.epoch(self.data.test, batch_size=size)
+      batches = self.epoch(self.data.test)
       score = evaluate(network.params, network.batch_stats, index, batches)
       scores["float" if b is None else str(b)] = score._asdict()
     return scores
 
+  def epoch(self, source, *, batch_size=512):
+    """All examples, in batches that this process's devices can share."""
+    count = self.local.data
+    size = min(len(source), batch_size)
+    return data.epoch(source, batch_size=-(-size // count) * count)
+
   def batches(self, seed):
+    """Whole training batches, the same in every process."""
     batch_size = self.config.data.batch_size
     return data.batches(self.data.train, batch_size=batch_size, seed=seed)
 
@@ -461,6 +520,23 @@ class Run:
       "num_classes": self.data.num_classes,
       "channels": self.data.image_shape[-1],
     }
+
+
+def _layouts(config):
+  """Where training lives, and what this process does alone."""
+  wanted = config.devices
+  try:
+    layout = sharding.layout(**dataclasses.asdict(wanted))
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+  if config.data.batch_size % layout.data:
+    raise ConfigError(
+      f"data.batch_size={config.data.batch_size}: allowed are multiples of "
+      f"{layout.data}, the devices along the axis data"
+    )
+  mine = jax.process_index()
+  local = [d for d in layout.mesh.devices.flat if d.process_index == mine]
+  return layout, sharding.layout(devices=local)
 
 
 def environment() -> dict[str, str]:

@@ -92,19 +92,28 @@ def on_first(function: Callable[[], Any]) -> Any:
   All processes must call this, in the same order.
 
   Args:
-    function: returns what JSON can hold (or None). What it raises is raised
-      in every process: elsewhere as the same type if that is built in or takes
-      one message, with the same message.
+    function: returns what JSON can hold. It may call `on_first` itself.
+
+  Raises:
+    FirstProcessError: elsewhere, if the function raised in the first process;
+      there that is raised as it is.
   """
-  if jax.process_count() == 1:
+  if jax.process_count() == 1 or _ALONE:
     return function()
   value, error = None, None
   if is_first():
+    _ALONE.append(True)
     try:
       value = function()
     except Exception as raised:
       error = raised
-    message = {"value": value, "error": None if error is None else str(error)}
+    finally:
+      _ALONE.pop()
+    message = {
+      "value": value,
+      "error": None if error is None else str(error),
+      "signal": getattr(error, "signal", None),
+    }
     content = json.dumps(message).encode()
   else:
     content = b""
@@ -112,12 +121,24 @@ def on_first(function: Callable[[], Any]) -> Any:
   if error is not None:
     raise error
   if received["error"] is not None:
-    raise FirstProcessError(received["error"])
+    raise FirstProcessError(received["error"], received["signal"])
   return received["value"]
 
 
+# Not empty while the first process acts for all: it must wait for nobody.
+_ALONE: list[bool] = []
+
+
 class FirstProcessError(ValueError):
-  """What the first process met, in its words."""
+  """What the first process met, in its words.
+
+  Attributes:
+    signal: the number of the signal that stopped it, or None.
+  """
+
+  def __init__(self, message: str, signal: int | None):
+    super().__init__(message)
+    self.signal = signal
 
 
 def from_first(tree: Any) -> Any:

@@ -1,7 +1,8 @@
 """The directory of a run: whose it is, and what its stages have reached.
 
 A stage is done when its `result.json` is there. Every file is complete or
-absent; what belongs to another configuration is never overwritten.
+absent; what belongs to another configuration is never overwritten. Of several
+processes the first reads and writes, for all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dr_jax.config import Config, ConfigError
+from dr_jax.processes import on_first
 
 
 class Workdir:
@@ -35,27 +37,31 @@ class Workdir:
   def claim(self, config: Config) -> Iterator[None]:
     """Keeps the directory for one process and this configuration.
 
-    Only the field `search` may be another one than before: it changes nothing
-    of what was trained. A kill lets others in.
+    Only `search` and `devices` may be other than before: they change nothing
+    of what is trained. A kill lets others in.
 
     Raises:
       ConfigError: if the directory holds another configuration or other files,
         or another process is at work in it; nothing is changed then.
     """
+    with contextlib.ExitStack() as held:
+      on_first(lambda: self._claim(config, held))
+      yield
+
+  def _claim(self, config, held):
     self._check(config)
     self.path.mkdir(parents=True, exist_ok=True)
-    with (self.path / "lock").open("w") as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
-        raise ConfigError(
-          f"workdir={self.path}: another process is at work in it; allowed "
-          "is one at a time"
-        ) from None
-      # Another process may have come and gone since.
-      self._check(config)
-      write_json(self.path / "config.json", dataclasses.asdict(config))
-      yield
+    file = held.enter_context((self.path / "lock").open("w"))
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise ConfigError(
+        f"workdir={self.path}: another process is at work in it; allowed "
+        "is one at a time"
+      ) from None
+    # Another process may have come and gone since.
+    self._check(config)
+    write_json(self.path / "config.json", dataclasses.asdict(config))
 
   def _check(self, config):
     path = self.path / "config.json"
@@ -63,6 +69,9 @@ class Workdir:
       theirs = read_json(path, allowed="a new directory")
       mine = json.loads(json.dumps(dataclasses.asdict(config)))
       mine["search"] = theirs.get("search")
+      # Where arrays live changes the order of sums, and nothing else.
+      norm = {"norm": config.devices.norm}
+      mine["devices"] = theirs.get("devices", {}) | norm
       if theirs != mine:
         raise ConfigError(
           f"workdir={self.path}: holds another configuration "
@@ -88,8 +97,10 @@ class Workdir:
     Raises:
       ConfigError: if the checkpoints there are of another network.
     """
+    on_first(lambda: self._tell(stage, json.loads(json.dumps(network))))
+
+  def _tell(self, stage, network):
     path = self.path / stage / "network.json"
-    network = json.loads(json.dumps(network))
     if not path.exists():
       write_json(path, network)
     elif (theirs := read_json(path, allowed="a new directory")) != network:
@@ -101,14 +112,12 @@ class Workdir:
   def result(self, stage: str) -> dict[str, Any] | None:
     """What a stage has reached, or None if it is not done."""
     path = self.path / stage / "result.json"
-    return read_json(path) if path.exists() else None
+    return on_first(lambda: read_json(path) if path.exists() else None)
 
   def finish(self, stage: str, started: float, **result: Any) -> None:
     """Ends a stage: what it has reached, and its seconds since `started`."""
-    seconds = round(time.monotonic() - started, 1)
-    write_json(
-      self.path / stage / "result.json", {**result, "seconds": seconds}
-    )
+    result["seconds"] = round(time.monotonic() - started, 1)
+    on_first(lambda: write_json(self.path / stage / "result.json", result))
 
 
 def read_json(

@@ -15,8 +15,8 @@ FLOORS = {
   name: floor
   for floor, names in enumerate(
     [
-      "quant hessian allocate data",
-      "nn linen sharding processes checkpoint compilation metrics models",
+      "quant hessian allocate data sharding processes",
+      "nn linen checkpoint compilation metrics models",
       "train deploy report",
       "search",
       "config",

@@ -11,6 +11,7 @@ VALUES = {
   "name": "small",
   "seeds": (0, 1),
   "data": {"name": "digits", "batch_size": 256},
+  "devices": {"data": 1},
   "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 2, 2)}},
   "quant": {"bits": (8, 2)},
   "pretrain": {"epochs": 1},

@@ -50,6 +50,7 @@ def values(**changes):
     "data": {"holdout": 0.2},
     "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 3, 4)}},
     "quant": {"bits": BITS},
+    "devices": {"data": 1},
     "pretrain": {"epochs": 2, "optimizer": "sgd", "learning_rate": 0.1},
     "train": {"epochs": 1, "vectorize": "sequential"},
     "hessian": {"images": 256, "batch_size": 128, "max_probes": 8},

@@ -23,6 +23,7 @@ def _config():
       "stages": ("pretrain", "multi_precision", "separate", "export"),
       "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 3, 4)}},
       "quant": {"bits": (8, 2)},
+      "devices": {"data": 1},
       "pretrain": {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1},
       "train": {"epochs": 1, "vectorize": "sequential"},
     }

@@ -23,6 +23,7 @@ def values(method, **train):
     "stages": ("multi_precision", "export"),
     "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 2, 4)}},
     "data": {"batch_size": 256},
+    "devices": {"data": 1},
     "quant": {"bits": SINGLE.get(method, (8, 4, 2))},
     "train": {"epochs": 3, "vectorize": "sequential", **train},
   }

@@ -9,7 +9,7 @@ from dr_jax.train.optimizer import NAMES as OPTIMIZERS
 from dr_jax.train.optimizer import make_optimizer
 from dr_jax.train.recipes import CURRICULA, RECIPES, Curriculum, Phase, Recipe
 from dr_jax.train.sampling import SAMPLINGS, Sampling
-from dr_jax.train.state import TrainState, init_state
+from dr_jax.train.state import TrainState, collect, init_state, place
 from dr_jax.train.step import (
   SCHEDULES,
   VECTORIZE,
@@ -34,11 +34,13 @@ __all__ = [
   "Sampling",
   "Score",
   "TrainState",
+  "collect",
   "cross_entropy",
   "hasb",
   "init_state",
   "make_evaluate",
   "make_step",
   "make_optimizer",
+  "place",
   "resolve_vectorize",
 ]

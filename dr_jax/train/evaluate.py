@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from dr_jax.compilation import jit
 from dr_jax.nn import Functional
+from dr_jax.sharding import Layout
 
 
 class Score(NamedTuple):
@@ -24,11 +26,14 @@ class Score(NamedTuple):
   loss: float
 
 
-def make_evaluate(network: Functional) -> Callable[..., Score]:
+def make_evaluate(
+  network: Functional, layout: Layout | None = None
+) -> Callable[..., Score]:
   """Builds `evaluate(params, batch_stats, index, batches) -> Score`.
 
   One program serves every bit assignment: `index` is traced. `batches` are
-  those of `data.epoch`: {"image", "label", "mask"}.
+  those of `data.epoch`: {"image", "label", "mask"}; with a layout they are
+  spread over its devices, of this process alone.
   """
 
   @jit
@@ -45,7 +50,11 @@ def make_evaluate(network: Functional) -> Callable[..., Score]:
     params: Any, batch_stats: Any, index: Any, batches: Iterable[Any]
   ) -> Score:
     index = jnp.asarray(index, jnp.int32)
-    totals = [counts(params, batch_stats, index, batch) for batch in batches]
+    arrays = (params, batch_stats)
+    if layout is not None:
+      arrays = jax.device_put(arrays, layout.replicated)
+      batches = map(layout.put, batches)
+    totals = [counts(*arrays, index, batch) for batch in batches]
     correct, loss, number = (
       sum(map(float, column)) for column in zip(*totals, strict=True)
     )

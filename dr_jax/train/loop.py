@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.metrics import MetricsWriter, Progress
@@ -58,6 +59,8 @@ class Loop:
     checkpoint_every: steps between checkpoints; the last step always has one.
     log_every: steps between entries in `metrics`.
     interrupted: returns the name of a signal that asks to stop, else None.
+    put: places a batch on the devices.
+    shows: whether to show progress.
   """
 
   stage: str
@@ -70,6 +73,8 @@ class Loop:
   checkpoint_every: int = 100
   log_every: int = 10
   interrupted: Callable[[], str | None] = lambda: None
+  put: Callable[[Any], Any] = lambda batch: batch
+  shows: bool = True
 
   def run(self, state: TrainState) -> TrainState:
     """Trains from `state` (its step number says where) to the last step.
@@ -84,9 +89,12 @@ class Loop:
     """
     start = int(state.step)
     watch = _Losses(self)
-    with Progress(self.stage, self.steps, start=start) as progress:
+    console = None if self.shows else rich.console.Console(quiet=True)
+    with Progress(
+      self.stage, self.steps, start=start, console=console
+    ) as progress:
       for number in range(start, self.steps):
-        batch = self.batches[number]
+        batch = self.put(self.batches[number])
         state, losses = self.step(state, batch)
         watch.add(number + 1, losses, len(batch["label"]), progress)
         stopped = self.interrupted()
