@@ -2,6 +2,10 @@
 
 python -m dr_jax.main --config=configs/digits.py [--workdir=DIR]
     [--config.train.epochs=5 ...]
+
+On several machines, or with several processes on one, start the same command
+everywhere, with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+set, or with --distributed where the cluster is one that JAX knows; see launch/.
 """
 
 from __future__ import annotations
@@ -10,12 +14,13 @@ import os
 import signal
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compare, compilation, pipeline, report
+from dr_jax import compare, compilation, pipeline, processes, report
 from dr_jax.checkpoint import CheckpointError
 from dr_jax.config import from_dict
 from dr_jax.train import InterruptedRun, NonFiniteError
@@ -23,6 +28,11 @@ from dr_jax.train import InterruptedRun, NonFiniteError
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to run.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; runs/<name> by default."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Ask the cluster (Slurm, Open MPI, Cloud TPU, GKE) for the other processes.",
 )
 
 
@@ -38,7 +48,10 @@ def main(argv: list[str]) -> int:
       raise ValueError(f"argument {argv[1]!r}: allowed are --flags")
     if _CONFIG.value is None:
       raise ValueError("--config: missing; allowed is a configuration file")
+    processes.initialize(detect=_DISTRIBUTED.value)
     tables, workdir = _run(_CONFIG.value.to_dict())
+  except processes.FirstProcessError as error:
+    return _fail(error, 128 + error.signal if error.signal else 2)
   except (ValueError, OSError, CheckpointError) as error:
     return _fail(error, 2)
   except NonFiniteError as error:
@@ -46,6 +59,14 @@ def main(argv: list[str]) -> int:
   except InterruptedRun as error:
     print(error, file=sys.stderr)
     return 128 + error.signal
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    _fail(f"another process has ended, or cannot be reached: {error}", 1)
+    # Leave at once: the usual goodbye would wait for the one that is gone.
+    os._exit(1)
+  if not processes.is_first():
+    return 0
   # A file has no width; a table must not be cut there.
   console = Console(width=None if sys.stdout.isatty() else 160)
   for shown in tables:
@@ -58,6 +79,8 @@ def _run(values):
   """Runs a configuration, or a comparison; returns tables and directory."""
   compilation.cache_on_disk()
   if "methods" in values:
+    if jax.process_count() > 1:
+      raise ValueError("methods: a comparison; allowed is one process")
     comparison = compare.from_values(values)
     workdir = _WORKDIR.value or os.path.join("runs", comparison.base.name)
     results = compare.run(comparison, workdir, interrupted=_on_signals())

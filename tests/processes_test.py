@@ -1,0 +1,226 @@
+"""Several real processes on loopback, each the command as users start it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dr_jax import nn, pipeline, processes
+from dr_jax.config import from_dict
+
+ROOT = pathlib.Path(__file__).parent.parent
+STAGES = ("pretrain", "multi_precision")
+FLAGS = (
+  "--config=configs/digits.py",
+  f"--config.stages={STAGES}",
+  "--config.model.options.widths=(4, 4, 4)",
+  "--config.pretrain.epochs=4",
+  "--config.train.epochs=1",
+  "--config.train.vectorize=sequential",
+  "--config.checkpoint_every=6",
+)
+STEPS = 36  # 4 epochs of 1,257 images in batches of 128, and a part.
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Training runs as users run it."""
+  yield
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(count, workdir, cache, *flags):
+  """The processes of one run; killed at the end if they still live."""
+  together = {
+    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+    "JAX_NUM_PROCESSES": str(count),
+  }
+  running = []
+  for number in range(count):
+    environment = os.environ | {
+      "XLA_FLAGS": "",
+      "XDG_CACHE_HOME": str(cache),
+      **(together if count > 1 else {}),
+      "JAX_PROCESS_ID": str(number) if count > 1 else "",
+    }
+    running.append(
+      subprocess.Popen(
+        [
+          *(sys.executable, "-m", "dr_jax.main", *FLAGS, *flags),
+          f"--workdir={workdir}",
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+    )
+  try:
+    yield running
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+
+
+def finish(running, timeout=300):
+  """The exit codes and what the processes said."""
+  said = [process.communicate(timeout=timeout)[0] for process in running]
+  return [process.returncode for process in running], said
+
+
+def trained(workdir):
+  """The parameters of both stages, as the last checkpoints hold them."""
+  values = json.loads((workdir / "config.json").read_text())
+  run = pipeline.Run(
+    from_dict({**values, "devices": {"data": 1}}), workdir, lambda: None
+  )
+  networks = [run.float_network(), run.multi_precision_network()]
+  return [nn.functional(network).params for network in networks]
+
+
+def losses(workdir, stage):
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return np.array(
+    [x["value"] for x in lines if (x["stage"], x["name"]) == (stage, "loss")]
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+  """Uninterrupted runs: number of processes -> workdir."""
+  place = tmp_path_factory.mktemp("whole")
+  for count in (1, 2, 4):
+    with started(count, place / str(count), cache) as running:
+      codes, said = finish(running)
+    assert codes == [0] * count, said
+    assert sum("accuracy %" in text for text in said) == 1
+  return {count: place / str(count) for count in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_to_the_parameters_of_one(whole, count):
+  """Shares of a batch are summed in another order: float32, 36 steps."""
+  alone, together = trained(whole[1])[0], trained(whole[count])[0]
+  for a, b in zip(
+    jax.tree.leaves(alone), jax.tree.leaves(together), strict=True
+  ):
+    np.testing.assert_allclose(b, a, rtol=2e-3, atol=2e-4)
+  # A last bit can move a value to the next code.
+  for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
+    expected = losses(whole[1], stage)
+    assert len(expected) > 3
+    np.testing.assert_allclose(
+      losses(whole[count], stage), expected, rtol=bound
+    )
+
+
+def wait_for(path, running, timeout=120):
+  deadline = time.monotonic() + timeout
+  while not path.exists():
+    assert time.monotonic() < deadline, f"no {path}"
+    assert all(process.poll() is None for process in running)
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_others_end_with_a_message_and_a_restart_ends_the_same(
+  whole, tmp_path, cache, victim
+):
+  workdir = tmp_path / "run"
+  with started(2, workdir, cache) as running:
+    wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
+    running[victim].kill()
+    killed = time.monotonic()
+    said, _ = running[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert running[1 - victim].returncode not in (0, None)
+    # Whichever notices first: a collective, or JAX's heartbeat to the first.
+    messages = ("another process has ended", "another task died")
+    assert any(message in said for message in messages)
+    assert "Traceback" not in said
+  assert not (workdir / "pretrain" / "result.json").exists()
+  with started(2, workdir, cache) as running:
+    codes, said = finish(running)
+  assert codes == [0, 0], said
+  for a, b in zip(
+    jax.tree.leaves(trained(whole[2])),
+    jax.tree.leaves(trained(workdir)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(b, a)
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, cache):
+  workdir = tmp_path / "run"
+  with started(2, workdir, cache, "--config.pretrain.epochs=400") as running:
+    wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
+    running[1].send_signal(signal.SIGTERM)
+    codes, said = finish(running, timeout=60)
+  lines = [text.strip().splitlines()[-1] for text in said]
+  assert lines[0] == lines[1]
+  assert "pretrain: SIGTERM at step" in lines[0]
+  assert codes[0] == codes[1]
+
+
+@pytest.mark.parametrize(
+  ("environment", "message"),
+  [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS: missing"),
+    (
+      {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "2",
+      },
+      "JAX_PROCESS_ID=2: allowed are 0 to",
+    ),
+    (
+      {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+        "JAX_NUM_PROCESSES": "two",
+        "JAX_PROCESS_ID": "0",
+      },
+      "JAX_NUM_PROCESSES='two': allowed are",
+    ),
+  ],
+)
+def test_incomplete_variables_are_named(monkeypatch, environment, message):
+  for name in processes._VARIABLES:
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(ValueError, match=message):
+    processes.initialize()
+
+
+def test_one_process_asks_nobody(monkeypatch):
+  for name in processes._VARIABLES:
+    monkeypatch.delenv(name, raising=False)
+  assert not processes.initialize()
+  assert processes.is_first()
+  assert processes.on_first(lambda: 3) == 3
+  stop = iter([None, "SIGTERM"])
+  ask = processes.agreed(lambda: next(stop))
+  assert [ask(), ask()] == [None, "SIGTERM"]
