@@ -1,11 +1,13 @@
 """Reading ahead: batches made in order by this process or by workers."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 
 import grain
+from absl import flags
 
 
 class WorkerError(OSError):
@@ -33,6 +35,9 @@ def read(batch, count, *, start=0, workers=0):
     for number in range(start, count):
       yield batch(number)
     return
+  # Grain asks for flags of its own, and a program without absl parses none.
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
   steps = grain.MapDataset.range(start, count).map(batch)
   iterator = iter(
     steps.to_iter_dataset().mp_prefetch(
@@ -47,9 +52,14 @@ def read(batch, count, *, start=0, workers=0):
       f"data.workers={workers}: {error} (out of memory, or of shared memory "
       "in /dev/shm); allowed is what the machine can hold, about three batches "
       "for each"
-    ) from error
+    ) from None
+  except (ValueError, OSError) as error:
+    raise error.with_traceback(None) from None
   finally:
     iterator.close()
+    # What ended the iterator is part of a reference cycle that holds the last
+    # batches; their shared memory would be left when Python exits.
+    gc.collect()
 
 
 def _begin(worker, workers):
