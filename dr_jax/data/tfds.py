@@ -68,7 +68,7 @@ def open_splits(dataset, path, splits):
     )
   # The files alone: worker processes need not import what prepared them.
   builder = tfds.builder_from_directory(found.data_path)
-  features = builder.info.features
+  features = dict(builder.info.features.items())
   image, label = (features.get(name) for name in ("image", "label"))
   if not isinstance(image, tfds.features.Image) or not isinstance(
     label, tfds.features.ClassLabel
@@ -90,7 +90,8 @@ def _find(tfds, dataset, path):
   try:
     return tfds.builder(dataset, data_dir=path or None)
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-    near = difflib.get_close_matches(dataset, tfds.list_builders(), 3, 0.7)
+    known = tfds.list_builders(with_community_datasets=False)
+    near = difflib.get_close_matches(dataset, known, 3, 0.7)
     hint = f", such as {', '.join(near)}" if near else ""
     unknown = isinstance(error, tfds.core.DatasetNotFoundError)
     what = "is unknown" if unknown else str(error).splitlines()[0]
