@@ -4,10 +4,13 @@ They are read as array_record files, which give random access. Images stay
 encoded until the transformation, so that worker processes decode them.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import shlex
 from typing import Any
+
+from absl import logging
 
 from dr_jax.data.images import UnreadableImage
 
@@ -60,8 +63,10 @@ def open_splits(dataset, path, splits):
   # Slow to import, and only this kind of data set needs it.
   import tensorflow_datasets as tfds
 
-  found = _find(tfds, dataset, path)
-  if not found.is_prepared():
+  with _without_warnings():
+    found = _find(tfds, dataset, path)
+    prepared = found.is_prepared()
+  if not prepared:
     raise ValueError(
       f"data.dataset={dataset!r}: is not prepared in {found.data_path}; "
       f"allowed is after: {_command(dataset, path)}"
@@ -84,6 +89,17 @@ def open_splits(dataset, path, splits):
     )
   records = [_open(tfds, builder, dataset, split, path) for split in splits]
   return records, label.num_classes, channels
+
+
+@contextlib.contextmanager
+def _without_warnings():
+  """TFDS warns of a directory in which it looks, and says no more than we."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def _find(tfds, dataset, path):
