@@ -82,8 +82,8 @@ class ImageSource:
 
   def __getitem__(self, index):
     """Returns one example as evaluation sees it."""
-    image, label, _ = self._example(index, self.transform.test)
-    return {"image": image, "label": label}
+    batch = self.gather(np.array([index]))
+    return {"image": batch["image"][0], "label": batch["label"][0]}
 
   def gather(self, indices):
     """Returns the examples at `indices` ([B]) as evaluation sees them.
@@ -91,9 +91,7 @@ class ImageSource:
     Beside "image" and "label" the batch has "unreadable", bool [B]: whether
     another example took the place.
     """
-    return self._batch(
-      [self._example(index, self.transform.test) for index in indices.tolist()]
-    )
+    return self._batch(indices, [self.transform.test] * len(indices))
 
   def draw(self, indices, *, seed, start):
     """Returns the examples at `indices` ([B]) augmented, as `gather` does.
@@ -104,14 +102,13 @@ class ImageSource:
       start: position of the first one in the endless stream of examples. Each
         example's random choices are a function of seed and position alone.
     """
-    examples = []
-    for position, index in enumerate(indices.tolist(), start):
+    transforms = []
+    for position in range(start, start + len(indices)):
       # Three words, where the order of an epoch is drawn from two.
       bits = np.random.Philox(np.random.SeedSequence([seed, position, 1]))
       words = bits.random_raw(images.WORDS)
-      transform = functools.partial(self.transform.train, words=words)
-      examples.append(self._example(index, transform))
-    return self._batch(examples)
+      transforms.append(functools.partial(self.transform.train, words=words))
+    return self._batch(indices, transforms)
 
   def choose(self, indices):
     """Returns a source of the examples at `indices` ([N]) alone."""
@@ -132,11 +129,11 @@ class ImageSource:
     """Returns the source with the shape of its first image, if unknown."""
     if self.image_shape[0]:
       return self
-    image, _, _ = self._example(0, self.transform.test)
-    return dataclasses.replace(self, image_shape=image.shape)
+    pixels, _, _ = self._example(0, self.transform.test)
+    return dataclasses.replace(self, image_shape=pixels.shape)
 
   def _example(self, index, transform):
-    """(image, label, whether another example took its place)."""
+    """(uint8 [H, W, C], label, whether another example took its place)."""
     for moved in range(len(self)):
       taken = (index + moved) % len(self)
       try:
@@ -155,10 +152,10 @@ class ImageSource:
       "example; allowed is at least one whole image"
     )
 
-  def _checked(self, image, label, index):
-    if self.image_shape[0] and image.shape != self.image_shape:
+  def _checked(self, pixels, label, index):
+    if self.image_shape[0] and pixels.shape != self.image_shape:
       raise ValueError(
-        f"{self.examples.name(index)}: has shape {image.shape}, others "
+        f"{self.examples.name(index)}: has shape {pixels.shape}, others "
         f"{self.image_shape}; allowed with data.image_size=0 is one shape"
       )
     if not 0 <= label < self.num_classes:
@@ -166,12 +163,18 @@ class ImageSource:
         f"{self.examples.name(index)}: has label {label}; allowed are 0 to "
         f"{self.num_classes - 1}"
       )
-    return image
+    return pixels
 
-  def _batch(self, examples):
-    pixels, labels, moved = zip(*examples, strict=True)
-    return {
-      "image": np.stack(pixels),
-      "label": np.array(labels, np.int32),
-      "unreadable": np.array(moved),
+  def _batch(self, indices, transforms):
+    size = len(indices)
+    batch = {
+      "image": np.empty((size, *self.image_shape), np.float32),
+      "label": np.empty(size, np.int32),
+      "unreadable": np.empty(size, bool),
     }
+    pairs = zip(indices.tolist(), transforms, strict=True)
+    for row, (index, transform) in enumerate(pairs):
+      pixels, label, moved = self._example(index, transform)
+      self.transform.normalize(pixels, batch["image"][row])
+      batch["label"][row], batch["unreadable"][row] = label, moved
+    return batch

@@ -82,7 +82,7 @@ class Transform:
   std: tuple = ()
 
   def train(self, image, words):
-    """Returns float32 [H, W, C]; random choices are taken from `words`.
+    """Returns uint8 [H, W, C]; random choices are taken from `words`.
 
     Args:
       image: a PIL image.
@@ -100,12 +100,28 @@ class Transform:
       image = image.crop(box).resize(size, Image.Resampling.BILINEAR)
     if chances[0] < 0.5:
       image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return self._normalized(image)
+    return _pixels(image)
 
   def test(self, image):
-    """Returns float32 [H, W, C] of a PIL image, nothing being random."""
+    """Returns uint8 [H, W, C] of a PIL image, nothing being random."""
     crops = self.augment == "random_resized_crop"
-    return self._normalized(self._fitted(image, _MARGIN if crops else 1))
+    return _pixels(self._fitted(image, _MARGIN if crops else 1))
+
+  def normalize(self, pixels, out):
+    """Writes (pixels / 255 - mean) / std.
+
+    Args:
+      pixels: uint8 [H, W, C].
+      out: float32 [H, W, C], contiguous.
+    """
+    height, width, _ = pixels.shape
+    # Rows as long as they can be: numpy's loops over 3 channels are slow.
+    rows = out.reshape(height, -1)
+    np.divide(pixels.reshape(height, -1), np.float32(255), out=rows)
+    if self.mean:
+      rows -= np.tile(np.asarray(self.mean, np.float32), width)
+    if self.std:
+      rows /= np.tile(np.asarray(self.std, np.float32), width)
 
   def _fitted(self, image, margin):
     """The center of an image whose shorter side is `margin` times the size."""
@@ -118,16 +134,6 @@ class Transform:
       image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (round((side - self.size) / 2) for side in image.size)
     return image.crop((left, top, left + self.size, top + self.size))
-
-  def _normalized(self, image):
-    pixels = np.asarray(image, np.float32) / np.float32(255)
-    if pixels.ndim == 2:
-      pixels = pixels[..., None]
-    if self.mean:
-      pixels = pixels - np.asarray(self.mean, np.float32)
-    if self.std:
-      pixels = pixels / np.asarray(self.std, np.float32)
-    return pixels
 
 
 def random_box(width, height, chances):
@@ -157,6 +163,12 @@ def random_box(width, height, chances):
   h = min(height, round(width / _RATIO[0]))
   left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
+
+
+def _pixels(image):
+  """uint8 [H, W, C] of a PIL image."""
+  pixels = np.asarray(image)
+  return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _crop_after_padding(image, across, down):
