@@ -118,8 +118,7 @@ class _Watched:
 
   def stream(self, start):
     try:
-      for batch in _Batches().stream(start):
-        yield batch
+      yield from _Batches().stream(start)
     finally:
       self.events.append("closed")
 
