@@ -25,6 +25,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -103,7 +104,10 @@ class Run:
     self.interrupted = interrupted
     self.agreed = processes.agreed(interrupted)
     self.layout, self.local = _layouts(config)
-    self.data = data.load(config.data.name)
+    options = dataclasses.asdict(config.data)
+    for name in ("batch_size", "holdout", "workers"):
+      options.pop(name)
+    self.data = data.load(**options)
     self.held_out = None
     if config.data.holdout:
       kept, self.held_out = data.hold_out(self.data.train, config.data.holdout)
@@ -426,6 +430,7 @@ class Run:
             seed=self.config.seed,
             process_index=share,
             process_count=shares,
+            workers=self.config.data.workers,
           ),
           checkpoints=checkpoints,
           metrics=metrics,
@@ -436,6 +441,7 @@ class Run:
           shows=processes.is_first(),
         )
         state = loop.run(state)
+        self._tell_of_unreadable(stage)
       params, stats = train.collect(
         self.layout, (state.params, state.batch_stats)
       )
@@ -447,6 +453,15 @@ class Run:
     if processes.is_first():
       return MetricsWriter(self.workdir.metrics)
     return contextlib.nullcontext()
+
+  def _tell_of_unreadable(self, stage):
+    count = getattr(self.data.train, "unreadable", None)
+    if count:
+      warnings.warn(
+        f"{stage}: {len(count)} images cannot be read; {count.total()} times "
+        "since the start another one took the place of one of them",
+        stacklevel=2,
+      )
 
   def score(self, stage, model, bits, steps, started, **more):
     """Scores a trained network and ends its stage, unless that was done."""
@@ -502,12 +517,20 @@ class Run:
     """All examples, in batches that this process's devices can share."""
     count = self.local.data
     size = min(len(source), batch_size)
-    return data.epoch(source, batch_size=-(-size // count) * count)
+    return data.epoch(
+      source,
+      batch_size=-(-size // count) * count,
+      workers=self.config.data.workers,
+    )
 
   def batches(self, seed):
     """Whole training batches, the same in every process."""
-    batch_size = self.config.data.batch_size
-    return data.batches(self.data.train, batch_size=batch_size, seed=seed)
+    return data.batches(
+      self.data.train,
+      batch_size=self.config.data.batch_size,
+      seed=seed,
+      workers=self.config.data.workers,
+    )
 
   def _model(self):
     rngs = nnx.Rngs(self.config.seed)

@@ -1,5 +1,6 @@
 """Tests of the loop: NaN, interruption, resumption."""
 
+import itertools
 import json
 
 import jax
@@ -24,8 +25,8 @@ def _state():
 
 
 class _Batches:
-  def __getitem__(self, step):
-    return {"label": np.full(4, step)}
+  def stream(self, start):
+    return ({"label": np.full(4, s, np.int32)} for s in itertools.count(start))
 
 
 def _step(nan_at=None, poison=None, spoil=None):
@@ -107,3 +108,52 @@ def test_a_spoilt_optimizer_is_not_saved(tmp_path):
     with pytest.raises(NonFiniteError, match=message):
       loop.run(_state())
     assert checkpoints.latest() == 4
+
+
+class _Watched:
+  """Batches that tell what became of them."""
+
+  def __init__(self):
+    self.events = []
+
+  def stream(self, start):
+    try:
+      yield from _Batches().stream(start)
+    finally:
+      self.events.append("closed")
+
+  def put(self, batch):
+    self.events.append(("put", int(batch["label"][0])))
+    return jax.device_put(batch)
+
+  def step(self, state, batch):
+    assert isinstance(batch["label"], jax.Array)
+    self.events.append(("step", int(batch["label"][0])))
+    return _step()(state, batch)
+
+
+def test_a_batch_is_on_its_way_while_the_one_before_is_used(tmp_path):
+  watched = _Watched()
+  loop = _loop(
+    tmp_path, None, batches=watched, put=watched.put, step=watched.step, steps=3
+  )
+  loop.run(_state())
+  assert watched.events == [
+    *(("put", 0), ("put", 1), ("step", 0), ("put", 2), ("step", 1)),
+    *(("step", 2), "closed"),
+  ]
+
+
+def test_the_stream_is_closed_when_a_run_stops_early(tmp_path):
+  watched = _Watched()
+  loop = _loop(tmp_path, None, batches=watched, step=_step(nan_at=2))
+  with pytest.raises(NonFiniteError):
+    loop.run(_state())
+  assert watched.events == ["closed"]
+
+
+def test_a_resumed_run_reads_from_its_step_on(tmp_path):
+  watched = _Watched()
+  loop = _loop(tmp_path, None, batches=watched, put=watched.put, steps=9)
+  loop.run(_state()._replace(step=jnp.int32(7)))
+  assert watched.events == [("put", 7), ("put", 8), "closed"]

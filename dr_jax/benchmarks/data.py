@@ -1,0 +1,136 @@
+"""Images per second of the input pipeline, against decoding alone.
+
+  python -m dr_jax.benchmarks.data [--workers=0,1,2] [--image-size=224]
+
+Writes JPEGs as large as ImageNet's (500 x 375 pixels) to a temporary directory
+and reads them as training does: decoding, random resized crop, flip,
+normalization, batches of float32. The bound is what one core decodes with
+Pillow and nothing else, times the number of cores; workers that share cores
+with a training process do not reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import data
+
+_WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of workers.")
+_SIZE = flags.DEFINE_integer(
+  "image_size", 224, "Side of the crops, in pixels.", lower_bound=1
+)
+_BATCH = flags.DEFINE_integer(
+  "batch_size", 32, "Images per batch.", lower_bound=1, upper_bound=128
+)
+_SECONDS = flags.DEFINE_float(
+  "seconds", 5, "How long each is measured.", lower_bound=0
+)
+flags.DEFINE_alias("image-size", "image_size")
+flags.DEFINE_alias("batch-size", "batch_size")
+
+_FILES = 128
+_SHAPE = (375, 500)
+# Of a JPEG of ImageNet: 110 kB on average.
+_QUALITY = 88
+
+
+def main(argv):
+  """Prints the table."""
+  del argv
+  cores = len(os.sched_getaffinity(0))
+  with tempfile.TemporaryDirectory() as directory:
+    root = pathlib.Path(directory)
+    encoded = _write(root)
+    alone = decoding_speed(encoded, _SECONDS.value)
+    rows = [
+      (workers, pipeline_speed(root, workers))
+      for workers in map(int, _WORKERS.value)
+    ]
+  size = statistics.mean(map(len, encoded)) / 1000
+  table = Table(
+    title=f"JPEGs of {_SHAPE[1]} x {_SHAPE[0]} pixels, {size:.0f} kB, to "
+    f"{_SIZE.value} x {_SIZE.value}",
+    caption=f"Pillow alone decodes {alone:.0f} images/s on one core; {cores} "
+    f"cores: {alone * cores:.0f}",
+  )
+  for column in ("workers", "images/s", "of one core", f"of {cores} cores"):
+    table.add_column(column, justify="right")
+  for workers, speed in rows:
+    table.add_row(
+      str(workers),
+      f"{speed:.0f}",
+      f"{speed / alone:.2f}",
+      f"{speed / alone / cores:.2f}",
+    )
+  Console(width=80).print(table)
+
+
+def decoding_speed(encoded, seconds):
+  """Images per second that Pillow decodes to RGB, in one thread."""
+  count, start = 0, time.perf_counter()
+  while (passed := time.perf_counter() - start) < seconds or not count:
+    Image.open(io.BytesIO(encoded[count % len(encoded)])).convert("RGB")
+    count += 1
+  return count / passed
+
+
+def pipeline_speed(root, workers):
+  """Images per second of training batches, once workers have begun."""
+  loaded = data.load(
+    "folder",
+    path=str(root),
+    augment="random_resized_crop",
+    image_size=_SIZE.value,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+  )
+  batches = data.batches(
+    loaded.train, batch_size=_BATCH.value, seed=0, workers=workers
+  )
+  with contextlib.closing(batches.stream()) as stream:
+    # What workers have made ahead by then is not counted either.
+    for _ in range(1 + 3 * workers):
+      next(stream)
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < _SECONDS.value or not count:
+      count += len(next(stream)["label"])
+  return count / passed
+
+
+def _write(root):
+  """Writes a folder of JPEGs; returns the bytes of each."""
+  random = np.random.default_rng(0)
+  encoded = []
+  for number in range(_FILES):
+    # Smooth shapes with texture: as many bytes as a photograph has.
+    coarse = random.integers(0, 256, (12, 16, 3)).astype(np.uint8)
+    image = Image.fromarray(coarse).resize(
+      _SHAPE[::-1], Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(image, np.int16)
+    pixels = pixels + random.integers(-12, 13, (*_SHAPE, 1), np.int16)
+    file = io.BytesIO()
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image.save(file, "jpeg", quality=_QUALITY)
+    encoded.append(file.getvalue())
+    for split in ("train", "test"):
+      directory = root / split / f"{number % 2}"
+      directory.mkdir(parents=True, exist_ok=True)
+      (directory / f"{number:04}.jpg").write_bytes(encoded[-1])
+  return encoded
+
+
+if __name__ == "__main__":
+  app.run(main)
