@@ -12,8 +12,9 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dr_jax.config import Config, ConfigError
@@ -39,23 +40,58 @@ class Workdir:
     of what was trained. A kill lets others in.
 
     Raises:
-      ConfigError: if the directory holds another configuration or other files,
-        or another process is at work in it; nothing is changed then.
+      ConfigError: if the directory cannot be written to, holds another
+        configuration or other files, or another process is at work in it;
+        nothing that it held is changed then.
     """
-    self._check(config)
-    self.path.mkdir(parents=True, exist_ok=True)
-    with (self.path / "lock").open("w") as file:
+    with contextlib.ExitStack() as held:
       try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
+        self._check(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((self.path / "lock").open("w"))
+        self._lock(lock)
+        # Another process may have come and gone since.
+        self._check(config)
+        write_json(self.path / "config.json", dataclasses.asdict(config))
+      except OSError as error:
         raise ConfigError(
-          f"workdir={self.path}: another process is at work in it; allowed "
-          "is one at a time"
+          f"workdir={self.path}: cannot be written to ({error}); allowed is "
+          "a directory that can"
         ) from None
-      # Another process may have come and gone since.
-      self._check(config)
-      write_json(self.path / "config.json", dataclasses.asdict(config))
       yield
+
+  def _lock(self, file):
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(
+        f"workdir={self.path}: another process is at work in it; allowed "
+        "is one at a time"
+      ) from None
+
+  def check_space(self, stages: Mapping[str, int]) -> None:
+    """Checks that there is room for what stages will write.
+
+    What a stage has written already is written over.
+
+    Args:
+      stages: bytes that each takes at most, by name; finished ones take none.
+
+    Raises:
+      ConfigError: if the disk has less room.
+    """
+    needed = sum(
+      max(size - _written(self.path / stage), 0)
+      for stage, size in stages.items()
+      if self.result(stage) is None
+    )
+    free = shutil.disk_usage(self.path).free
+    if free < needed:
+      raise ConfigError(
+        f"workdir={self.path}: its disk has {free / 2**20:,.1f} MiB free, but "
+        f"{', '.join(stages)} may take {needed / 2**20:,.1f} MiB more; allowed "
+        "is a directory with as much space"
+      )
 
   def _check(self, config):
     path = self.path / "config.json"
@@ -134,6 +170,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   draft = _draft(path)
   draft.write_text(json.dumps(value, indent=2) + "\n")
   draft.replace(path)
+
+
+def _written(directory):
+  """Bytes of the files in a directory and below it."""
+  return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
 def _draft(path):

@@ -85,6 +85,9 @@ class Loop:
     start = int(state.step)
     watch = _Losses(self)
     with Progress(self.stage, self.steps, start=start) as progress:
+      if start:
+        text = f"{self.stage}  goes on from step {start} of {self.steps}"
+        progress.print(text)
       for number in range(start, self.steps):
         batch = self.batches[number]
         state, losses = self.step(state, batch)
