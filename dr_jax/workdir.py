@@ -80,17 +80,18 @@ class Workdir:
     Raises:
       ConfigError: if the disk has less room.
     """
-    needed = sum(
-      max(size - _written(self.path / stage), 0)
+    missing = {
+      stage: max(size - _written(self.path / stage), 0)
       for stage, size in stages.items()
       if self.result(stage) is None
-    )
+    }
+    needed = sum(missing.values())
     free = shutil.disk_usage(self.path).free
     if free < needed:
       raise ConfigError(
         f"workdir={self.path}: its disk has {free / 2**20:,.1f} MiB free, but "
-        f"{', '.join(stages)} may take {needed / 2**20:,.1f} MiB more; allowed "
-        "is a directory with as much space"
+        f"{', '.join(missing)} may take {needed / 2**20:,.1f} MiB more; "
+        "allowed is a directory with as much space"
       )
 
   def _check(self, config):
