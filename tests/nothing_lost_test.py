@@ -275,7 +275,13 @@ def empty_the_directory(checkpoint):
 
 
 @pytest.mark.parametrize(
-  "damage", [flip_a_bit, truncate, delete_the_manifest, empty_the_directory]
+  "damage",
+  [
+    flip_a_bit,
+    pytest.param(truncate, marks=pytest.mark.slow),
+    pytest.param(delete_the_manifest, marks=pytest.mark.slow),
+    empty_the_directory,
+  ],
 )
 def test_a_checkpoint_damaged_by_hand_gives_way_to_the_one_before(
   job, whole, stopped, tmp_path, damage
@@ -302,6 +308,7 @@ def assert_stopped_by_the_disk(process, workdir):
   return line
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_stops_the_run_and_harms_no_checkpoint(
   job, whole, stopped, tmp_path
 ):
