@@ -1,6 +1,7 @@
 """Tests of the stages, in this process, on the smallest job there is."""
 
 import collections
+import dataclasses
 import json
 import shutil
 import types
@@ -108,12 +109,48 @@ def test_a_full_disk_is_an_error_before_anything_is_trained(
   assert files == {"config.json", "lock"}
 
 
-def test_a_run_takes_no_more_disk_than_it_asked_for(finished, monkeypatch):
-  workdir, _ = finished
-  asked = {}
+def test_a_disk_that_was_filled_since_is_an_error_before_a_stage_is_trained(
+  tmp_path, monkeypatch
+):
+  free = iter([2**40, 100_000])
   monkeypatch.setattr(
-    Workdir, "check_space", lambda self, sizes: asked.update(sizes)
+    shutil, "disk_usage", lambda path: types.SimpleNamespace(free=next(free))
   )
+  with pytest.raises(ConfigError, match="0.1 MiB free, but pretrain may take"):
+    pipeline.run(_config(), tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """Bytes that were asked for, by stage."""
+  sizes = {}
+  monkeypatch.setattr(
+    Workdir, "check_space", lambda self, wanted: sizes.update(wanted)
+  )
+  return sizes
+
+
+def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
+  def sizes(**train):
+    config = _config()
+    recipe = dataclasses.replace(config.train, **train)
+    config = dataclasses.replace(config, train=recipe)
+    pipeline.Run(config, tmp_path, lambda: None).check_space()
+    return dict(asked)
+
+  plain = sizes()
+  assert plain["separate"] == 2 * plain["multi_precision"]
+  # Adam has two numbers for each parameter, momentum one.
+  assert plain["multi_precision"] > plain["pretrain"]
+  phases = sizes(curriculum="bit_mixer", sampling="random")
+  assert phases["multi_precision"] == 3 * plain["multi_precision"]
+  untrained = sizes(curriculum="post_training")
+  assert untrained["multi_precision"] == 0
+
+
+def test_a_run_takes_no_more_disk_than_it_asked_for(finished, asked):
+  workdir, _ = finished
   pipeline.Run(_config(), workdir, lambda: None).check_space()
   assert set(asked) == {"pretrain", "multi_precision", "separate", "export"}
   for stage, size in asked.items():
