@@ -54,9 +54,9 @@ def disk_bytes(state, *, keep=KEEP):
     state: as for `Checkpoints.save`, or of `jax.ShapeDtypeStruct`s.
     keep: as for `Checkpoints`.
   """
-  arrays = jax.eval_shape(_all_key_data, _named_leaves(state)).values()
-  values = sum(data.size * data.dtype.itemsize for data in arrays)
-  return (keep + 1) * (values + 2048 * len(arrays) + 65536)
+  leaves = _named_leaves(state).values()
+  values = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  return (keep + 1) * (values + 2048 * len(leaves) + 65536)
 
 
 class Checkpoints:

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
   # raises as well.
   logging.set_verbosity(logging.FATAL)
   warnings.showwarning = _warn
+  sys.unraisablehook = _unraisable
   try:
     if len(argv) > 1:
       raise ValueError(f"argument {argv[1]!r}: allowed are --flags")
@@ -144,6 +145,15 @@ def _fail(error, code):
 
 def _warn(message, category, filename, lineno, file=None, line=None):
   print(f"warning: {_one_line(message)}", file=file or sys.stderr)
+
+
+def _unraisable(unraisable):
+  """Leaves out the writes that Orbax abandons when another one has failed.
+
+  Each ends with a traceback of its own, some time later.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _one_line(message):

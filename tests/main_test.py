@@ -186,6 +186,7 @@ def in_process(monkeypatch):
     monkeypatch.setattr(main, "_PREEMPTED", code)
     monkeypatch.setattr(main, "_run", raises)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     return main.main(["main"])
 
   return run
@@ -210,6 +211,25 @@ def test_however_a_run_ends_it_says_so_in_one_line(
   out, err = capsys.readouterr()
   assert out == "" and err.count("\n") == 1
   assert " ".join(str(raised).split()) in err
+
+
+def test_writes_that_were_abandoned_say_nothing_but_all_else_does(
+  in_process, capsys
+):
+  assert in_process(OSError("No space left")) == 2
+  capsys.readouterr()
+
+  class Raises:
+    def __init__(self, text):
+      self.text = text
+
+    def __del__(self):
+      raise RuntimeError(self.text)
+
+  Raises("Event loop is closed")
+  assert capsys.readouterr().err == ""
+  Raises("something else")
+  assert "RuntimeError: something else" in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_does_not_wait_but_a_second_sigterm_does():

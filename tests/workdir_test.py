@@ -78,6 +78,8 @@ def test_too_little_room_is_an_error_that_says_how_much_is_needed(
   )
   with pytest.raises(ConfigError, match=message):
     workdir.check_space({"pretrain": 2 * 2**20, "export": 4 * 2**20})
+  with pytest.raises(ConfigError, match="take 5.0 MiB more"):
+    workdir.check_space({"pretrain": 2 * 2**20, "export": 3 * 2**20 + 1})
 
 
 def test_finished_stages_and_what_is_written_already_need_no_more_room(
