@@ -198,7 +198,7 @@ def kill_at_some_moment(process, workdir, moments, kind):
     wait_while(lambda: file_of(metrics)[0] == before)
     replaced = file_of(metrics)
     wait_while(lambda: file_of(metrics) == replaced)
-    time.sleep(moments.uniform(0, 2 if kind == "trains" else 1))
+    time.sleep(moments.uniform(0, 1.2 if kind == "trains" else 0.6))
   if kind == "saves":
     wait_while(lambda: not is_saving(workdir))
   process.send_signal(signal.SIGKILL)
