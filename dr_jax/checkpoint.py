@@ -41,6 +41,26 @@ class _DamagedError(CheckpointError):
   """What is on disk is not what was saved."""
 
 
+# How many checkpoints a run keeps: one to go on from, one if it is damaged.
+KEEP = 2
+
+
+def disk_bytes(state, *, keep=KEEP):
+  """Returns how many bytes the checkpoints of a state take on disk at most.
+
+  One more than are kept, since the oldest goes only when the newest is there;
+  and what Orbax writes beside the arrays, by measurement less than 64 KiB and
+  2 KiB for each array.
+
+  Args:
+    state: as for `Checkpoints.save`, or of `jax.ShapeDtypeStruct`s.
+    keep: as for `Checkpoints`.
+  """
+  leaves = _named_leaves(state).values()
+  values = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  return (keep + 1) * (values + 2048 * len(leaves) + 65536)
+
+
 class Checkpoints:
   """The checkpoints of one run, one subdirectory per step.
 
@@ -52,7 +72,7 @@ class Checkpoints:
     directory: absolute path of the checkpoints.
   """
 
-  def __init__(self, directory, *, keep=2):
+  def __init__(self, directory, *, keep=KEEP):
     """Opens a directory of checkpoints, creating it if need be.
 
     Args:
@@ -97,6 +117,8 @@ class Checkpoints:
     Raises:
       TypeError: if a leaf is no `jax.Array`.
       ValueError: if two leaves have the same path.
+      CheckpointError: if this save or the one before it fails; the latest
+        complete checkpoint is unharmed.
     """
     leaves = _named_leaves(state)
     for name, leaf in leaves.items():
@@ -113,11 +135,12 @@ class Checkpoints:
       }
       for name, leaf in leaves.items()
     }
-    for later in [other for other in self._steps() if other >= step]:
-      self._orbax.delete(later)
-    self._orbax.save_checkpointables_async(
-      step, {"state": arrays, "manifest": _seal(saved)}, force=True
-    )
+    with self._failures():
+      for later in [other for other in self._steps() if other >= step]:
+        self._orbax.delete(later)
+      self._orbax.save_checkpointables_async(
+        step, {"state": arrays, "manifest": _seal(saved)}, force=True
+      )
     if blocking:
       self.wait()
 
@@ -164,12 +187,18 @@ class Checkpoints:
     return max(self._steps(), default=None)
 
   def wait(self):
-    """Waits until what was saved is on disk, and raises what went wrong."""
-    self._orbax.wait()
+    """Waits until what was saved is on disk.
+
+    Raises:
+      CheckpointError: if it could not be saved.
+    """
+    with self._failures():
+      self._orbax.wait()
 
   def close(self):
-    """Waits, and gives up the directory."""
-    self._orbax.close()
+    """Waits, and gives up the directory; raises as `wait`."""
+    with self._failures():
+      self._orbax.close()
 
   def __enter__(self):
     return self
@@ -222,6 +251,19 @@ class Checkpoints:
 
   def _path(self, step):
     return os.path.join(self.directory, str(step))
+
+  @contextlib.contextmanager
+  def _failures(self):
+    """Says in one line what Orbax could not write, whatever it raises."""
+    try:
+      yield
+    except Exception as error:
+      step = self.latest()
+      kept = "none is kept" if step is None else f"that of step {step} is kept"
+      raise CheckpointError(
+        f"{self.directory}: a checkpoint could not be saved, {kept} "
+        f"({textwrap.shorten(str(error), 400)})"
+      ) from error
 
 
 def _damaged(path, reason):

@@ -129,6 +129,7 @@ def run(
     config = dataclasses.replace(comparison.base, seed=seed)
     job = pipeline.Run(config, place / "float", interrupted)
     with job.workdir.claim(config):
+      job.check_space()
       job.pretrain()
       start = job.float_network()
     size = job.float_bytes()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 
 import jax
 from absl import app, flags, logging
@@ -34,15 +35,29 @@ _DISTRIBUTED = flags.DEFINE_bool(
   False,
   "Ask the cluster (Slurm, Open MPI, Cloud TPU, GKE) for the other processes.",
 )
+_PREEMPTED = flags.DEFINE_integer(
+  "preempted_exit_code",
+  0,
+  "Exit code after SIGTERM, once the state is saved: 0, or what makes a "
+  "scheduler start the command again.",
+  lower_bound=0,
+  upper_bound=255,
+)
 
 
 def main(argv: list[str]) -> int:
   """Runs the configuration; returns the exit code.
 
-  0: finished. 1: training diverged. 2: bad input. 128 + signal: stopped by a
-  signal; the same command goes on.
+  0: finished, or stopped by SIGTERM after saving (another code with
+  --preempted_exit_code). 1: training diverged. 2: bad input, or files that
+  cannot be read or written. 130: stopped by Ctrl-C, after saving unless it came
+  twice. Whatever the code, the same command goes on from the last checkpoint.
   """
-  logging.set_verbosity(logging.WARNING)  # Orbax tells every file at INFO.
+  # Orbax tells every file at INFO, and at ERROR, with a traceback, what it
+  # raises as well.
+  logging.set_verbosity(logging.FATAL)
+  warnings.showwarning = _warn
+  sys.unraisablehook = _unraisable
   try:
     if len(argv) > 1:
       raise ValueError(f"argument {argv[1]!r}: allowed are --flags")
@@ -51,14 +66,20 @@ def main(argv: list[str]) -> int:
     processes.initialize(detect=_DISTRIBUTED.value)
     tables, workdir = _run(_CONFIG.value.to_dict())
   except processes.FirstProcessError as error:
-    return _fail(error, 128 + error.signal if error.signal else 2)
+    return _fail(error, _stopped_by(error.signal) if error.signal else 2)
   except (ValueError, OSError, CheckpointError) as error:
     return _fail(error, 2)
   except NonFiniteError as error:
     return _fail(error, 1)
   except InterruptedRun as error:
     print(error, file=sys.stderr)
-    return 128 + error.signal
+    return _stopped_by(error.signal)
+  except KeyboardInterrupt:
+    print(
+      "stopped at once; the same command goes on from the last checkpoint",
+      file=sys.stderr,
+    )
+    return 128 + signal.SIGINT
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
@@ -139,18 +160,44 @@ def _row(name, score, size, whole):
   ]
 
 
+def _stopped_by(number):
+  if number == signal.SIGTERM:
+    return _PREEMPTED.value
+  return 128 + number
+
+
 def _fail(error, code):
-  line = " ".join(str(error).split()) or type(error).__name__
-  print(f"error: {line}", file=sys.stderr)
+  print(f"error: {_one_line(error)}", file=sys.stderr)
   return code
 
 
+def _warn(message, category, filename, lineno, file=None, line=None):
+  print(f"warning: {_one_line(message)}", file=file or sys.stderr)
+
+
+def _unraisable(unraisable):
+  """Leaves out the writes that Orbax abandons when another one has failed.
+
+  Each ends with a traceback of its own, some time later.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
+def _one_line(message):
+  return " ".join(str(message).split()) or type(message).__name__
+
+
 def _on_signals():
-  """Installs handlers; returns a function that names a signal received."""
+  """Installs handlers; returns a function that names a signal received.
+
+  A second Ctrl-C does not wait. A second SIGTERM does: some schedulers send
+  several, and the state is being saved already.
+  """
   received: list[str] = []
 
   def handle(number, frame):
-    if received:
+    if received and number == signal.SIGINT:
       raise KeyboardInterrupt
     received.append(signal.Signals(number).name)
 

@@ -47,7 +47,7 @@ from dr_jax import (
   sharding,
   train,
 )
-from dr_jax.checkpoint import Checkpoints
+from dr_jax.checkpoint import Checkpoints, disk_bytes
 from dr_jax.config import (
   Config,
   ConfigError,
@@ -83,12 +83,15 @@ def run(
 
   Raises:
     ConfigError: if the configuration does not fit the data, or the directory
-      belongs to another configuration; nothing is overwritten.
+      belongs to another configuration, cannot be written to or has too little
+      room; nothing is overwritten.
+    CheckpointError: if a state cannot be saved or restored.
     ValueError: from the library, for values that are not allowed.
     train.NonFiniteError, train.InterruptedRun: see `train.Loop`.
   """
   job = Run(config, workdir, interrupted, start=start)
   with job.workdir.claim(config):
+    job.check_space()
     for stage in config.stages:
       getattr(job, stage)()
     return job.summary()
@@ -120,6 +123,47 @@ class Run:
     model = self._model()
     if "search" in config.stages:
       mixed_precision.check(self, self._quantize(model, config.quant))
+
+  def check_space(self) -> None:
+    """Checks the disk before hours of training fill it.
+
+    An estimate from the float network, which lacks the scales and norms of
+    every bit-width; each phase of training asks again for its own state.
+
+    Raises:
+      ConfigError: if its disk has too little room for the checkpoints of all
+        stages and the artifact.
+    """
+    network = nn.functional(self._model())
+
+    def checkpoints(recipe):
+      optimizer = train.make_optimizer(recipe.optimizer, kinds=network.kinds)
+      # As many sets of them as the curriculum has phases.
+      phases = train.CURRICULA[recipe.curriculum].phases
+      return len(phases) * disk_bytes(
+        jax.eval_shape(
+          lambda: train.init_state(
+            network,
+            optimizer,
+            jax.random.key(0),
+            distillation=recipe.distillation,
+            num_classes=self.data.num_classes,
+          )
+        )
+      )
+
+    config = self.config
+    sizes = {
+      "pretrain": checkpoints(config.pretrain),
+      "multi_precision": checkpoints(config.train),
+      "separate": len(self.bits) * checkpoints(config.train),
+      "supernet": checkpoints(config.supernet),
+      # No more than the float network, and a manifest.
+      "export": self.float_bytes() + 2**20,
+    }
+    self.workdir.check_space(
+      {stage: sizes[stage] for stage in config.stages if stage in sizes}
+    )
 
   def pretrain(self) -> None:
     """Trains the float network."""
@@ -402,6 +446,7 @@ class Run:
       if checkpoints.latest() is not None:
         state = checkpoints.restore(like=state)
       if int(state.step) < steps:
+        self.workdir.check_space({stage: disk_bytes(state)})
         if metrics is not None:
           metrics.resume(stage, int(state.step))
         share, shares = self.layout.share

@@ -13,8 +13,9 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dr_jax.config import Config, ConfigError
@@ -41,27 +42,65 @@ class Workdir:
     of what is trained. A kill lets others in.
 
     Raises:
-      ConfigError: if the directory holds another configuration or other files,
-        or another process is at work in it; nothing is changed then.
+      ConfigError: if the directory cannot be written to, holds another
+        configuration or other files, or another process is at work in it;
+        nothing that it held is changed then.
     """
     with contextlib.ExitStack() as held:
       on_first(lambda: self._claim(config, held))
       yield
 
   def _claim(self, config, held):
-    self._check(config)
-    self.path.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context((self.path / "lock").open("w"))
+    try:
+      self._check(config)
+      self.path.mkdir(parents=True, exist_ok=True)
+      lock = held.enter_context((self.path / "lock").open("w"))
+      self._lock(lock)
+      # Another process may have come and gone since.
+      self._check(config)
+      write_json(self.path / "config.json", dataclasses.asdict(config))
+    except OSError as error:
+      raise ConfigError(
+        f"workdir={self.path}: cannot be written to ({error}); allowed is "
+        "a directory that can"
+      ) from None
+
+  def _lock(self, file):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
       raise ConfigError(
         f"workdir={self.path}: another process is at work in it; allowed "
         "is one at a time"
       ) from None
-    # Another process may have come and gone since.
-    self._check(config)
-    write_json(self.path / "config.json", dataclasses.asdict(config))
+
+  def check_space(self, stages: Mapping[str, int]) -> None:
+    """Checks that there is room for what stages will write.
+
+    What a stage has written already is written over.
+
+    Args:
+      stages: bytes that each takes at most, by name; finished ones take none.
+
+    Raises:
+      ConfigError: if the disk has less room.
+    """
+    on_first(lambda: self._check_space(stages))
+
+  def _check_space(self, stages):
+    missing = {
+      stage: max(size - _written(self.path / stage), 0)
+      for stage, size in stages.items()
+      if self.result(stage) is None
+    }
+    needed = sum(missing.values())
+    free = shutil.disk_usage(self.path).free
+    if free < needed:
+      raise ConfigError(
+        f"workdir={self.path}: its disk has {free / 2**20:,.1f} MiB free, but "
+        f"{', '.join(missing)} may take {needed / 2**20:,.1f} MiB more; "
+        "allowed is a directory with as much space"
+      )
 
   def _check(self, config):
     path = self.path / "config.json"
@@ -143,6 +182,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   draft = _draft(path)
   draft.write_text(json.dumps(value, indent=2) + "\n")
   draft.replace(path)
+
+
+def _written(directory):
+  """Bytes of the files in a directory and below it."""
+  return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
 
 
 def _draft(path):

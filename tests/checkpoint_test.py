@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 import pathlib
@@ -16,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dr_jax.checkpoint import CheckpointError, Checkpoints
+from dr_jax.checkpoint import CheckpointError, Checkpoints, disk_bytes
 
 
 def training_state(seed=0):
@@ -210,6 +211,79 @@ def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path):
     np.testing.assert_array_equal(state["n"], step)
     checkpoints.save(step + 1, state, blocking=True)
   assert all(name.isdecimal() for name in os.listdir(tmp_path))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_run_never_takes_more_disk_than_foretold(tmp_path, keep):
+  def largest(directory):
+    total = 0
+    for file in directory.rglob("*"):
+      with contextlib.suppress(FileNotFoundError):
+        total += file.stat().st_size
+    return total
+
+  # Many small arrays, a key, and one array that counts.
+  state = training_state() | {
+    "small": {str(i): jnp.full(7, i) for i in range(100)},
+    "large": jax.random.normal(jax.random.key(0), (1000, 1000)),
+  }
+  seen = []
+  with Checkpoints(tmp_path, keep=keep) as checkpoints:
+    for step in range(keep + 2):
+      checkpoints.save(step, state)
+      for _ in range(20):
+        seen.append(largest(tmp_path))
+    checkpoints.wait()
+    seen.append(largest(tmp_path))
+  foretold = disk_bytes(state, keep=keep)
+  assert foretold == disk_bytes(abstract(state), keep=keep)
+  # What is kept is there, a tenth smaller by Orbax's compression.
+  assert 0.9 * keep * 4_000_000 < max(seen) <= foretold
+  # And no more than twice of what the arrays take.
+  assert foretold < 2 * (keep + 1) * 4_000_000
+
+
+def test_bytes_of_keys_and_of_every_dtype_are_counted():
+  arrays = {
+    "key": jax.random.split(jax.random.key(0), 3),
+    "half": jnp.zeros((5, 2), jnp.bfloat16),
+    "byte": jnp.zeros((), jnp.uint8),
+  }
+  empty = disk_bytes({name: jnp.zeros(0) for name in arrays}, keep=4)
+  assert disk_bytes(arrays, keep=4) - empty == 5 * (3 * 8 + 5 * 2 * 2 + 1)
+
+
+@pytest.mark.parametrize("call", ["save(3, state)", "wait()", "close()"])
+def test_a_save_that_fails_is_one_line_and_keeps_what_there_was(tmp_path, call):
+  # Files of more than 5000 bytes cannot be written, as on a full disk.
+  code = (
+    "import resource, sys, jax.numpy as jnp\n"
+    "from dr_jax.checkpoint import CheckpointError, Checkpoints\n"
+    "checkpoints = Checkpoints(sys.argv[1])\n"
+    "checkpoints.save(1, {'x': jnp.ones(10)}, blocking=True)\n"
+    "limits = resource.RLIMIT_FSIZE, (5000, 5000)\n"
+    "resource.setrlimit(*limits)\n"
+    "state = {'x': jnp.arange(100_000.0)}\n"
+    "try:\n"
+    "  checkpoints.save(2, state)\n"
+    f"  checkpoints.{call}\n"
+    "except CheckpointError as error:\n"
+    "  print(error)\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, tmp_path],
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.count("\n") == 1, done.stderr
+  assert done.stdout.startswith(f"{tmp_path}: a checkpoint could not be saved,")
+  assert "that of step 1 is kept (" in done.stdout
+  assert "too large" in done.stdout
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == 1
+    state = checkpoints.restore(like={"x": jnp.zeros(10)})
+  np.testing.assert_array_equal(state["x"], 1)
 
 
 def files(directory):

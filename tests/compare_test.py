@@ -1,6 +1,8 @@
 """A comparison of methods, run for real on digits, only shortly."""
 
 import json
+import shutil
+import types
 
 import pytest
 
@@ -32,6 +34,19 @@ def changed(**methods):
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("comparison")
   return workdir, compare.run(compare.from_values(VALUES), workdir)
+
+
+def test_a_full_disk_is_an_error_before_the_float_network_is_trained(
+  tmp_path, monkeypatch
+):
+  usage = types.SimpleNamespace(free=100_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  place = tmp_path / "seed0" / "float"
+  with pytest.raises(
+    ConfigError, match=f"^workdir={place}: its disk has 0.1 M"
+  ):
+    compare.run(compare.from_values(VALUES), tmp_path)
+  assert not (place / "metrics.jsonl").exists()
 
 
 def test_every_method_runs_once_per_seed_from_the_same_float_network(finished):

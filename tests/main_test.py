@@ -1,4 +1,7 @@
-"""Tests of the command as a user starts it: real processes, real signals."""
+"""Tests of the command as a user starts it: real processes, real signals.
+
+Kills, full disks and damage are in nothing_lost_test.
+"""
 
 import json
 import os
@@ -7,12 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import warnings
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from dr_jax import deploy, nn
-from dr_jax.checkpoint import Checkpoints  # noqa: F401  (Orbax loads once)
+from dr_jax import deploy, main, nn
+from dr_jax.checkpoint import CheckpointError
+from dr_jax.train import InterruptedRun, NonFiniteError
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = (
@@ -130,36 +137,6 @@ def _steps(workdir, stage):
   return max((r["step"] for r in records if r["stage"] == stage), default=0)
 
 
-@pytest.mark.parametrize(
-  ("stage", "at"), [("pretrain", 10), ("multi_precision", 20)]
-)
-def test_a_run_killed_anywhere_ends_in_the_same_bits(
-  finished, start, tmp_path, stage, at
-):
-  workdir = tmp_path / "killed"
-  process = start(workdir)
-  deadline = time.monotonic() + 400
-  while _steps(workdir, stage) < at and time.monotonic() < deadline:
-    assert process.poll() is None, process.communicate()[1]
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert not (workdir / "summary.json").exists()
-  process = start(workdir)
-  out, err = process.communicate(timeout=500)
-  assert process.returncode == 0, err
-  for name in ("pretrain", "multi_precision"):
-    assert _final_arrays(workdir, name) == _final_arrays(finished[0], name)
-  model = pathlib.Path("export") / "model" / "model.safetensors"
-  whole = (finished[0] / model).read_bytes()
-  assert (workdir / model).read_bytes() == whole
-  steps = [
-    (r["stage"], r["step"], r["bits"], r["name"])
-    for r in map(json.loads, (workdir / "metrics.jsonl").open())
-  ]
-  assert len(steps) == len(set(steps))
-
-
 def test_a_second_process_in_the_same_directory_is_turned_away(
   start, finished, tmp_path
 ):
@@ -179,18 +156,95 @@ def test_a_second_process_in_the_same_directory_is_turned_away(
 
 def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
   workdir = tmp_path / "stopped"
-  process = start(workdir)
+  # Without the flag it is 0: see nothing_lost_test.
+  process = start(workdir, "--preempted_exit_code=75")
   while _steps(workdir, "multi_precision") < 10:
     assert process.poll() is None, process.communicate()[1]
     time.sleep(0.01)
   process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=60)
-  assert process.returncode == 128 + signal.SIGTERM
+  assert process.returncode == 75
   assert "SIGTERM at step" in err and "Traceback" not in err
   process = start(workdir)
   _, err = process.communicate(timeout=500)
   assert process.returncode == 0, err
   assert _final_arrays(workdir) == _final_arrays(finished[0])
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+  """Runs `main` here, with a run that raises; returns the exit code."""
+
+  def run(raised, preempted=0):
+    def raises(values):
+      raise raised
+
+    config = types.SimpleNamespace(value=ConfigDict())
+    monkeypatch.setattr(main, "_CONFIG", config)
+    code = types.SimpleNamespace(value=preempted)
+    monkeypatch.setattr(main, "_PREEMPTED", code)
+    monkeypatch.setattr(main, "_run", raises)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    return main.main(["main"])
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("raised", "preempted", "code"),
+  [
+    (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 0, 0),
+    (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 143, 143),
+    (InterruptedRun("SIGINT at step 3", "SIGINT"), 0, 130),
+    (KeyboardInterrupt(), 0, 130),
+    (CheckpointError("a checkpoint could\n not be saved"), 0, 2),
+    (OSError("No space left"), 0, 2),
+    (NonFiniteError("loss is nan"), 0, 1),
+  ],
+)
+def test_however_a_run_ends_it_says_so_in_one_line(
+  in_process, capsys, raised, preempted, code
+):
+  assert in_process(raised, preempted) == code
+  out, err = capsys.readouterr()
+  assert out == "" and err.count("\n") == 1
+  assert " ".join(str(raised).split()) in err
+
+
+def test_writes_that_were_abandoned_say_nothing_but_all_else_does(
+  in_process, capsys
+):
+  assert in_process(OSError("No space left")) == 2
+  capsys.readouterr()
+
+  class Raises:
+    def __init__(self, text):
+      self.text = text
+
+    def __del__(self):
+      raise RuntimeError(self.text)
+
+  Raises("Event loop is closed")
+  assert capsys.readouterr().err == ""
+  Raises("something else")
+  assert "RuntimeError: something else" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_does_not_wait_but_a_second_sigterm_does():
+  before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    received = main._on_signals()
+    assert received() is None
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert received() == "SIGTERM"
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +280,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
     ("--config.model.options.widths=(4,6)", r"widths=\(4, 6\): allowed are"),
     ("--config=configs/digits.py:4x2", "digits.py:4x2: allowed are"),
     ("--config.seed=3", "seed is 0 there, 3 here"),
+    ("--workdir=/dev/null/run", "^error: workdir=/dev/null/run: cannot be wr"),
+    ("--preempted_exit_code=256", "preempted_exit_code=256.*\\[0, 255\\]"),
     ("--confg=3", "confg"),
     ("--config=configs/nothing.py", "nothing.py"),
   ],

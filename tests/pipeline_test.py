@@ -1,7 +1,12 @@
 """Tests of the stages, in this process, on the smallest job there is."""
 
+import collections
+import dataclasses
 import json
+import shutil
+import types
 
+import jax
 import pytest
 
 from dr_jax import pipeline
@@ -17,15 +22,18 @@ def strict_numerics():
   yield
 
 
-def _config():
+_STAGES = ("pretrain", "multi_precision", "separate", "export")
+
+
+def _config(stages=_STAGES, epochs=1):
   return from_dict(
     {
-      "stages": ("pretrain", "multi_precision", "separate", "export"),
+      "stages": stages,
       "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 3, 4)}},
       "quant": {"bits": (8, 2)},
       "devices": {"data": 1},
-      "pretrain": {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.1},
-      "train": {"epochs": 1, "vectorize": "sequential"},
+      "pretrain": {"epochs": epochs, "optimizer": "sgd", "learning_rate": 0.1},
+      "train": {"epochs": epochs, "vectorize": "sequential"},
     }
   )
 
@@ -55,6 +63,102 @@ def test_separate_trains_one_network_per_bit_width_beside_the_joint_one(
     ("separate/8", 8),
     ("separate/2", 2),
   }
+
+
+@pytest.fixture
+def compiled():
+  """Counts the programs that are compiled, or read from the disk, by name."""
+  counts = collections.Counter()
+
+  def count(event, seconds, **about):
+    if event == "/jax/core/compile/backend_compile_duration":
+      counts[about["fun_name"]] += 1
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  yield counts
+  jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_compiles_its_steps_once_however_many_there_are(
+  tmp_path, compiled, epochs
+):
+  config = _config(stages=("pretrain", "multi_precision"), epochs=epochs)
+  pipeline.run(config, tmp_path)
+  records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  steps = max(r["step"] for r in records if r["stage"] == "multi_precision")
+  assert steps == epochs * 1257 // 128
+  # The float network's, and one that serves both bit-widths.
+  assert compiled["jit(step)"] == 1
+  assert compiled["jit(visit_once)"] == 1
+  # One per network that is scored.
+  assert compiled["jit(counts)"] == 2
+
+
+def test_a_full_disk_is_an_error_before_anything_is_trained(
+  tmp_path, monkeypatch
+):
+  usage = types.SimpleNamespace(free=100_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  message = (
+    "its disk has 0.1 MiB free, but pretrain, multi_precision, separate, "
+    "export may take"
+  )
+  with pytest.raises(ConfigError, match=message):
+    pipeline.run(_config(), tmp_path)
+  files = {path.name for path in tmp_path.iterdir()}
+  assert files == {"config.json", "lock"}
+
+
+def test_a_disk_that_was_filled_since_is_an_error_before_a_stage_is_trained(
+  tmp_path, monkeypatch
+):
+  free = iter([2**40, 100_000])
+  monkeypatch.setattr(
+    shutil, "disk_usage", lambda path: types.SimpleNamespace(free=next(free))
+  )
+  with pytest.raises(ConfigError, match="0.1 MiB free, but pretrain may take"):
+    pipeline.run(_config(), tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """Bytes that were asked for, by stage."""
+  sizes = {}
+  monkeypatch.setattr(
+    Workdir, "check_space", lambda self, wanted: sizes.update(wanted)
+  )
+  return sizes
+
+
+def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
+  def sizes(**train):
+    config = _config()
+    recipe = dataclasses.replace(config.train, **train)
+    config = dataclasses.replace(config, train=recipe)
+    pipeline.Run(config, tmp_path, lambda: None).check_space()
+    return dict(asked)
+
+  plain = sizes()
+  assert plain["separate"] == 2 * plain["multi_precision"]
+  # Adam has two numbers for each parameter, momentum one.
+  assert plain["multi_precision"] > plain["pretrain"]
+  phases = sizes(curriculum="bit_mixer", sampling="random")
+  assert phases["multi_precision"] == 3 * plain["multi_precision"]
+  untrained = sizes(curriculum="post_training")
+  assert untrained["multi_precision"] == 0
+
+
+def test_a_run_takes_no_more_disk_than_it_asked_for(finished, asked):
+  workdir, _ = finished
+  pipeline.Run(_config(), workdir, lambda: None).check_space()
+  assert set(asked) == {"pretrain", "multi_precision", "separate", "export"}
+  for stage, size in asked.items():
+    files = (workdir / stage).rglob("*")
+    written = sum(path.stat().st_size for path in files if path.is_file())
+    # Of three checkpoints asked for, two are there; the rest is small here.
+    assert 0 < written < size, stage
 
 
 def test_the_table_shows_separate_runs_also_without_a_joint_one(finished):

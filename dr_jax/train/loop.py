@@ -99,6 +99,9 @@ class Loop:
         self.stage, self.steps, start=start, console=console
       ) as progress,
     ):
+      if start:
+        text = f"{self.stage}  goes on from step {start} of {self.steps}"
+        progress.print(text)
       wanted = itertools.islice(stream, self.steps - start)
       for number, batch in enumerate(_ahead(wanted, self.put), start):
         state, losses = self.step(state, batch)

@@ -157,3 +157,59 @@ def test_a_resumed_run_reads_from_its_step_on(tmp_path):
   loop = _loop(tmp_path, None, batches=watched, put=watched.put, steps=9)
   loop.run(_state()._replace(step=jnp.int32(7)))
   assert watched.events == [("put", 7), ("put", 8), "closed"]
+
+
+class _Pending:
+  """Losses on the device: says when they are waited for."""
+
+  def __init__(self, number, events):
+    self._number, self._events = number, events
+
+  def __array__(self, dtype=None, copy=None):
+    self._events.append(("waited for", self._number))
+    return np.array([1.0, 2.0])
+
+
+def test_logging_every_step_waits_for_no_step_that_was_just_started(tmp_path):
+  events = []
+  plain = _step()
+
+  def step(state, batch):
+    state, _ = plain(state, batch)
+    number = int(state.step)
+    events.append(("started", number))
+    return state, _Pending(number, events)
+
+  with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+    _loop(
+      tmp_path, None, metrics, step=step, checkpoint_every=100, log_every=1
+    ).run(_state())
+  assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 10 * 3
+  # Four steps are under way whenever the loop looks at a loss.
+  for number in range(1, 7):
+    at = events.index(("waited for", number))
+    assert events[at - 1] == ("started", number + 4)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+  plain, under_way = _step(), []
+  # Large enough that writing it takes longer than coming to the next step.
+  state = _state()._replace(memory={"large": jnp.zeros((4000, 4000))})
+
+  def step(state, batch):
+    saved = int(state.step)
+    if saved and saved % 4 == 0:
+      under_way.append(not (tmp_path / "c" / str(saved)).exists())
+    return plain(state, batch)
+
+  with Checkpoints(tmp_path / "c") as checkpoints:
+    _loop(tmp_path, checkpoints, step=step, steps=14).run(state)
+    assert checkpoints.latest() == 14
+  assert len(under_way) == 3 and any(under_way)
+
+
+def test_a_resumed_stage_says_where_it_goes_on(tmp_path, capsys):
+  state = _loop(tmp_path, None, steps=6).run(_state())
+  assert "goes on" not in capsys.readouterr().err
+  _loop(tmp_path, None).run(state)
+  assert "joint  goes on from step 6 of 10\n" in capsys.readouterr().err
