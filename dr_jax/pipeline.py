@@ -43,6 +43,7 @@ from dr_jax import (
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import (
   Config,
+  ConfigError,
   QuantConfig,
   TrainConfig,
   quantizers,
@@ -104,7 +105,7 @@ class Run:
     self.batches(config.seed)
     self.bits = config.quant.bits
     quantizers(config.quant)
-    model = self._model()
+    model = self._untrained()
     if "search" in config.stages:
       mixed_precision.check(self, self._quantize(model, config.quant))
 
@@ -244,11 +245,13 @@ class Run:
     if self.start is not None:
       return self.start
     if "pretrain" not in self.config.stages:
-      return self._model()
+      return self._untrained()
     if "pretrain" not in self.trained:
-      model = self._model()
+      model = self._untrained()
       started = time.monotonic()
-      steps = self.train("pretrain", model, (None,), self.config.pretrain)
+      steps, recipe = 0, self.config.pretrain
+      if recipe.epochs:
+        steps = self.train("pretrain", model, (None,), recipe)
       self.score("pretrain", model, (None,), steps, started)
       self.trained["pretrain"] = model
     return self.trained["pretrain"]
@@ -450,6 +453,16 @@ class Run:
     batch_size = self.config.data.batch_size
     return data.batches(self.data.train, batch_size=batch_size, seed=seed)
 
+  def _untrained(self):
+    """The float network before any training: random, or with given weights."""
+    model, path = self._model(), self.config.model.weights
+    if path and self.start is None:
+      try:
+        models.load_torchvision(model, path)
+      except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+    return model
+
   def _model(self):
     rngs = nnx.Rngs(self.config.seed)
     options = self._model_options()
@@ -458,6 +471,7 @@ class Run:
   def _model_options(self):
     return {
       **self.config.model.options,
+      "dtype": self.config.model.dtype,
       "num_classes": self.data.num_classes,
       "channels": self.data.image_shape[-1],
     }

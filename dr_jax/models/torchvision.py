@@ -12,7 +12,6 @@ ones, which for batches of thousands of pixels is the same.
 from __future__ import annotations
 
 import os
-import pathlib
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -30,23 +29,24 @@ _IGNORED = ".num_batches_tracked"
 _SHOWN = 3
 
 
-def load_torchvision(model: nnx.Module, path: str | os.PathLike) -> None:
+def load_torchvision(model: nnx.Module, weights: str | os.PathLike) -> None:
   """Fills a float network with the weights of its torchvision counterpart.
 
   Every parameter and running statistic is set, and every tensor of the file is
-  used exactly once. Floating-point tensors of any width become float32.
+  used exactly once. Tensors of float16 or float64 become float32.
 
   Args:
     model: `MobileNetV2`, or `ImageNetResNet` with `preactivation=False`;
       changed in place, or not at all if something is wrong.
-    path: a safetensors file.
+    weights: path of a safetensors file.
 
   Raises:
     ValueError: if torchvision has no such network, or the file is missing,
       damaged, or of another network; one line names the tensors.
   """
-  targets = _targets(model)
-  tensors = _read(pathlib.Path(path))
+  shown = f"weights={os.fspath(weights)!r}"
+  targets = _targets(model, shown)
+  tensors = _read(weights, shown)
   missing = [name for name in targets if name not in tensors]
   unknown = [name for name in tensors if name not in targets]
   wrong = [
@@ -72,7 +72,7 @@ def load_torchvision(model: nnx.Module, path: str | os.PathLike) -> None:
   ]
   if faults:
     raise ValueError(
-      f"{path}: {'; '.join(faults)}; allowed are the tensors of torchvision's "
+      f"{shown}: {'; '.join(faults)}; allowed are the tensors of torchvision's "
       f"network with {model.head.out_features} classes"
     )
   for name, target in targets.items():
@@ -95,7 +95,7 @@ class _Target(NamedTuple):
   axes: tuple[int, ...]
 
 
-def _targets(model):
+def _targets(model, shown):
   """Where each tensor goes, by torchvision's name."""
   if isinstance(model, MobileNetV2):
     name_of = _mobilenet_name
@@ -103,7 +103,7 @@ def _targets(model):
     name_of = _resnet_name
   else:
     raise ValueError(
-      f"model={type(model).__name__}: has no counterpart in torchvision; "
+      f"{shown}: torchvision has no network like this {type(model).__name__}; "
       "allowed are MobileNetV2, and ImageNetResNet with preactivation=False"
     )
   targets = {}
@@ -164,17 +164,13 @@ def _number(block):
   return int(block.removeprefix("block"))
 
 
-def _read(path):
+def _read(weights, shown):
   """The tensors of a file by name, without the counters."""
   try:
-    tensors = safetensors.numpy.load_file(path)
-  except FileNotFoundError:
-    raise ValueError(
-      f"{path}: no such file; allowed is a safetensors file"
-    ) from None
+    tensors = safetensors.numpy.load_file(weights)
   except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
     raise ValueError(
-      f"{path}: cannot be read ({error}); allowed is a safetensors file"
+      f"{shown}: cannot be read ({error}); allowed is a safetensors file"
     ) from None
   return {n: a for n, a in tensors.items() if not n.endswith(_IGNORED)}
 
