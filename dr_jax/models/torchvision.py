@@ -33,7 +33,8 @@ def load_torchvision(model: nnx.Module, weights: str | os.PathLike) -> None:
   """Fills a float network with the weights of its torchvision counterpart.
 
   Every parameter and running statistic is set, and every tensor of the file is
-  used exactly once. Tensors of float16 or float64 become float32.
+  used exactly once. Tensors of other floating-point types become
+  float32.
 
   Args:
     model: `MobileNetV2`, or `ImageNetResNet` with `preactivation=False`;
@@ -57,7 +58,7 @@ def load_torchvision(model: nnx.Module, weights: str | os.PathLike) -> None:
   bad = [
     name
     for name, tensor in tensors.items()
-    if not np.issubdtype(tensor.dtype, np.floating)
+    if not jnp.issubdtype(tensor.dtype, jnp.floating)
     or not np.isfinite(tensor).all()
   ]
   faults = [
