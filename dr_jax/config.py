@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from dr_jax import nn, quant, search
+from dr_jax import data, nn, quant, search
 from dr_jax.train import (
   CURRICULA,
   DISTILLATIONS,
@@ -52,15 +52,29 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Which data, and how many examples a step sees.
+  """Which data, and how many examples a step sees; see `data.load`.
 
   `holdout` is the share of the training examples that no training sees and
-  searches are judged on.
+  searches are judged on, `workers` the number of processes that decode images;
+  0 decodes between the steps.
   """
 
   name: str = "digits"
   batch_size: int = 128
   holdout: float = 0.0
+  path: str = ""
+  dataset: str = ""
+  train_split: str = "train"
+  test_split: str = "test"
+  augment: str = "none"
+  image_size: int = 0
+  mean: tuple = ()
+  std: tuple = ()
+  workers: int = 0
+  damaged: str = "raise"
+  classes: int = 10
+  examples: int = 64
+  channels: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +219,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   for name in ("checkpoint_every", "log_every"):
     _at_least(name, getattr(config, name), 1)
   _at_least("seed", config.seed, 0)
-  _at_least("data.batch_size", config.data.batch_size, 1)
+  _check_data(config.data)
   for name in ("pretrain", "train", "supernet"):
     trained = name != "pretrain" or not config.model.weights
     _at_least(f"{name}.epochs", getattr(config, name).epochs, int(trained))
@@ -255,6 +269,41 @@ def _quantizer(config, field, role):
       f"allowed is {role.__name__}"
     )
   return quantizer
+
+
+def _check_data(config):
+  for field, least in (
+    ("batch_size", 1),
+    ("image_size", 0),
+    ("workers", 0),
+    ("classes", 1),
+    ("examples", 1),
+  ):
+    _at_least(f"data.{field}", getattr(config, field), least)
+  _one_of("data.augment", config.augment, data.AUGMENT)
+  _one_of("data.damaged", config.damaged, ("raise", "skip"))
+  if config.channels not in (1, 3):
+    raise ConfigError(f"data.channels={config.channels!r}: allowed are 1, 3")
+  if config.augment == "random_resized_crop" and not config.image_size:
+    raise ConfigError(
+      "data.image_size=0: allowed with data.augment='random_resized_crop' is "
+      "1 or more"
+    )
+  for field in ("mean", "std"):
+    values = getattr(config, field)
+    if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+      raise ConfigError(f"data.{field}={values!r}: allowed are finite numbers")
+  for value in config.std:
+    _above("data.std", value, 0)
+  if config.name == "digits":
+    plain = DataConfig()
+    for field in ("augment", "image_size", "mean", "std", "workers"):
+      value, allowed = getattr(config, field), getattr(plain, field)
+      if value != allowed:
+        raise ConfigError(
+          f"data.{field}={value!r}: allowed with data.name='digits' is "
+          f"{allowed!r}"
+        )
 
 
 def _check_recipe(name, recipe):

@@ -247,7 +247,9 @@ def _problem(run):
 
   def on_test(allocation):
     size = min(len(run.data.test), 512)
-    batches = data.epoch(run.data.test, batch_size=size)
+    batches = data.epoch(
+      run.data.test, batch_size=size, workers=run.config.data.workers
+    )
     return score(allocation.index(run.bits), batches)
 
   return problem, on_test

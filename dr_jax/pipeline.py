@@ -21,6 +21,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,10 @@ class Run:
     self.start = start
     self.workdir = Workdir(workdir)
     self.interrupted = interrupted
-    self.data = data.load(config.data.name)
+    options = dataclasses.asdict(config.data)
+    for name in ("batch_size", "holdout", "workers"):
+      options.pop(name)
+    self.data = data.load(**options)
     self.held_out = None
     if config.data.holdout:
       kept, self.held_out = data.hold_out(self.data.train, config.data.holdout)
@@ -399,8 +403,18 @@ class Run:
           interrupted=self.interrupted,
         )
         state = loop.run(state)
+        self._tell_of_unreadable(stage)
       nn.update(model, params=state.params, batch_stats=state.batch_stats)
     return steps
+
+  def _tell_of_unreadable(self, stage):
+    count = getattr(self.data.train, "unreadable", None)
+    if count:
+      warnings.warn(
+        f"{stage}: {len(count)} images cannot be read; {count.total()} times "
+        "since the start another one took the place of one of them",
+        stacklevel=2,
+      )
 
   def score(self, stage, model, bits, steps, started, **more):
     """Scores a trained network and ends its stage, unless that was done."""
@@ -444,14 +458,20 @@ class Run:
     size = min(len(self.data.test), 512)
     scores = {}
     for index, b in zip(indices or range(len(bits)), bits, strict=True):
-      batches = data.epoch(self.data.test, batch_size=size)
+      batches = data.epoch(
+        self.data.test, batch_size=size, workers=self.config.data.workers
+      )
       score = evaluate(network.params, network.batch_stats, index, batches)
       scores["float" if b is None else str(b)] = score._asdict()
     return scores
 
   def batches(self, seed):
-    batch_size = self.config.data.batch_size
-    return data.batches(self.data.train, batch_size=batch_size, seed=seed)
+    return data.batches(
+      self.data.train,
+      batch_size=self.config.data.batch_size,
+      seed=seed,
+      workers=self.config.data.workers,
+    )
 
   def _untrained(self):
     """The float network before any training: random, or with given weights."""

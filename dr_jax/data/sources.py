@@ -6,13 +6,21 @@ A source is anything with a length and an index: `source[i]` is one example,
 
 It may also offer `gather(indices) -> batch`, which answers for many examples
 at once. Data in memory should: one numpy gather of 128 digits takes a few
-microseconds, 128 separate examples and a stack about a millisecond.
+microseconds, 128 separate examples and a stack about a millisecond. One that
+augments offers `draw(indices, seed=, start=) -> batch`, which training takes
+in place of `gather`; see `ImageSource`.
 """
 
+import collections
 import dataclasses
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from dr_jax.data import folder, generated, images, tfds
+from dr_jax.data.encoded import ImageSource
+
+NAMES = ("digits", "folder", "tfds", "generated")
 
 
 class Source(Protocol):
@@ -104,30 +112,106 @@ def hold_out(source, share, *, seed=0):
     )
   words = np.random.Philox(np.random.SeedSequence([seed, len(source)]))
   order = np.argsort(words.random_raw(len(source)), kind="stable")
+  if hasattr(source, "choose"):
+    return source.choose(order[size:]), source.choose(order[:size])
   kind = ArraySubset if hasattr(source, "gather") else Subset
   return kind(source, order[size:]), kind(source, order[:size])
 
 
-def load(name, *, seed=0):
+def load(
+  name,
+  *,
+  seed=0,
+  path="",
+  dataset="",
+  train_split="train",
+  test_split="test",
+  augment="none",
+  image_size=0,
+  mean=(),
+  std=(),
+  damaged="raise",
+  classes=10,
+  examples=64,
+  channels=3,
+):
   """Returns the data set called `name`.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `NAMES`: "digits"; "folder", see `folder.scan`; "tfds", see
+      `tfds.open_splits`; "generated", see `generated.generate`.
     seed: draws the split into train and test where a data set has none of its
-      own. It is no training seed: runs that are to be compared, or resumed,
-      share it.
+      own, and generated images. It is no training seed: runs that are to be
+      compared, or resumed, share it.
+    path: of a folder the directory that holds one directory per split; of
+      "tfds" its data directory, "" for TFDS's default.
+    dataset: name in TFDS.
+    train_split: name of the split to train on.
+    test_split: name of the split to test on.
+    augment: see `images.Transform`.
+    image_size: side of the images after augmentation, in pixels; 0 leaves them
+      as they are ("generated": 32).
+    mean: per channel, of images in [0, 1]; () for 0.
+    std: per channel; () for 1.
+    damaged: at an image that cannot be read, "raise" stops, "skip" takes the
+      next one.
+    classes: of "generated".
+    examples: of "generated", in either split.
+    channels: of "generated".
 
   Returns:
-    A `Dataset`.
+    A `Dataset`. Digits are not augmented or normalized.
 
   Raises:
-    ValueError: if there is no data set of that name.
+    ValueError: if there is no data set of that name, or what it needs is not
+      there; the message says how to get it.
+    images.UnreadableImage: if the size is to be that of the first image, and
+      that cannot be read.
   """
-  if name not in _LOADERS:
+  if name not in NAMES:
     raise ValueError(
       f"data.name is {name!r}, but must be one of {', '.join(NAMES)}"
     )
-  return _LOADERS[name](seed)
+  if name == "digits":
+    return _digits(seed)
+  if name == "folder":
+    splits = [folder.scan(path, split) for split in (train_split, test_split)]
+    folder.check_same_classes(*splits)
+    num_classes, channels = len(splits[0].classes), 3
+  elif name == "tfds":
+    splits, num_classes, channels = tfds.open_splits(
+      dataset, path, (train_split, test_split)
+    )
+  else:
+    num_classes = classes
+    splits = [
+      generated.generate(
+        split,
+        classes=classes,
+        examples=examples,
+        size=image_size or 32,
+        channels=channels,
+        seed=seed,
+      )
+      for split in ("train", "test")
+    ]
+  for field, values in (("mean", mean), ("std", std)):
+    if values and len(values) != channels:
+      raise ValueError(
+        f"data.{field}={values!r}: allowed are {channels} numbers, one for "
+        "each channel of the images"
+      )
+  source = ImageSource(
+    examples=splits[0],
+    transform=images.Transform(augment, image_size, tuple(mean), tuple(std)),
+    image_shape=(image_size, image_size, channels),
+    num_classes=num_classes,
+    damaged=damaged,
+  ).shaped()
+  test = dataclasses.replace(
+    source, examples=splits[1], unreadable=collections.Counter()
+  )
+  return Dataset(source, test, num_classes, source.image_shape)
 
 
 def _digits(seed):
@@ -148,7 +232,3 @@ def _digits(seed):
     num_classes=10,
     image_shape=(8, 8, 1),
   )
-
-
-_LOADERS = {"digits": _digits}
-NAMES = tuple(_LOADERS)

@@ -8,7 +8,9 @@ checkpoint is written only after every loss up to it was found finite.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import signal
 import time
 from collections.abc import Callable
@@ -52,12 +54,14 @@ class Loop:
     labels: bit-width of each loss, or a word (see `train.sampling`); None for
       the float network.
     step: see `train.make_step`.
-    batches: `[step]` -> batch of numpy arrays.
+    batches: `stream(step)` -> iterator over batches of numpy arrays from that
+      step on, which the loop closes; see `data.batches`.
     checkpoints: where states go, or None.
     metrics: where numbers go, or None.
     checkpoint_every: steps between checkpoints; the last step always has one.
     log_every: steps between entries in `metrics`.
     interrupted: returns the name of a signal that asks to stop, else None.
+    put: sends a batch to the device, without waiting for it.
   """
 
   stage: str
@@ -70,6 +74,7 @@ class Loop:
   checkpoint_every: int = 100
   log_every: int = 10
   interrupted: Callable[[], str | None] = lambda: None
+  put: Callable[[Any], Any] = jax.device_put
 
   def run(self, state: TrainState) -> TrainState:
     """Trains from `state` (its step number says where) to the last step.
@@ -84,9 +89,12 @@ class Loop:
     """
     start = int(state.step)
     watch = _Losses(self)
-    with Progress(self.stage, self.steps, start=start) as progress:
-      for number in range(start, self.steps):
-        batch = self.batches[number]
+    with (
+      contextlib.closing(self.batches.stream(start)) as stream,
+      Progress(self.stage, self.steps, start=start) as progress,
+    ):
+      wanted = itertools.islice(stream, self.steps - start)
+      for number, batch in enumerate(_ahead(wanted, self.put), start):
         state, losses = self.step(state, batch)
         watch.add(number + 1, losses, len(batch["label"]), progress)
         stopped = self.interrupted()
@@ -120,6 +128,16 @@ class Loop:
     if step is None:
       return "there is no earlier checkpoint"
     return f"the checkpoint of step {step} is kept"
+
+
+def _ahead(batches, put):
+  """Yields batches on the device, the next one being on its way."""
+  waiting = collections.deque()
+  for batch in batches:
+    waiting.append(put(batch))
+    if len(waiting) > 1:
+      yield waiting.popleft()
+  yield from waiting
 
 
 class _Losses:

@@ -137,3 +137,112 @@ def test_a_batch_that_cannot_be_shared_evenly_is_an_error():
 def test_a_negative_seed_is_an_error():
   with pytest.raises(ValueError, match=r"^seed is -1, but must be 0 or more$"):
     data.batches(numbered(10), batch_size=2, seed=-1)
+
+
+@pytest.fixture(scope="module")
+def crops():
+  """Generated images, cropped at random."""
+  return data.load(
+    "generated", examples=20, image_size=8, augment="random_resized_crop"
+  ).train
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+@pytest.mark.parametrize("size", [10, 16, 17])
+def test_processes_evaluate_every_example_once(process_count, size):
+  passes = [
+    list(
+      data.epoch(
+        numbered(size),
+        batch_size=8,
+        process_index=process,
+        process_count=process_count,
+      )
+    )
+    for process in range(process_count)
+  ]
+  assert {len(batches) for batches in passes} == {-(-size // 8)}
+  labels = []
+  for batches in passes:
+    for batch in batches:
+      assert batch["image"].shape == (8 // process_count, 2, 2, 1)
+      assert batch["mask"].shape == (8 // process_count,)
+      labels += batch["label"][batch["mask"] == 1].tolist()
+  assert sorted(labels) == list(range(size))
+
+
+def test_an_evaluation_batch_that_cannot_be_shared_evenly_is_an_error():
+  with pytest.raises(ValueError, match=r"^data\.batch_size is 6, .* 4$"):
+    data.epoch(numbered(10), batch_size=6, process_count=4)
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_processes_train_on_every_example_once_per_epoch(process_count):
+  shares = [
+    data.batches(
+      numbered(24),
+      batch_size=8,
+      seed=5,
+      process_index=process,
+      process_count=process_count,
+    )
+    for process in range(process_count)
+  ]
+  for epoch in range(2):
+    steps = range(3 * epoch, 3 * epoch + 3)
+    labels = [share[step]["label"] for share in shares for step in steps]
+    assert sorted(np.concatenate(labels)) == list(range(24))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_augmentation_does_not_depend_on_the_number_of_processes(
+  crops, process_count
+):
+  whole = data.batches(crops, batch_size=8, seed=2)
+  shares = [
+    data.batches(
+      crops,
+      batch_size=8,
+      seed=2,
+      process_index=process,
+      process_count=process_count,
+    )
+    for process in range(process_count)
+  ]
+  for step in range(6):
+    images = np.concatenate([share[step]["image"] for share in shares])
+    np.testing.assert_array_equal(images, whole[step]["image"])
+
+
+def test_an_example_looks_different_in_every_epoch_and_for_every_seed(crops):
+  seen = {
+    (label, image.tobytes())
+    for seed in range(2)
+    for step in range(3)
+    for label, image in zip(
+      *(data.batches(crops, batch_size=20, seed=seed)[step][k]
+        for k in ("label", "image")),
+      strict=True,
+    )
+  }  # fmt: skip
+  assert len(seen) == 2 * 3 * 20
+
+
+def test_an_evaluation_is_not_augmented(crops):
+  first, again = (next(data.epoch(crops, batch_size=20)) for _ in range(2))
+  np.testing.assert_array_equal(first["image"], again["image"])
+  for index in range(20):
+    np.testing.assert_array_equal(first["image"][index], crops[index]["image"])
+
+
+def test_a_stream_begins_in_the_middle_of_an_epoch(crops):
+  batches = data.batches(crops, batch_size=8, seed=1)
+  stream = batches.stream(4)
+  for step in range(4, 9):
+    batch = next(stream)
+    assert set(batch) == {"image", "label"}
+    np.testing.assert_array_equal(batch["image"], batches[step]["image"])
+    np.testing.assert_array_equal(batch["label"], batches[step]["label"])
+  stream.close()
+  with pytest.raises(StopIteration):
+    next(stream)

@@ -1,5 +1,6 @@
 """Tests of the loop: NaN, interruption, resumption."""
 
+import itertools
 import json
 
 import jax
@@ -24,8 +25,8 @@ def _state():
 
 
 class _Batches:
-  def __getitem__(self, step):
-    return {"label": np.full(4, step)}
+  def stream(self, start):
+    return ({"label": np.full(4, s, np.int32)} for s in itertools.count(start))
 
 
 def _step(nan_at=None, poison=None, spoil=None):

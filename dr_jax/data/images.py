@@ -1,0 +1,170 @@
+"""Encoded images to arrays: decoding, cropping, flipping, normalization.
+
+Nothing here draws random numbers. What training chooses at random is a
+function of 64-bit words that the caller passes, so that an example looks the
+same in whatever process it is decoded.
+
+Random resized crops are those of Szegedy et al., "Going Deeper with
+Convolutions", arXiv 1409.4842 (section 6), in the usual form of ten attempts;
+padding and cropping those of He et al., arXiv 1512.03385 (section 4.2).
+"""
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+AUGMENT = ("none", "pad_and_crop", "random_resized_crop")
+# How many words `Transform.train` takes.
+WORDS = 32
+
+_PAD = 4
+_ATTEMPTS = 10
+_AREA = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+# Tests resize the shorter side to 256 where 224 pixels are cropped.
+_MARGIN = 256 / 224
+_MODES = {1: "L", 3: "RGB"}
+
+
+class UnreadableImage(ValueError):
+  """An image that cannot be decoded."""
+
+
+def decode(encoded, channels):
+  """Decodes an image file.
+
+  Args:
+    encoded: the bytes of a file in a format that Pillow reads, or uint8
+      [H, W, C], which is decoded already.
+    channels: 1 for gray, 3 for RGB; other images are converted.
+
+  Returns:
+    A PIL image.
+
+  Raises:
+    UnreadableImage: if it is truncated, damaged, no image, or has more than 8
+      bits per channel.
+  """
+  if isinstance(encoded, np.ndarray):
+    return Image.fromarray(encoded[..., 0] if channels == 1 else encoded)
+  try:
+    image = Image.open(io.BytesIO(encoded))
+    image.load()
+    # Pillow would clip these at 255.
+    if image.mode[0] in "IF":
+      raise ValueError("has more than 8 bits per channel")
+    return image.convert(_MODES[channels])
+  # Pillow's decoders raise a dozen types: OSError, SyntaxError, struct.error.
+  except Exception as error:
+    raise UnreadableImage(str(error) or type(error).__name__) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """From a PIL image to what a network sees.
+
+  Attributes:
+    augment: of training images: "none"; "pad_and_crop" (4 zeros on each side,
+      a random crop, a random flip); "random_resized_crop" (8 to 100 % of the
+      area, ratio 3/4 to 4/3, a random flip; test images: the center of the
+      image with a margin of 1/7).
+    size: side of the square result; 0 leaves the image as large as it is.
+    mean: of each channel, of images in [0, 1]; () is 0.
+    std: of each channel; () is 1.
+  """
+
+  augment: str = "none"
+  size: int = 0
+  mean: tuple = ()
+  std: tuple = ()
+
+  def train(self, image, words):
+    """Returns float32 [H, W, C]; random choices are taken from `words`.
+
+    Args:
+      image: a PIL image.
+      words: uint64 [WORDS], uniform.
+    """
+    # The top 53 bits, as every double in [0, 1) that is a multiple of 2^-53.
+    chances = ((words >> np.uint64(11)) * 2.0**-53).tolist()
+    if self.augment == "none":
+      return self.test(image)
+    if self.augment == "pad_and_crop":
+      image = _crop_after_padding(self._fitted(image, 1), *chances[1:3])
+    else:
+      box = random_box(*image.size, chances[1:])
+      size = (self.size, self.size)
+      image = image.crop(box).resize(size, Image.Resampling.BILINEAR)
+    if chances[0] < 0.5:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return self._normalized(image)
+
+  def test(self, image):
+    """Returns float32 [H, W, C] of a PIL image, nothing being random."""
+    crops = self.augment == "random_resized_crop"
+    return self._normalized(self._fitted(image, _MARGIN if crops else 1))
+
+  def _fitted(self, image, margin):
+    """The center of an image whose shorter side is `margin` times the size."""
+    if not self.size:
+      return image
+    shorter, wanted = min(image.size), round(self.size * margin)
+    if shorter != wanted:
+      # Not rounded: the longer side as torchvision computes it.
+      size = tuple(side * wanted // shorter for side in image.size)
+      image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((side - self.size) / 2) for side in image.size)
+    return image.crop((left, top, left + self.size, top + self.size))
+
+  def _normalized(self, image):
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    if pixels.ndim == 2:
+      pixels = pixels[..., None]
+    if self.mean:
+      pixels = pixels - np.asarray(self.mean, np.float32)
+    if self.std:
+      pixels = pixels / np.asarray(self.std, np.float32)
+    return pixels
+
+
+def random_box(width, height, chances):
+  """Returns the box of a random resized crop.
+
+  Args:
+    width: of the image, in pixels.
+    height: of the image, in pixels.
+    chances: at least 22 numbers in [0, 1): two for the place, and two for
+      each attempt at a size.
+
+  Returns:
+    (left, top, right, bottom). If no attempt fits into the image, the largest
+    centered box of a ratio that is allowed.
+  """
+  place = chances[:2]
+  for attempt in range(_ATTEMPTS):
+    first, second = chances[2 + 2 * attempt : 4 + 2 * attempt]
+    area = width * height * _between(*_AREA, first)
+    ratio = math.exp(_between(*map(math.log, _RATIO), second))
+    w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      left = int(place[0] * (width - w + 1))
+      top = int(place[1] * (height - h + 1))
+      return left, top, left + w, top + h
+  w = min(width, round(height * _RATIO[1]))
+  h = min(height, round(width / _RATIO[0]))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def _crop_after_padding(image, across, down):
+  """A crop of the image's own size, with zeros where it sticks out."""
+  left = int(across * (2 * _PAD + 1)) - _PAD
+  top = int(down * (2 * _PAD + 1)) - _PAD
+  return image.crop((left, top, left + image.width, top + image.height))
+
+
+def _between(low, high, chance):
+  return low + (high - low) * chance

@@ -1,0 +1,197 @@
+"""Tests of image folders, and of sources of encoded images on them."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from dr_jax import data
+from dr_jax.data import folder
+
+
+def test_images_are_sorted_by_class_and_name(make_folder):
+  path = make_folder()
+  (path / "train" / "dog" / "00.PNG").write_bytes(b"")
+  (path / "train" / "dog" / "notes.txt").write_text("no image")
+  (path / "train" / "dog" / ".hidden.png").write_text("no image")
+  (path / "train" / ".cache").mkdir()
+  (path / "train" / "readme.png").write_text("no class")
+  found = folder.scan(path, "train")
+  assert found.classes == ("cat", "dog")
+  names = [found.name(i).removeprefix(f"{path}/train/") for i in range(25)]
+  assert names[:3] == ["cat/00.png", "cat/01.JPG", "cat/02.png"]
+  assert names[12:15] == ["dog/00.PNG", "dog/00.png", "dog/01.JPG"]
+  assert names == sorted(names) and len(found) == 25
+  assert found.labels.tolist() == [0] * 12 + [1] * 13
+  assert found.read(14)[1] == 1
+
+
+def test_a_folder_is_loaded_as_its_files_are(make_folder, picture):
+  loaded = data.load("folder", path=str(make_folder()))
+  assert loaded.num_classes == 2 and loaded.image_shape == (20, 24, 3)
+  assert (len(loaded.train), len(loaded.test)) == (24, 10)
+  example = loaded.train[12]
+  assert example["image"].dtype == np.float32 and example["label"] == 1
+  want = picture(1000 + 500) / np.float32(255)
+  np.testing.assert_array_equal(example["image"], want)
+  np.testing.assert_array_equal(
+    loaded.test[0]["image"], picture(400) / np.float32(255)
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda path: shutil.rmtree(path / "test"), "has no directory 'test'"),
+    (lambda path: shutil.rmtree(path / "test" / "cat"), "lacks the classes cat"),
+    (
+      lambda path: (path / "test" / "cat").rename(path / "test" / "owl"),
+      r"test: lacks the classes cat of .*train; allowed are the same",
+    ),
+    (
+      lambda path: [f.unlink() for f in (path / "test" / "dog").iterdir()],
+      r"test/dog: has no images; allowed are \.png, \.jpg, \.jpeg$",
+    ),
+    (
+      lambda path: [shutil.rmtree(d) for d in (path / "test").iterdir()],
+      "test: has no directories; allowed is one per class",
+    ),
+  ],
+)
+def test_a_folder_that_lacks_something_is_one_line(
+  make_folder, change, message
+):
+  path = make_folder()
+  change(path)
+  with pytest.raises(ValueError, match=message) as error:
+    data.load("folder", path=str(path))
+  assert "\n" not in str(error.value)
+
+
+def test_a_class_that_only_the_test_split_has_is_an_error(make_folder):
+  path = make_folder()
+  shutil.copytree(path / "test" / "cat", path / "test" / "owl")
+  with pytest.raises(ValueError, match="train: lacks the classes owl of .*test"):
+    data.load("folder", path=str(path))
+
+
+def test_no_path_is_an_error_that_shows_the_layout():
+  with pytest.raises(ValueError, match=r"^data\.path='': .*train/CLASS/NAME"):
+    data.load("folder")
+
+
+def test_images_of_different_sizes_need_a_size(make_folder, picture, encoded):
+  path = make_folder()
+  odd = path / "train" / "cat" / "03.JPG"
+  odd.write_bytes(encoded(picture(0, (8, 9, 3)), "jpeg"))
+  loaded = data.load("folder", path=str(path))
+  with pytest.raises(ValueError, match=r"03\.JPG: has shape \(8, 9, 3\)"):
+    loaded.train[3]
+  loaded = data.load("folder", path=str(path), image_size=8)
+  assert loaded.image_shape == (8, 8, 3)
+  assert next(data.epoch(loaded.train, batch_size=24))["image"].shape[1] == 8
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_normalization_has_a_number_for_each_channel(make_folder, field):
+  with pytest.raises(ValueError, match=rf"^data\.{field}=\(0\.5,\): .* 3 num"):
+    data.load("folder", path=str(make_folder()), **{field: (0.5,)})
+
+
+def _torn(make_folder, *names):
+  path = make_folder()
+  for name in names:
+    file = path / "train" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+  return str(path)
+
+
+def test_an_unreadable_image_stops_with_its_name(make_folder):
+  path = _torn(make_folder, "cat/03.JPG")
+  loaded = data.load("folder", path=path)
+  message = r"cat/03\.JPG: cannot be read \(.*\); allowed are whole images"
+  with pytest.raises(data.UnreadableImage, match=message):
+    list(data.epoch(loaded.train, batch_size=8))
+
+
+def test_the_next_example_takes_the_place_of_unreadable_ones(make_folder):
+  path = _torn(make_folder, "cat/11.JPG", "dog/00.png")
+  loaded = data.load("folder", path=path, damaged="skip")
+  whole = data.load("folder", path=str(make_folder("whole")))
+  for index in (11, 12):
+    got, want = loaded.train[index], whole.train[13]
+    np.testing.assert_array_equal(got["image"], want["image"])
+    assert got["label"] == want["label"] == 1
+  batch = whole.train.gather(np.arange(24))
+  with pytest.warns(UserWarning) as warned:
+    (got,) = data.epoch(loaded.train, batch_size=24)
+  assert [str(w.message) for w in warned] == [
+    f"{path}/train/{name}: cannot be read; the next example takes its place"
+    for name in ("cat/11.JPG", "dog/00.png")
+  ]
+  # They do not count in an evaluation, where they would count twice.
+  assert got["mask"].tolist() == [1] * 11 + [0] * 2 + [1] * 11
+  np.testing.assert_array_equal(got["image"][13:], batch["image"][13:])
+
+
+def test_the_last_example_is_replaced_by_the_first(make_folder):
+  loaded = data.load(
+    "folder", path=_torn(make_folder, "dog/11.JPG"), damaged="skip"
+  )
+  np.testing.assert_array_equal(
+    loaded.train[23]["image"], loaded.train[0]["image"]
+  )
+  assert loaded.train[23]["label"] == 0
+
+
+def test_a_file_that_is_gone_is_an_unreadable_image(make_folder):
+  path = make_folder()
+  loaded = data.load("folder", path=str(path))
+  (path / "train" / "cat" / "05.JPG").unlink()
+  with pytest.raises(data.UnreadableImage, match=r"05\.JPG: .*No such file"):
+    loaded.train[5]
+
+
+def test_unreadable_images_are_named_once_and_counted(make_folder):
+  loaded = data.load(
+    "folder", path=_torn(make_folder, "cat/03.JPG"), damaged="skip"
+  )
+  batches = data.batches(loaded.train, batch_size=24, seed=0)
+  with pytest.warns(UserWarning, match="03.JPG") as warned:
+    for step in range(3):
+      assert set(batches[step]) == {"image", "label"}
+  assert len(warned) == 1
+  ((name, count),) = loaded.train.unreadable.items()
+  assert name.endswith("cat/03.JPG") and count == 3
+  assert not loaded.test.unreadable
+
+
+def test_nothing_readable_at_all_is_an_error(make_folder):
+  path = make_folder()
+  for file in (path / "train").rglob("*.*"):
+    file.write_bytes(b"")
+  with pytest.raises(data.UnreadableImage, match="nor can any other"):
+    data.load("folder", path=str(path), damaged="skip")
+
+
+def test_held_out_examples_take_no_training_examples_place(make_folder):
+  names = [f"cat/{n:02}.{'png' if n % 2 == 0 else 'JPG'}" for n in range(12)]
+  path = _torn(make_folder, *names)
+  loaded = data.load("folder", path=path, damaged="skip", image_size=16)
+  kept, held = data.hold_out(loaded.train, 0.25)
+  assert (len(kept), len(held)) == (18, 6)
+
+  def seen(source):
+    with pytest.warns(UserWarning, match="cannot be read"):
+      (batch,) = data.epoch(source, batch_size=len(source))
+    return {image.tobytes() for image in batch["image"]}
+
+  assert not seen(kept) & seen(held)
+
+
+def test_a_label_out_of_range_is_an_error(make_folder):
+  source = data.load("folder", path=str(make_folder())).train
+  source.examples.labels[4] = -1
+  with pytest.raises(ValueError, match="has label -1; allowed are 0 to 1"):
+    source[4]
