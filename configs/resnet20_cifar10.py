@@ -53,6 +53,7 @@ def get_config(arg=None):
   config.data.mean = (0.4914, 0.4822, 0.4465)
   config.data.std = (0.2470, 0.2435, 0.2616)
   if config.data.name == "generated":
+    config.data.image_size = 32
     return config
   config.data.dataset = "cifar10"
   config.data.test_split = "test"

@@ -43,7 +43,10 @@ def test_a_folder_is_loaded_as_its_files_are(make_folder, picture):
   ("change", "message"),
   [
     (lambda path: shutil.rmtree(path / "test"), "has no directory 'test'"),
-    (lambda path: shutil.rmtree(path / "test" / "cat"), "lacks the classes cat"),
+    (
+      lambda path: shutil.rmtree(path / "test" / "cat"),
+      "lacks the classes cat",
+    ),
     (
       lambda path: (path / "test" / "cat").rename(path / "test" / "owl"),
       r"test: lacks the classes cat of .*train; allowed are the same",
@@ -71,7 +74,9 @@ def test_a_folder_that_lacks_something_is_one_line(
 def test_a_class_that_only_the_test_split_has_is_an_error(make_folder):
   path = make_folder()
   shutil.copytree(path / "test" / "cat", path / "test" / "owl")
-  with pytest.raises(ValueError, match="train: lacks the classes owl of .*test"):
+  with pytest.raises(
+    ValueError, match="train: lacks the classes owl of .*test"
+  ):
     data.load("folder", path=str(path))
 
 

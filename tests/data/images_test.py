@@ -42,7 +42,9 @@ def test_colors_are_converted_to_the_channels_wanted(picture, encoded):
   image = np.asarray(images.decode(encoded(alpha), 3))
   np.testing.assert_array_equal(image, picture(1))
   assert images.decode(encoded(picture(1)), 1).mode == "L"
-  np.testing.assert_array_equal(np.asarray(images.decode(gray, 1)), gray[..., 0])
+  np.testing.assert_array_equal(
+    np.asarray(images.decode(gray, 1)), gray[..., 0]
+  )
 
 
 def test_what_is_no_whole_image_cannot_be_read(picture, encoded):
@@ -160,5 +162,11 @@ def test_test_images_are_the_center_of_a_resized_image(picture):
 def test_without_a_margin_the_shorter_side_is_the_size(picture):
   image = Image.fromarray(picture(0, (20, 26, 3)))
   got = images.Transform("none", 20).test(image)
-  np.testing.assert_array_equal(got, picture(0, (20, 26, 3))[:, 3:23] / np.float32(255))
-  assert images.Transform("pad_and_crop", 8).train(image, words(0)).shape == (8, 8, 3)
+  np.testing.assert_array_equal(
+    got, picture(0, (20, 26, 3))[:, 3:23] / np.float32(255)
+  )
+  assert images.Transform("pad_and_crop", 8).train(image, words(0)).shape == (
+    8,
+    8,
+    3,
+  )

@@ -57,7 +57,9 @@ def test_an_example_equals_its_row_of_a_gathered_batch(digits):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-  with pytest.raises(ValueError, match=r"^data\.name is 'digit', .* digits, folder, tfds"):
+  with pytest.raises(
+    ValueError, match=r"^data\.name is 'digit', .* digits, folder, tfds"
+  ):
     data.load("digit")
 
 

@@ -79,7 +79,9 @@ def test_what_is_not_there_is_one_line(prepared, options, message):
   assert not (pathlib.Path(prepared) / "cifar10").exists()
 
 
-def test_the_default_directory_is_not_part_of_the_command(monkeypatch, tmp_path):
+def test_the_default_directory_is_not_part_of_the_command(
+  monkeypatch, tmp_path
+):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   with pytest.raises(ValueError, match=r"tfds build mnist --file_format=array"):
     data.load("tfds", dataset="mnist")
@@ -117,7 +119,9 @@ def test_an_unreadable_record_is_named_by_split_and_number(prepared):
   assert len(names) == 2
   assert all(name.startswith("torn/1.0.0 train ") for name in names)
   loaded = data.load("tfds", dataset="torn", path=prepared)
-  with pytest.raises(data.UnreadableImage, match=r"^torn/1\.0\.0 train \d+: ca"):
+  with pytest.raises(
+    data.UnreadableImage, match=r"^torn/1\.0\.0 train \d+: ca"
+  ):
     list(data.epoch(loaded.train, batch_size=8))
 
 
