@@ -109,7 +109,8 @@ def test_a_smoke_run_has_the_same_network_and_stages_on_generated_images(name):
   assert smoke.stages == whole.stages
   assert smoke.model == whole.model and smoke.quant == whole.quant
   assert smoke.data.name == "generated"
-  assert smoke.train.epochs == smoke.supernet.epochs == 1
+  assert smoke.train.epochs == 1
+  assert name not in MIXED or smoke.supernet.epochs == 1
 
 
 @pytest.mark.parametrize(
