@@ -36,6 +36,7 @@ STAGES = (
   "export",
   "report",
 )
+DTYPES = ("float32", "bfloat16")
 # What a stage needs to come before it.
 _NEEDS = {
   "export": ("multi_precision",),
@@ -78,10 +79,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A network of `models.build`; classes and channels come from the data."""
+  """A network of `models.build`; classes and channels come from the data.
+
+  `weights` is the path of a safetensors file with torchvision's names, from
+  which the float network starts; it may then be trained no further, with no
+  stage pretrain, or with `pretrain.epochs` 0 to have it scored. `dtype` is the
+  type in which the network computes; its parameters are float32.
+  """
 
   name: str = "resnet20"
   options: dict = dataclasses.field(default_factory=dict)
+  weights: str = ""
+  dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +230,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   config = _with_recipe(_build(Config, values, ""), values)
   quantizers(config.quant)
   _one_of("quant.norm", config.quant.norm, nn.NORMS)
-  _check_stages(config.stages)
+  _one_of("model.dtype", config.model.dtype, DTYPES)
+  _check_stages(config.stages, bool(config.model.weights))
   for name in ("checkpoint_every", "log_every"):
     _at_least(name, getattr(config, name), 1)
   _at_least("seed", config.seed, 0)
@@ -231,6 +241,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   _one_of("devices.parameters", config.devices.parameters, sharding.PARAMETERS)
   _one_of("devices.norm", config.devices.norm, sharding.NORMS)
   for name in ("pretrain", "train", "supernet"):
+    trained = name != "pretrain" or not config.model.weights
+    _at_least(f"{name}.epochs", getattr(config, name).epochs, int(trained))
     _check_recipe(name, getattr(config, name))
   _check_pretrain(config.pretrain)
   _check_curriculum(config)
@@ -315,7 +327,6 @@ def _check_data(config):
 
 
 def _check_recipe(name, recipe):
-  _at_least(f"{name}.epochs", recipe.epochs, 1)
   for field in ("learning_rate", "weight_decay", "momentum"):
     _at_least(f"{name}.{field}", getattr(recipe, field), 0)
   _one_of(f"{name}.optimizer", recipe.optimizer, OPTIMIZERS)
@@ -342,10 +353,12 @@ def _check_recipe(name, recipe):
       )
 
 
-def _check_stages(stages):
+def _check_stages(stages, has_weights):
   for number, stage in enumerate(stages):
     _one_of("stages", stage, STAGES)
     for needed in _NEEDS.get(stage, ()):
+      if needed == "pretrain" and has_weights:
+        continue
       if needed not in stages[:number]:
         raise ConfigError(f"stages: {stage} is allowed after {needed} only")
 

@@ -120,7 +120,7 @@ class Run:
     self.batches(config.seed)
     self.bits = config.quant.bits
     quantizers(config.quant)
-    model = self._model()
+    model = self._untrained()
     if "search" in config.stages:
       mixed_precision.check(self, self._quantize(model, config.quant))
 
@@ -320,11 +320,13 @@ class Run:
     if self.start is not None:
       return self.start
     if "pretrain" not in self.config.stages:
-      return self._model()
+      return self._untrained()
     if "pretrain" not in self.trained:
-      model = self._model()
+      model = self._untrained()
       started = time.monotonic()
-      steps = self.train("pretrain", model, (None,), self.config.pretrain)
+      steps, recipe = 0, self.config.pretrain
+      if recipe.epochs:
+        steps = self.train("pretrain", model, (None,), recipe)
       self.score("pretrain", model, (None,), steps, started)
       self.trained["pretrain"] = model
     return self.trained["pretrain"]
@@ -577,6 +579,16 @@ class Run:
       workers=self.config.data.workers,
     )
 
+  def _untrained(self):
+    """The float network before any training: random, or with given weights."""
+    model, path = self._model(), self.config.model.weights
+    if path and self.start is None:
+      try:
+        models.load_torchvision(model, path)
+      except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+    return model
+
   def _model(self):
     rngs = nnx.Rngs(self.config.seed)
     options = self._model_options()
@@ -585,6 +597,7 @@ class Run:
   def _model_options(self):
     return {
       **self.config.model.options,
+      "dtype": self.config.model.dtype,
       "num_classes": self.data.num_classes,
       "channels": self.data.image_shape[-1],
     }

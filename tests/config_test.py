@@ -65,6 +65,16 @@ def test_matquant_weighs_the_lowest_bit_width_ten_times_as_much():
   assert config.train.loss_weights == (0.1, 0.1, 1.0)
 
 
+def test_given_weights_stand_for_float_training():
+  stages = ("multi_precision", "hessian")
+  weights = {"weights": "resnet18.safetensors"}
+  assert from_dict({"stages": stages, "model": weights}).stages == stages
+  with pytest.raises(ConfigError, match="hessian is allowed after pretrain"):
+    from_dict({"stages": stages})
+  scored = {"model": weights, "pretrain": {"epochs": 0}}
+  assert from_dict(scored).pretrain.epochs == 0
+
+
 @pytest.mark.parametrize(
   ("values", "message"),
   [
@@ -139,6 +149,19 @@ def test_matquant_weighs_the_lowest_bit_width_ten_times_as_much():
     ({"quant": {"bits": (2, 8)}}, r"quant.bits=\(2, 8\): .*integers from 8"),
     ({"quant": {"bits": (9,)}}, r"quant.bits=\(9,\): .*integers from 8"),
     ({"quant": {"norm": "none"}}, "quant.norm='none': allowed are switchable"),
+    (
+      {"model": {"dtype": "float16"}},
+      "model.dtype='float16': allowed are floa",
+    ),
+    ({"pretrain": {"epochs": 0}}, "pretrain.epochs=0: allowed is 1 or more"),
+    (
+      {"model": {"weights": "w"}, "train": {"epochs": 0}},
+      "train.epochs=0: allowed is 1 or more",
+    ),
+    (
+      {"model": {"weights": "w"}, "pretrain": {"epochs": -1}},
+      "pretrain.epochs=-1: allowed is 0 or more",
+    ),
     ({"stages": ("train",)}, "stages='train': allowed are pretrain"),
     ({"stages": ("export",)}, "stages: export is allowed after multi_prec"),
   ],

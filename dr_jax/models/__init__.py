@@ -4,15 +4,29 @@ from typing import Any
 
 from flax import nnx
 
+from dr_jax.models.imagenet_resnet import (
+  ImageNetResNet,
+  resnet18,
+  resnet34,
+  resnet50,
+)
+from dr_jax.models.mobilenet import MobileNetV2
 from dr_jax.models.resnet import ResNet, resnet20, resnet32, resnet44, resnet56
+from dr_jax.models.torchvision import load_torchvision
 
 __all__ = [
   "NAMES",
+  "ImageNetResNet",
+  "MobileNetV2",
   "ResNet",
   "build",
+  "load_torchvision",
+  "resnet18",
   "resnet20",
   "resnet32",
+  "resnet34",
   "resnet44",
+  "resnet50",
   "resnet56",
 ]
 
@@ -22,6 +36,10 @@ _FACTORIES = {
   "resnet32": resnet32,
   "resnet44": resnet44,
   "resnet56": resnet56,
+  "resnet18": resnet18,
+  "resnet34": resnet34,
+  "resnet50": resnet50,
+  "mobilenetv2": MobileNetV2,
 }
 
 NAMES = tuple(_FACTORIES)
@@ -33,7 +51,8 @@ def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
   Args:
     name: one of `NAMES`.
     rngs: source of initial weights.
-    **options: arguments of that network.
+    **options: arguments of that network; all take num_classes, channels, and
+      dtype, the type in which they compute.
 
   Raises:
     ValueError: for an unknown name or an option that the network does not have.

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 # 1 - torch's momentum of 0.1.
 _MOMENTUM = 0.9
@@ -21,13 +23,21 @@ _MOMENTUM = 0.9
 class Block(nnx.Module):
   """Pre-activation basic block: [n, h, w, c_in] -> [n, h/s, w/s, c_out]."""
 
-  def __init__(self, c_in: int, c_out: int, stride: int, *, rngs: nnx.Rngs):
-    self.norm1 = _norm(c_in, rngs)
-    self.conv1 = _conv(c_in, c_out, 3, stride, rngs)
-    self.norm2 = _norm(c_out, rngs)
-    self.conv2 = _conv(c_out, c_out, 3, 1, rngs)
+  def __init__(
+    self,
+    c_in: int,
+    c_out: int,
+    stride: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.norm1 = _norm(c_in, dtype, rngs)
+    self.conv1 = _conv(c_in, c_out, 3, stride, dtype, rngs)
+    self.norm2 = _norm(c_out, dtype, rngs)
+    self.conv2 = _conv(c_out, c_out, 3, 1, dtype, rngs)
     same = c_in == c_out and stride == 1
-    self.shortcut = None if same else _conv(c_in, c_out, 1, stride, rngs)
+    self.shortcut = None if same else _conv(c_in, c_out, 1, stride, dtype, rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = nnx.relu(self.norm1(x))
@@ -39,13 +49,14 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-  """Pre-activation ResNet: images [n, h, w, channels] -> logits.
+  """Pre-activation ResNet: images [n, h, w, channels] -> float32 logits.
 
   Args:
     depth: 6 n + 2 for n blocks in each stage: 8, 14, 20, 32, 44, 56, ...
     num_classes: size of the logits.
     widths: channels of the three stages.
     channels: channels of the images.
+    dtype: of the computation; parameters and statistics are float32.
     rngs: source of initial weights.
 
   Raises:
@@ -59,6 +70,7 @@ class ResNet(nnx.Module):
     num_classes: int,
     widths: Sequence[int] = (16, 32, 64),
     channels: int = 3,
+    dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
     blocks, rest = divmod(depth - 2, 6)
@@ -68,26 +80,26 @@ class ResNet(nnx.Module):
       raise ValueError(
         f"widths={tuple(widths)}: allowed are three, as 16, 32, 64"
       )
-    self.stem = _conv(channels, widths[0], 3, 1, rngs)
+    self.stem = _conv(channels, widths[0], 3, 1, dtype, rngs)
     c_in = widths[0]
     stages = []
     for number, width in enumerate(widths):
       stage = []
       for block in range(blocks):
         stride = 2 if number and not block else 1
-        stage.append(Block(c_in, width, stride, rngs=rngs))
+        stage.append(Block(c_in, width, stride, dtype=dtype, rngs=rngs))
         c_in = width
       stages.append(stage)
     self.stage1, self.stage2, self.stage3 = map(_Stage, stages)
-    self.norm = _norm(c_in, rngs)
-    self.head = nnx.Linear(c_in, num_classes, rngs=rngs)
+    self.norm = _norm(c_in, dtype, rngs)
+    self.head = nnx.Linear(c_in, num_classes, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = self.stem(x)
     for stage in (self.stage1, self.stage2, self.stage3):
       x = stage(x)
     x = nnx.relu(self.norm(x))
-    return self.head(x.mean((1, 2)))
+    return self.head(x.mean((1, 2))).astype(jnp.float32)
 
 
 class _Stage(nnx.Module):
@@ -124,7 +136,7 @@ def resnet56(**kwargs) -> ResNet:
   return ResNet(56, **kwargs)
 
 
-def _conv(c_in, c_out, size, stride, rngs):
+def _conv(c_in, c_out, size, stride, dtype, rngs):
   return nnx.Conv(
     c_in,
     c_out,
@@ -133,9 +145,10 @@ def _conv(c_in, c_out, size, stride, rngs):
     padding=size // 2,
     use_bias=False,
     kernel_init=nnx.initializers.he_normal(),
+    dtype=dtype,
     rngs=rngs,
   )
 
 
-def _norm(features, rngs):
-  return nnx.BatchNorm(features, momentum=_MOMENTUM, rngs=rngs)
+def _norm(features, dtype, rngs):
+  return nnx.BatchNorm(features, momentum=_MOMENTUM, dtype=dtype, rngs=rngs)
