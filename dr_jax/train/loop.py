@@ -55,8 +55,8 @@ class Loop:
     labels: bit-width of each loss, or a word (see `train.sampling`); None for
       the float network.
     step: see `train.make_step`.
-    batches: `stream(step)` -> iterator over batches of numpy arrays from that
-      step on, which the loop closes; see `data.batches`.
+    batches: `[step]` -> batch of numpy arrays; where it has `stream(step)`, an
+      iterator from that step on, the loop takes and closes that.
     checkpoints: where states go, or None.
     metrics: where numbers go, or None.
     checkpoint_every: steps between checkpoints; the last step always has one.
@@ -94,7 +94,7 @@ class Loop:
     watch = _Losses(self)
     console = None if self.shows else rich.console.Console(quiet=True)
     with (
-      contextlib.closing(self.batches.stream(start)) as stream,
+      contextlib.closing(_stream(self.batches, start)) as stream,
       Progress(
         self.stage, self.steps, start=start, console=console
       ) as progress,
@@ -137,6 +137,12 @@ class Loop:
     if step is None:
       return "there is no earlier checkpoint"
     return f"the checkpoint of step {step} is kept"
+
+
+def _stream(batches, start):
+  if hasattr(batches, "stream"):
+    return batches.stream(start)
+  return (batches[step] for step in itertools.count(start))
 
 
 def _ahead(batches, put):

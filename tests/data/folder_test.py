@@ -140,6 +140,19 @@ def test_the_next_example_takes_the_place_of_unreadable_ones(make_folder):
   np.testing.assert_array_equal(got["image"][13:], batch["image"][13:])
 
 
+def test_an_unreadable_image_that_fills_a_batch_counts_once(make_folder):
+  loaded = data.load(
+    "folder",
+    path=_torn(make_folder, "cat/00.png"),
+    damaged="skip",
+    image_size=8,
+  )
+  with pytest.warns(UserWarning, match="00.png"):
+    (batch,) = data.epoch(loaded.train, batch_size=32)
+  assert batch["mask"].sum() == 23
+  assert list(loaded.train.unreadable.values()) == [1]
+
+
 def test_the_last_example_is_replaced_by_the_first(make_folder):
   loaded = data.load(
     "folder", path=_torn(make_folder, "dog/11.JPG"), damaged="skip"

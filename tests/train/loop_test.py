@@ -25,8 +25,8 @@ def _state():
 
 
 class _Batches:
-  def stream(self, start):
-    return ({"label": np.full(4, s, np.int32)} for s in itertools.count(start))
+  def __getitem__(self, step):
+    return {"label": np.full(4, step, np.int32)}
 
 
 def _step(nan_at=None, poison=None, spoil=None):
@@ -118,7 +118,7 @@ class _Watched:
 
   def stream(self, start):
     try:
-      yield from _Batches().stream(start)
+      yield from (_Batches()[step] for step in itertools.count(start))
     finally:
       self.events.append("closed")
 
