@@ -184,6 +184,8 @@ def in_process(monkeypatch):
     monkeypatch.setattr(main, "_CONFIG", config)
     code = types.SimpleNamespace(value=preempted)
     monkeypatch.setattr(main, "_PREEMPTED", code)
+    alone = types.SimpleNamespace(value=False)
+    monkeypatch.setattr(main, "_DISTRIBUTED", alone)
     monkeypatch.setattr(main, "_run", raises)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
