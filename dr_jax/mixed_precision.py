@@ -95,10 +95,12 @@ def traces(run) -> dict[str, hessian.TraceEstimate]:
     {"params": network.params, "batch_stats": network.batch_stats},
     jax.random.key(run.config.seed),
     [
-      {
-        name: array[start : start + config.batch_size]
-        for name, array in images.items()
-      }
+      run.spread(
+        {
+          name: array[start : start + config.batch_size]
+          for name, array in images.items()
+        }
+      )
       for start in range(0, count, config.batch_size)
     ],
     select=[f"{prefix}{name}{suffix}" for name in layers],

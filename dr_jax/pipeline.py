@@ -570,6 +570,11 @@ class Run:
       workers=self.config.data.workers,
     )
 
+  def spread(self, batch):
+    """A batch over this process's devices, if they can share it."""
+    fits = len(batch["label"]) % self.local.data == 0
+    return self.local.put(batch) if fits else batch
+
   def batches(self, seed):
     """Whole training batches, the same in every process."""
     return data.batches(

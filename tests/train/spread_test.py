@@ -120,6 +120,28 @@ def test_a_batch_over_four_devices_trains_as_on_one(
     assert leaf.sharding.device_set == set(layout.mesh.devices.flat)
 
 
+@pytest.mark.parametrize(("schedule", "vectorize"), MODES)
+@pytest.mark.parametrize("parameters", sharding.PARAMETERS)
+def test_a_step_takes_the_buffers_of_the_state_it_is_given(
+  schedule, vectorize, parameters
+):
+  layout = sharding.layout(data=2, parameters=parameters)._replace(smallest=16)
+  optimizer = train.make_optimizer("sgd", kinds=network().kinds)
+  step = train.make_step(
+    network(),
+    BITS,
+    optimizer,
+    optax.constant_schedule(0.05),
+    schedule=schedule,
+    vectorize=vectorize,
+    layout=layout,
+  )
+  before = train.place(layout, _state())
+  step(before, layout.put(net.batch(0, size=16)))
+  for leaf in jax.tree.leaves((before.params, before.opt_state)):
+    assert leaf.is_deleted()
+
+
 @pytest.mark.parametrize(
   "shape", [{"bits": 4}, {"data": 2, "bits": 2}], ids=["bits", "data_x_bits"]
 )
