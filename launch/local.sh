@@ -11,12 +11,9 @@
 # Ctrl-C and SIGTERM reach all. If one fails, the others are ended. The exit
 # code is that of the first to fail, 0 if none does. Needs bash 4.
 set -euo pipefail
-# Every process a group of its own: what the terminal sends with Ctrl-C would
-# otherwise come twice, and the second one stops without saving.
-set -m
 
 PROCESSES=${PROCESSES:-2}
-PATIENCE=60 # Seconds that the others have to end by themselves.
+PATIENCE=${PATIENCE:-60} # Seconds that the others have to end by themselves.
 
 fail() {
   echo "error: $1" >&2
@@ -33,7 +30,9 @@ done
 [[ $workdir ]] || fail "--workdir=: missing; allowed is a directory"
 
 gpus=()
-if [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
+if [[ ${JAX_PLATFORMS-} == cpu || ${CUDA_VISIBLE_DEVICES-} == -1 ]]; then
+  :
+elif [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
   IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 elif command -v nvidia-smi >/dev/null; then
   # Without a driver it prints an error, and there is no GPU to divide.
@@ -46,7 +45,8 @@ share=$((${#gpus[@]} / PROCESSES))
 their divisors"
 
 logs=${workdir%/}.logs
-mkdir -p "$logs"
+mkdir -p "$logs" 2>/dev/null || fail "--workdir=$workdir: $logs cannot be \
+written; allowed is a directory beside which it can"
 port=$(python -c 'import socket
 s = socket.socket()
 s.bind(("127.0.0.1", 0))
@@ -56,12 +56,15 @@ export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$PROCESSES
 running=()
 signaled=
 hand_on() {
-  signaled=yes
+  signaled=$1
   ((${#running[@]} == 0)) || kill -s "$1" "${running[@]}" 2>/dev/null || true
 }
 trap 'hand_on INT' INT
 trap 'hand_on TERM' TERM
 
+# Every process a group of its own: what the terminal sends with Ctrl-C would
+# otherwise come twice, and the second one stops without saving.
+set -m
 for ((i = 0; i < PROCESSES; i++)); do
   (
     trap - INT TERM
@@ -69,15 +72,19 @@ for ((i = 0; i < PROCESSES; i++)); do
     if ((share)); then
       mine=("${gpus[@]:i*share:share}")
       CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${mine[*]}")
-      export CUDA_VISIBLE_DEVICES
+      # All that are visible: inside a Slurm job, JAX would take one of them.
+      JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((share - 1)))
+      export CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS
     fi
     ((i == 0)) || exec >"$logs/$i.txt" 2>&1
     exec python -m dr_jax.main "$@"
   ) &
   running[i]=$!
 done
+set +m
+[[ ! $signaled ]] || hand_on "$signaled" # It came while they were started.
 
-worst=0
+first=0
 deadline=
 while ((${#running[@]})); do
   sleep 0.2 || true # Ctrl-C ends it as well.
@@ -86,8 +93,8 @@ while ((${#running[@]})); do
     code=0
     wait "${running[i]}" || code=$?
     unset "running[i]"
-    ((code && !worst)) || continue
-    worst=$code
+    ((code && !first)) || continue
+    first=$code
     [[ ! $signaled ]] || continue
     echo "process $i failed with exit code $code; see $logs" >&2
     hand_on TERM
@@ -97,4 +104,4 @@ while ((${#running[@]})); do
     hand_on KILL
   fi
 done
-exit "$worst"
+exit "$first"
