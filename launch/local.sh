@@ -100,8 +100,9 @@ while ((${#running[@]})); do
     hand_on TERM
     deadline=$((SECONDS + PATIENCE))
   done
-  if [[ $deadline ]] && ((SECONDS > deadline)); then
-    hand_on KILL
+  if [[ $deadline ]] && ((SECONDS > deadline && ${#running[@]})); then
+    # With their decoding processes.
+    kill -s KILL -- "${running[@]/#/-}" 2>/dev/null || true
   fi
 done
 exit "$first"
