@@ -1,9 +1,11 @@
 """Stand-ins for what launch/ starts and for what it finds around it."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,8 @@ LAUNCH = ROOT / "launch"
 STAND_IN = """
 import json, os, signal, sys, time
 number = os.environ.get("JAX_PROCESS_ID", "0")
-record = {"argv": sys.argv[1:], "environment": dict(os.environ), "signals": []}
+record = {"argv": sys.argv[1:], "environment": dict(os.environ)}
+record |= {"signals": [], "pid": os.getpid()}
 path = os.path.join(os.environ["RECORD"], number)
 def write():
   with open(path + ".part", "w") as file:
@@ -96,7 +99,10 @@ def stand_in(on_path, tmp_path, monkeypatch):
     assert len(list(folder.glob("?"))) == count
     return [json.loads((folder / str(i)).read_text()) for i in range(count)]
 
-  return started
+  yield started
+  for path in folder.glob("?"):  # What a failed test has left.
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
 
 
 def wait_until(condition, timeout=30):
@@ -110,7 +116,7 @@ def wait_until(condition, timeout=30):
 def run():
   """Runs a script of launch/ to its end."""
 
-  def start(script, *flags, timeout=100, **environment):
+  def start(script, *flags, timeout=60, **environment):
     return subprocess.run(
       [LAUNCH / script, *flags],
       cwd=ROOT,
@@ -145,8 +151,10 @@ def parsed():
 
 @pytest.fixture
 def usage():
+  """What a script's first lines say to type."""
+
   def of(script):
-    """The commands in a script's first lines, as lists of words."""
+    """The commands that start the script, as lists of words."""
     header = (LAUNCH / script).read_text().partition("\nset ")[0]
     text = header.replace("\\\n#", " ")
     return [
