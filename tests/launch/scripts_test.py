@@ -88,6 +88,8 @@ def test_xpk_starts_the_command(
   said = (tmp_path / "xpk").read_text().split("\0")[:-1]
   assert said[:2] == ["workload", "create"]
   options = dict(x.removeprefix("--").split("=", 1) for x in said[2:])
+  # xpk hands SIGTERM to the shell that this replaces.
+  assert options["command"].startswith("exec ")
   # What processes end with that have lost another one; 143 is among xpk's own.
   assert options["restart-on-exit-codes"] == "1"
   assert ("tpu-type" in options) == (device == "tpu")
