@@ -11,8 +11,12 @@ test images leave about half a point of noise in a single accuracy, hence three
 seeds, and cross-entropy beside it.
 """
 
+import dataclasses
+
 import ml_collections
 from ml_collections import config_dict
+
+from dr_jax.config import DataConfig, DevicesConfig
 
 BITS = (8, 6, 4, 2)
 # Methods that serve all bit-widths from one network.
@@ -56,9 +60,14 @@ def get_config(arg=None):
   config.checkpoint_every = 1000
   config.log_every = 20
 
-  config.data = ml_collections.ConfigDict()
+  # Every field of the group, as the library has it.
+  config.data = ml_collections.ConfigDict(dataclasses.asdict(DataConfig()))
   config.data.name = "digits"
   config.data.batch_size = 128
+
+  config.devices = ml_collections.ConfigDict(
+    dataclasses.asdict(DevicesConfig())
+  )
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "resnet"

@@ -13,8 +13,12 @@ Add the stage "separate" to train LSQ at each bit-width for comparison;
 rate and fewer epochs.
 """
 
+import dataclasses
+
 import ml_collections
 from ml_collections import config_dict
+
+from dr_jax.config import DataConfig, DevicesConfig
 
 
 def get_config(arg=None):
@@ -30,12 +34,19 @@ def get_config(arg=None):
   config.checkpoint_every = 50
   config.log_every = 10
 
-  config.data = ml_collections.ConfigDict()
+  # Every field of the group, as the library has it.
+  config.data = ml_collections.ConfigDict(dataclasses.asdict(DataConfig()))
   config.data.name = "digits"
   config.data.batch_size = 128
 
+  config.devices = ml_collections.ConfigDict(
+    dataclasses.asdict(DevicesConfig())
+  )
+
   config.model = ml_collections.ConfigDict()
   config.model.name = "resnet"
+  config.model.weights = ""
+  config.model.dtype = "float32"
   config.model.options = ml_collections.ConfigDict()
   config.model.options.depth = 8
   config.model.options.widths = (16, 64, 160)

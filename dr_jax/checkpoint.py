@@ -30,7 +30,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from dr_jax.processes import on_first
+from dr_jax.processes import all_agree, on_first
 
 
 class CheckpointError(Exception):
@@ -127,10 +127,11 @@ class Checkpoints:
           f"{name} is of type {type(leaf).__name__}, but must be a jax.Array"
         )
     arrays = {name: _key_data(leaf) for name, leaf in leaves.items()}
+    sums = _sums(arrays)
     saved = {
       name: {
         **_spec(leaf),
-        "crc32": _crc32(arrays[name]),
+        "sum32": sums[name],
         "key_impl": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
       }
       for name, leaf in leaves.items()
@@ -220,20 +221,27 @@ class Checkpoints:
       raise CheckpointError(f"{path} holds another state: {difference}")
     shardings = {name: _sharding(leaf) for name, leaf in wanted.items()}
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays = self._read(
-      step,
-      "state",
-      {
-        name: jax.ShapeDtypeStruct(
-          data.shape, data.dtype, sharding=shardings[name] or default
-        )
-        for name, data in jax.eval_shape(_all_key_data, wanted).items()
-      },
-    )
+    arrays, error = None, None
+    try:
+      arrays = self._read(
+        step,
+        "state",
+        {
+          name: jax.ShapeDtypeStruct(
+            data.shape, data.dtype, sharding=shardings[name] or default
+          )
+          for name, data in jax.eval_shape(_all_key_data, wanted).items()
+        },
+      )
+    except _DamagedError as raised:
+      error = raised
+    if not all_agree(error is None):
+      raise error or _damaged(path, "another process cannot read it")
+    sums = _sums(arrays)
     leaves = []
     for name in wanted:
-      array, crc32 = arrays[name], saved[name]["crc32"]
-      if crc32 is not None and _crc32(array) not in (None, crc32):
+      array = arrays[name]
+      if sums[name] != saved[name].get("sum32"):
         raise _damaged(path, f"checksum of {name} differs")
       if shardings[name] is None:
         array = jnp.asarray(np.asarray(array))
@@ -348,10 +356,30 @@ def _all_key_data(leaves):
   return {name: _key_data(leaf) for name, leaf in leaves.items()}
 
 
-def _crc32(array):
-  """Returns a checksum, or None if this process holds only a part."""
-  if not (array.is_fully_addressable or array.is_fully_replicated):
-    return None
-  # Not every dtype (bfloat16) has a buffer that zlib takes: hence the bytes.
-  data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-  return zlib.crc32(data)
+def _sums(arrays):
+  """Returns a checksum of each array: any one changed element changes it.
+
+  Integers modulo 2^32, so that the order of the sum, and with it how devices
+  and processes share an array, is of no matter.
+  """
+  return {name: int(value) for name, value in _checksums(arrays).items()}
+
+
+@jax.jit
+def _checksums(arrays):
+  return {name: _checksum(array) for name, array in arrays.items()}
+
+
+def _checksum(array):
+  if array.dtype == jnp.bool_:
+    array = array.astype(jnp.uint8)
+  width = min(array.dtype.itemsize, 4)
+  words = jax.lax.bitcast_convert_type(array, f"uint{8 * width}")
+  total = jnp.zeros(words.shape, jnp.uint32)
+  # Odd factors, different for neighbours: no two elements may change places.
+  for axis, size in enumerate(words.shape):
+    shape = [size if a == axis else 1 for a in range(words.ndim)]
+    position = jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    total = total * jnp.uint32(0x01000193) + position
+  factors = total * jnp.uint32(2) + jnp.uint32(1)
+  return (words.astype(jnp.uint32) * factors).sum(dtype=jnp.uint32)

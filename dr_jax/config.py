@@ -240,6 +240,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   _at_least("devices.bits", config.devices.bits, 1)
   _one_of("devices.parameters", config.devices.parameters, sharding.PARAMETERS)
   _one_of("devices.norm", config.devices.norm, sharding.NORMS)
+  _check_devices(config)
   for name in ("pretrain", "train", "supernet"):
     trained = name != "pretrain" or not config.model.weights
     _at_least(f"{name}.epochs", getattr(config, name).epochs, int(trained))
@@ -439,6 +440,23 @@ def _check_search(wanted, holdout):
           f"search.{field}: {name} is there {names.count(name)} times; allowed "
           "is once"
         )
+
+
+def _check_devices(config):
+  """What an axis of bit-widths, or norms of single devices, go with."""
+  wanted = config.devices
+  if wanted.bits > 1 and config.train.vectorize != "vmap":
+    raise ConfigError(
+      f"devices.bits={wanted.bits}: allowed with train.vectorize="
+      f"{config.train.vectorize!r} is 1; spreading bit-widths over devices "
+      "takes train.schedule='accumulate' and train.vectorize='vmap'"
+    )
+  if wanted.norm == "per_device" and not (wanted.data and wanted.bits == 1):
+    raise ConfigError(
+      f"devices.norm='per_device': with devices.data={wanted.data} and "
+      f"devices.bits={wanted.bits}; allowed are a number of devices, which "
+      "decides what is trained, and bits=1"
+    )
 
 
 def _check_pretrain(recipe):

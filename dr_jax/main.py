@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import warnings
 
 import jax
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
   except processes.FirstProcessError as error:
     return _fail(error, _stopped_by(error.signal) if error.signal else 2)
   except (ValueError, OSError, CheckpointError) as error:
-    return _fail(error, 2)
+    return _leave(error, 2)
   except NonFiniteError as error:
     return _fail(error, 1)
   except InterruptedRun as error:
@@ -79,13 +80,14 @@ def main(argv: list[str]) -> int:
       "stopped at once; the same command goes on from the last checkpoint",
       file=sys.stderr,
     )
-    return 128 + signal.SIGINT
+    return _leave(None, 128 + signal.SIGINT)
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
-    _fail(f"another process has ended, or cannot be reached: {error}", 1)
-    # Leave at once: the usual goodbye would wait for the one that is gone.
-    os._exit(1)
+    words = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    if any(word in str(error) for word in words):
+      error = f"another process has ended, or cannot be reached: {error}"
+    return _leave(error, 1)
   if not processes.is_first():
     return 0
   # A file has no width; a table must not be cut there.
@@ -158,6 +160,24 @@ def _row(name, score, size, whole):
     f"{size:,}" if size else "",
     f"{100 * size / whole:.1f}" if size else "",
   ]
+
+
+def _leave(error, code):
+  """Ends with an error that other processes may know nothing of.
+
+  The usual goodbye waits for them, who wait for this one; without it they
+  notice. Where all have the same error, the first leaves last: it is their
+  only way to each other.
+  """
+  if error is not None:
+    _fail(error, code)
+  if jax.process_count() > 1 and not getattr(error, "told", False):
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if processes.is_first():
+      time.sleep(5)
+    os._exit(code)
+  return code
 
 
 def _stopped_by(number):

@@ -28,6 +28,7 @@ from flax import nnx
 from dr_jax import allocate, compilation, data, hessian, nn, report, train
 from dr_jax import search as searches
 from dr_jax.config import ConfigError
+from dr_jax.processes import on_first
 from dr_jax.workdir import read_json, write_json
 
 
@@ -143,8 +144,10 @@ def supernet(run):
   """The SuperNet, trained; restored if its stage is done."""
   if "supernet" in run.trained:
     return run.trained["supernet"]
-  sensitivity = _sensitivity(run, traces(run))
+  run.float_network()
   network = nn.requantize(run.multi_precision_network(), norm="transitional")
+  # One process reads or estimates traces: all must draw the same bits.
+  sensitivity = on_first(lambda: _sensitivity(run, traces(run)))
   started = time.monotonic()
   recipe, switching = run.config.supernet, run.config.hasb
   steps = run.train(

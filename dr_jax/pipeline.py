@@ -199,7 +199,7 @@ class Run:
   def hessian(self) -> None:
     """Estimates the traces of the float network's Hessian."""
     if self.workdir.result("hessian") is None:
-      self._alone(mixed_precision.traces)
+      self._alone(mixed_precision.traces, supernet=False)
 
   def supernet(self) -> None:
     """Trains the multi-precision network for bits that differ by layer."""
@@ -217,12 +217,12 @@ class Run:
     """
     self._alone(Run._export)
 
-  def _alone(self, stage):
+  def _alone(self, stage, *, supernet=True):
     """Makes the first process do a stage, once all have the networks."""
     if jax.process_count() > 1:
       self.float_network()
       self.multi_precision_network()
-      if "supernet" in self.config.stages:
+      if supernet and "supernet" in self.config.stages:
         mixed_precision.supernet(self)
 
     def call():
@@ -435,7 +435,9 @@ class Run:
       distillation=recipe.distillation,
       num_classes=self.data.num_classes,
     )
-    state = train.place(self.layout, state)
+    labels = bits if bits == (None,) else drawn.labels(bits)
+    layout = self._layout_of(recipe, len(labels))
+    state = train.place(layout, state)
     table = nn.layer_table(model)
     self.workdir.tell(
       stage, {"bits": bits, "layers": [row.name for row in table]}
@@ -451,12 +453,12 @@ class Run:
         self.workdir.check_space({stage: disk_bytes(state)})
         if metrics is not None:
           metrics.resume(stage, int(state.step))
-        share, shares = self.layout.share
+        share, shares = layout.share
         candidates = tuple(32 if b is None else b for b in bits)
         loop = train.Loop(
           stage=stage,
           steps=steps,
-          labels=bits if bits == (None,) else drawn.labels(bits),
+          labels=labels,
           step=train.make_step(
             network,
             candidates,
@@ -469,7 +471,7 @@ class Run:
             distillation=recipe.distillation,
             loss_weights=recipe.loss_weights,
             steps=steps,
-            layout=self.layout,
+            layout=layout,
           ),
           batches=data.batches(
             self.data.train,
@@ -484,16 +486,20 @@ class Run:
           checkpoint_every=self.config.checkpoint_every,
           log_every=self.config.log_every,
           interrupted=self.agreed,
-          put=self.layout.put,
+          put=layout.put,
           shows=processes.is_first(),
         )
         state = loop.run(state)
         self._tell_of_unreadable(stage)
-      params, stats = train.collect(
-        self.layout, (state.params, state.batch_stats)
-      )
+      params, stats = train.collect(layout, (state.params, state.batch_stats))
       nn.update(model, params=params, batch_stats=stats)
     return steps
+
+  def _layout_of(self, recipe, visits):
+    """The layout, flat for a stage that does not visit bit-widths at once."""
+    mode = train.resolve_vectorize(recipe.vectorize, recipe.schedule)
+    at_once = mode == "vmap" and visits % self.layout.bits == 0
+    return self.layout if at_once else self.layout.flat()
 
   def _metrics(self):
     """The file of numbers, in the process that writes it."""
@@ -615,10 +621,11 @@ def _layouts(config):
     layout = sharding.layout(**dataclasses.asdict(wanted))
   except ValueError as error:
     raise ConfigError(str(error)) from None
-  if config.data.batch_size % layout.data:
+  # Also where a stage has all devices along the axis data.
+  if config.data.batch_size % layout.mesh.size:
     raise ConfigError(
       f"data.batch_size={config.data.batch_size}: allowed are multiples of "
-      f"{layout.data}, the devices along the axis data"
+      f"{layout.mesh.size}, the number of devices (see devices.data)"
     )
   mine = jax.process_index()
   local = [d for d in layout.mesh.devices.flat if d.process_index == mine]

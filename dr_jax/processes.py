@@ -54,6 +54,8 @@ def initialize(*, detect: bool = False) -> bool:
   except (RuntimeError, ValueError) as error:
     line = " ".join(str(error).split())
     raise ValueError(f"processes: could not meet: {line}") from None
+  # The first collective waits 30 s only: have it while all are here.
+  on_first(lambda: None)
   return jax.process_count() > 1
 
 
@@ -96,7 +98,7 @@ def on_first(function: Callable[[], Any]) -> Any:
 
   Raises:
     FirstProcessError: elsewhere, if the function raised in the first process;
-      there that is raised as it is.
+      there that is raised as it is, with an attribute `told`.
   """
   if jax.process_count() == 1 or _ALONE:
     return function()
@@ -107,6 +109,7 @@ def on_first(function: Callable[[], Any]) -> Any:
       value = function()
     except Exception as raised:
       error = raised
+      error.told = True
     finally:
       _ALONE.pop()
     message = {
@@ -139,6 +142,13 @@ class FirstProcessError(ValueError):
   def __init__(self, message: str, signal: int | None):
     super().__init__(message)
     self.signal = signal
+
+
+def all_agree(fine: bool) -> bool:
+  """Whether every process finds that all is well; all must ask."""
+  if jax.process_count() == 1:
+    return fine
+  return bool(multihost_utils.process_allgather(np.int32(fine)).all())
 
 
 def from_first(tree: Any) -> Any:

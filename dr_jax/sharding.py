@@ -53,6 +53,10 @@ class Layout(NamedTuple):
     """Devices along the axis "bits"."""
     return self.mesh.shape["bits"]
 
+  def flat(self) -> Layout:
+    """The same devices, all of them along the axis "data"."""
+    return self._replace(mesh=_mesh(list(self.mesh.devices.flat), bits=1))
+
   @property
   def share(self) -> tuple[int, int]:
     """Which share of a batch this process feeds, and how many there are.
@@ -153,13 +157,17 @@ def layout(
     raise ValueError(
       f"devices.data={data}: allowed with several processes is 0, all devices"
     )
-  mesh = jax.make_mesh(
-    (data, bits),
+  mesh = _mesh(devices[: data * bits], bits=bits)
+  return Layout(mesh, parameters, norm)
+
+
+def _mesh(devices, *, bits):
+  return jax.make_mesh(
+    (len(devices) // bits, bits),
     ("data", "bits"),
     axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices[: data * bits],
+    devices=devices,
   )
-  return Layout(mesh, parameters, norm)
 
 
 def one_device() -> Layout:

@@ -38,8 +38,9 @@ class Workdir:
   def claim(self, config: Config) -> Iterator[None]:
     """Keeps the directory for one process and this configuration.
 
-    Only `search` and `devices` may be other than before: they change nothing
-    of what is trained. A kill lets others in.
+    Only what changes nothing of what is trained may be other than before
+    (`search`, `devices`, where data lie and who decodes them, how often
+    checkpoints are written). A kill lets others in.
 
     Raises:
       ConfigError: if the directory cannot be written to, holds another
@@ -107,10 +108,11 @@ class Workdir:
     if path.exists():
       theirs = read_json(path, allowed="a new directory")
       mine = json.loads(json.dumps(dataclasses.asdict(config)))
-      mine["search"] = theirs.get("search")
-      # Where arrays live changes the order of sums, and nothing else.
-      norm = {"norm": config.devices.norm}
-      mine["devices"] = theirs.get("devices", {}) | norm
+      for field in ("search", "checkpoint_every", "log_every"):
+        mine[field] = theirs.get(field, mine[field])
+      for group, field in _free(config):
+        if field in theirs.get(group, {}):
+          mine[group][field] = theirs[group][field]
       if theirs != mine:
         raise ConfigError(
           f"workdir={self.path}: holds another configuration "
@@ -187,6 +189,16 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def _written(directory):
   """Bytes of the files in a directory and below it."""
   return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def _free(config):
+  """Fields of groups that may change between a run and its continuation."""
+  fields = [("data", "path"), ("data", "workers")]
+  fields += [("devices", "bits"), ("devices", "parameters")]
+  # Where arrays live changes the order of sums, unless norms see the devices.
+  if config.devices.norm == "global":
+    fields.append(("devices", "data"))
+  return fields
 
 
 def _draft(path):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dr_jax.compilation import jit
 from dr_jax.nn import Functional
 from dr_jax.sharding import Layout
+
+# Batches on their way to the device before the first result is looked at.
+_AHEAD = 2
 
 
 class Score(NamedTuple):
@@ -54,10 +59,14 @@ def make_evaluate(
     if layout is not None:
       arrays = jax.device_put(arrays, layout.replicated)
       batches = map(layout.put, batches)
-    totals = [counts(*arrays, index, batch) for batch in batches]
-    correct, loss, number = (
-      sum(map(float, column)) for column in zip(*totals, strict=True)
-    )
+    sums, pending = np.zeros(3), collections.deque()
+    for batch in batches:
+      pending.append(counts(*arrays, index, batch))
+      if len(pending) > _AHEAD:
+        sums += np.array(pending.popleft(), np.float64)
+    for counted in pending:
+      sums += np.array(counted, np.float64)
+    correct, loss, number = map(float, sums)
     return Score(accuracy=100 * correct / number, loss=loss / number)
 
   return evaluate
