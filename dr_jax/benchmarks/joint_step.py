@@ -128,19 +128,14 @@ def _network(bits):
     if given:
       raise ValueError(f"{name}={given}: not with --model; allowed is neither")
   compilation.cache_on_disk()
-  cpu = jax.default_backend() == "cpu"
   layout = sharding.layout()
-  if _BATCH.value % layout.data:
-    raise ValueError(
-      f"batch={_BATCH.value}: cannot be shared; allowed are multiples of "
-      f"{layout.data}, the number of devices"
-    )
   setting = network.Setting(_MODEL.value, _SIZE.value, _DTYPE.value, bits)
+  cpu = jax.default_backend() == "cpu"
   measured = throughput.measure(
     setting,
     layout,
     _BATCH.value,
-    _modes(cpu),
+    throughput.modes(_MODES.value, quick=cpu, vmap=_VMAP.value),
     rounds=_ROUNDS.value,
     # An accelerator works while the next step is being sent.
     steps=1 if cpu else 10,
@@ -148,22 +143,6 @@ def _network(bits):
   console = Console(width=120)
   console.print(throughput.table(setting, layout, _BATCH.value, measured))
   console.print(environment())
-
-
-def _modes(cpu):
-  """The pairs of schedule and vectorize to time."""
-  known = {"/".join(mode): mode for mode in MODES}
-  for name in _MODES.value:
-    if name not in known:
-      raise ValueError(f"modes={name}: unknown; allowed are {', '.join(known)}")
-  if _MODES.value:
-    return [known[name] for name in _MODES.value]
-  return [
-    (schedule, vectorize)
-    for schedule, vectorize in MODES
-    if (vectorize != "unroll" or not cpu)
-    and (vectorize != "vmap" or _VMAP.value)
-  ]
 
 
 def _methods(bits):

@@ -100,7 +100,7 @@ def _main():
     run = _on_devices(setting)
   else:
     unit = "processes"
-    counts = _counts(unit, _PROCESSES.value or ["1", "2", "4"])
+    counts = numbers(unit, _PROCESSES.value or ["1", "2", "4"])
     run = _in_processes
     cores = len(loopback.cores())
     for count in counts:
@@ -112,7 +112,7 @@ def _main():
         )
   speeds = [run(count) for count in counts]
   console = Console(width=100)
-  console.print(table(setting, unit, counts, speeds))
+  console.print(table(setting, _BATCH.value, unit, counts, speeds))
   console.print(environment())
 
 
@@ -184,13 +184,14 @@ def _sum_seconds(layout, params) -> float:
 
 def table(
   setting: network.Setting,
+  batch_size: int,
   unit: str,
   counts: Sequence[int],
   speeds: Sequence[Speed],
 ) -> Table:
   """Speeds by number of processes or devices."""
   shown = Table(
-    title=f"{setting.model}, {_BATCH.value} images of {setting.size}x"
+    title=f"{setting.model}, {batch_size} images of {setting.size}x"
     f"{setting.size}x3 each, bits {setting.bits}",
   )
   columns = ("images/s", "each", "efficiency", "step s", "sums of gradients s")
@@ -234,7 +235,7 @@ def _on_devices(setting) -> Callable[[int], Speed]:
 def _device_counts():
   available = jax.device_count()
   default = [str(n) for n in (1, 2, 4, 8) if n <= available]
-  counts = _counts("devices", _DEVICES.value or default)
+  counts = numbers("devices", _DEVICES.value or default)
   if max(counts) > available:
     raise ValueError(
       f"devices={max(counts)}: too many; allowed are 1 to {available}"
@@ -242,7 +243,8 @@ def _device_counts():
   return counts
 
 
-def _counts(name, texts):
+def numbers(name: str, texts: Sequence[str]) -> list[int]:
+  """Returns numbers from 1; raises ValueError for anything else."""
   for text in texts:
     if not text.isdecimal() or int(text) < 1:
       raise ValueError(

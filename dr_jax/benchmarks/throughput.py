@@ -43,6 +43,29 @@ class Measured(NamedTuple):
   first_seconds: float
 
 
+def modes(
+  names: Sequence[str], *, quick: bool = False, vmap: bool = True
+) -> list[tuple[str, str]]:
+  """Returns pairs of schedule and vectorize.
+
+  Args:
+    names: as "schedule/vectorize"; none for all.
+    quick: without names, leave out those that compile every bit-width.
+    vmap: without names, whether to take those that vectorize by vmap.
+
+  Raises:
+    ValueError: for a name that is unknown.
+  """
+  known = {"/".join(mode): mode for mode in MODES}
+  for name in names:
+    if name not in known:
+      raise ValueError(f"modes={name}: unknown; allowed are {', '.join(known)}")
+  left_out = ["unroll"] * quick + ["vmap"] * (not vmap)
+  return [known[name] for name in names] or [
+    mode for mode in MODES if mode[1] not in left_out
+  ]
+
+
 def measure(
   setting: Setting,
   layout: Layout,
@@ -61,7 +84,15 @@ def measure(
     modes: pairs of schedule and vectorize.
     rounds: how often each is timed.
     steps: how many steps are timed together; their mean counts.
+
+  Raises:
+    ValueError: if the devices cannot share the batch evenly.
   """
+  if batch_size % layout.data:
+    raise ValueError(
+      f"batch_size={batch_size}: cannot be shared; allowed are multiples of "
+      f"{layout.data}, the number of devices"
+    )
   batch = layout.put(setting.batch(batch_size))
   quantized = setting.quantized()
   models = [("float", setting.floating(), (32,), MODES[0])]
