@@ -292,6 +292,7 @@ def command(name, *arguments):
   )
 
 
+@pytest.mark.slow
 def test_processes_meet_and_their_speeds_are_printed():
   ended = command(
     *("scaling", "--processes=2", "--steps=1", "--image-size=8"),
