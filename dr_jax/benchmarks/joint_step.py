@@ -2,6 +2,8 @@
 
   python -m dr_jax.benchmarks.joint_step [--torch] [--batch=32] [...]
   python -m dr_jax.benchmarks.joint_step --method=adabits,lsq [...]
+  python -m dr_jax.benchmarks.joint_step --model=resnet50 [--dtype=bfloat16]
+      [--batch-size=256] [--image-size=224] [--modes=alternate/unroll,...]
 
 The second form times the steps of methods (`train.RECIPES`, "all" for every
 one) beside Double Rounding's: the visits that a step of the method makes, with
@@ -16,6 +18,7 @@ memory, seconds to compile, and the number of compilations.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,28 +32,46 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import models, nn, quant, train
+from dr_jax import compilation, models, nn, quant, sharding, train
+from dr_jax.benchmarks import network, throughput
+from dr_jax.benchmarks.throughput import MODES
 from dr_jax.config import TrainConfig, from_dict, quantizers
 from dr_jax.pipeline import environment
 
-_BATCH = flags.DEFINE_integer("batch", 128, "Images per step.")
-_SIZE = flags.DEFINE_integer("size", 32, "Height and width of an image.")
+_BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
+_SIZE = flags.DEFINE_integer(
+  "size",
+  0,
+  "Height and width of an image; 0 for 32, or 224 with a network for ImageNet.",
+  lower_bound=0,
+)
 _DEPTH = flags.DEFINE_integer("depth", 20, "Depth of the ResNet, 6 n + 2.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each program.")
 _BITS = flags.DEFINE_list("bits", ["8", "6", "4", "2"], "Bit-widths.")
 _TORCH = flags.DEFINE_bool("torch", False, "Also PyTorch, if installed.")
 _METHODS = flags.DEFINE_list("method", [], "Methods to time instead.")
 _VMAP = flags.DEFINE_bool("vmap", True, "Also vectorize='vmap'.")
+_MODEL = flags.DEFINE_enum(
+  "model", None, network.NAMES, "Network to time on all devices instead."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ("float32", "bfloat16"), "Type of its computation."
+)
+_MODES = flags.DEFINE_list(
+  "modes",
+  [],
+  "Its joint steps, as schedule/vectorize; by default all, but on a CPU none "
+  "that takes minutes to compile.",
+)
+for _alias, _name in (
+  ("batch_size", "batch"),
+  ("batch-size", "batch"),
+  ("image_size", "size"),
+  ("image-size", "size"),
+):
+  flags.DEFINE_alias(_alias, _name)
 
 _OURS = "double_rounding"
-
-MODES = (
-  ("alternate", "unroll"),
-  ("alternate", "sequential"),
-  ("accumulate", "unroll"),
-  ("accumulate", "sequential"),
-  ("accumulate", "vmap"),
-)
 
 
 class Timed(NamedTuple):
@@ -66,6 +87,13 @@ class Timed(NamedTuple):
 
 def main(argv):
   del argv
+  if _MODEL.value:
+    try:
+      _network(tuple(map(int, _BITS.value)))
+    except ValueError as error:
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(2)
+    return
   # `lower().compile()` for the memory and the first call are one compilation.
   jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
   bits = tuple(map(int, _BITS.value))
@@ -92,6 +120,29 @@ def _time(rows):
       started = time.perf_counter()
       row.step()
       row.seconds.append(time.perf_counter() - started)
+
+
+def _network(bits):
+  """Times the steps of a named network, and prints images per second."""
+  for name, given in (("method", _METHODS.value), ("torch", _TORCH.value)):
+    if given:
+      raise ValueError(f"{name}={given}: not with --model; allowed is neither")
+  compilation.cache_on_disk()
+  layout = sharding.layout()
+  setting = network.Setting(_MODEL.value, _SIZE.value, _DTYPE.value, bits)
+  cpu = jax.default_backend() == "cpu"
+  measured = throughput.measure(
+    setting,
+    layout,
+    _BATCH.value,
+    throughput.modes(_MODES.value, quick=cpu, vmap=_VMAP.value),
+    rounds=_ROUNDS.value,
+    # An accelerator works while the next step is being sent.
+    steps=1 if cpu else 10,
+  )
+  console = Console(width=120)
+  console.print(throughput.table(setting, layout, _BATCH.value, measured))
+  console.print(environment())
 
 
 def _methods(bits):
@@ -153,7 +204,7 @@ def _jax(name, bits, candidates, schedule, vectorize) -> Timed:
 
 def _batch():
   image = np.random.default_rng(0).normal(
-    size=(_BATCH.value, _SIZE.value, _SIZE.value, 3)
+    size=(_BATCH.value, _size(), _size(), 3)
   )
   return {
     "image": image.astype(np.float32),
@@ -225,7 +276,7 @@ def _torch(bits) -> list[Timed]:
   """Our own PyTorch program of the same step."""
   from dr_jax.benchmarks import torch_step
 
-  program = torch_step.build(_BATCH.value, _SIZE.value, _DEPTH.value, bits)
+  program = torch_step.build(_BATCH.value, _size(), _DEPTH.value, bits)
   steps: dict[str, Any] = {"torch float": program.float_step}
   for b in bits:
     steps[f"torch single {b}"] = lambda b=b: program.single_step(b)
@@ -235,10 +286,14 @@ def _torch(bits) -> list[Timed]:
   return [Timed(name, step, [], 0, 0, None) for name, step in steps.items()]
 
 
+def _size():
+  return _SIZE.value or 32
+
+
 def _title(bits):
   return (
     f"ResNet{_DEPTH.value}, batch {_BATCH.value}, "
-    f"{_SIZE.value}x{_SIZE.value}x3, bits {bits}"
+    f"{_size()}x{_size()}x3, bits {bits}"
   )
 
 

@@ -111,13 +111,13 @@ class Transform:
     """Writes (pixels / 255 - mean) / std.
 
     Args:
-      pixels: uint8 [H, W, C].
-      out: float32 [H, W, C], contiguous.
+      pixels: uint8 [..., H, W, C], contiguous.
+      out: float32 [..., H, W, C], contiguous.
     """
-    height, width, _ = pixels.shape
+    width, channels = pixels.shape[-2:]
     # Rows as long as they can be: numpy's loops over 3 channels are slow.
-    rows = out.reshape(height, -1)
-    np.divide(pixels.reshape(height, -1), np.float32(255), out=rows)
+    rows = out.reshape(-1, width * channels)
+    np.divide(pixels.reshape(rows.shape), np.float32(255), out=rows)
     if self.mean:
       rows -= np.tile(np.asarray(self.mean, np.float32), width)
     if self.std:

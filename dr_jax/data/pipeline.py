@@ -165,11 +165,14 @@ class _Ordered:
 
 
 def _shown(source, batch, counts=True):
-  """Reports unreadable images, and returns what a step sees."""
+  """Reports unreadable images, and returns what a step sees.
+
+  Called in the training process, where workers have handed the batch over.
+  """
   unreadable, index = batch.pop("unreadable", None), batch.pop("index", None)
   if unreadable is not None and (unreadable & counts).any():
     source.report(index[unreadable & counts])
-  return batch
+  return source.normalized(batch) if hasattr(source, "normalized") else batch
 
 
 def _closing(iterator, function):
@@ -180,7 +183,9 @@ def _closing(iterator, function):
 
 
 def _gather(source, indices):
-  """Returns the examples at `indices` ([B] integers) as one batch."""
+  """Returns the examples at `indices` ([B] integers), for `_shown`."""
+  if hasattr(source, "pixels"):
+    return source.pixels(indices)
   if hasattr(source, "gather"):
     return source.gather(indices)
   examples = [source[index] for index in indices.tolist()]

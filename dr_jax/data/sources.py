@@ -8,7 +8,9 @@ It may also offer `gather(indices) -> batch`, which answers for many examples
 at once. Data in memory should: one numpy gather of 128 digits takes a few
 microseconds, 128 separate examples and a stack about a millisecond. One that
 augments offers `draw(indices, seed=, start=) -> batch`, which training takes
-in place of `gather`; see `ImageSource`.
+in place of `gather`. `pixels` in place of `gather`, and `normalized(batch)`,
+leave to the training process what would make a worker's batches large; see
+`ImageSource`.
 """
 
 import collections

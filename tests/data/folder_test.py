@@ -120,6 +120,22 @@ def test_an_unreadable_image_stops_with_its_name(make_folder):
     list(data.epoch(loaded.train, batch_size=8))
 
 
+def test_workers_hand_over_pixels_and_steps_see_normalized_images(make_folder):
+  loaded = data.load(
+    "folder", path=str(make_folder()), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+  )
+  batches = data.batches(loaded.train, batch_size=8, seed=0)
+  handed, seen = batches._drawn(0)["image"], batches[0]["image"]
+  assert (handed.dtype, seen.dtype) == (np.uint8, np.float32)
+  want = (handed / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+  np.testing.assert_allclose(seen, want, rtol=0, atol=1e-6)  # float32's digits
+  (whole,) = data.epoch(loaded.test, batch_size=10)
+  pixels = loaded.test.pixels(np.arange(10))["image"]
+  assert pixels.dtype == np.uint8
+  want = (pixels / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+  np.testing.assert_allclose(whole["image"], want, rtol=0, atol=1e-6)
+
+
 def test_the_next_example_takes_the_place_of_unreadable_ones(make_folder):
   path = _torn(make_folder, "cat/11.JPG", "dog/00.png")
   loaded = data.load("folder", path=path, damaged="skip")

@@ -1,0 +1,124 @@
+"""A named network and its training step, on the devices of a layout.
+
+What `joint_step --model` and `scaling` measure: Double Rounding with one batch
+norm per bit-width, SGD, random images.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from dr_jax import models, nn, quant, train
+from dr_jax.sharding import Layout
+
+# The smallest of the CIFAR networks has no name of its own.
+_DEPTH8 = "resnet8"
+NAMES = (_DEPTH8, *(name for name in models.NAMES if name != "resnet"))
+# The others are networks for 32x32 images of 10 classes.
+_IMAGENET = ("resnet18", "resnet34", "resnet50", "mobilenetv2")
+# Calibration needs no more, and compiles a program of its own.
+_SAMPLE = 2
+
+
+class Setting(NamedTuple):
+  """What is trained on what.
+
+  Attributes:
+    model: one of `NAMES`.
+    image_size: height and width of an image; 0 for the network's own.
+    dtype: of the computation, "float32" or "bfloat16".
+    bits: candidate bit-widths, highest first.
+  """
+
+  model: str
+  image_size: int = 0
+  dtype: str = "float32"
+  bits: tuple[int, ...] = (8, 6, 4, 2)
+
+  @property
+  def size(self) -> int:
+    """Height and width of an image, in pixels."""
+    return self.image_size or (224 if self.model in _IMAGENET else 32)
+
+  @property
+  def classes(self) -> int:
+    """Width of the logits."""
+    return 1000 if self.model in _IMAGENET else 10
+
+  def batch(self, count: int) -> dict[str, np.ndarray]:
+    """Random images [count, size, size, 3] and labels [count]."""
+    shape = (count, self.size, self.size, 3)
+    image = np.random.default_rng(0).standard_normal(shape, np.float32)
+    labels = (np.arange(count) % self.classes).astype(np.int32)
+    return {"image": image, "label": labels}
+
+  def floating(self) -> nnx.Module:
+    """The float network, untrained."""
+    small = self.model == _DEPTH8
+    return models.build(
+      "resnet" if small else self.model,
+      **({"depth": 8} if small else {}),
+      rngs=nnx.Rngs(0),
+      num_classes=self.classes,
+      dtype=self.dtype,
+    )
+
+  def quantized(self) -> nnx.Module:
+    """The network at several bit-widths; first and last layer are float."""
+    return nn.quantize(
+      self.floating(),
+      weight=quant.double_rounding(self.bits),
+      activation=quant.lsq_activation(self.bits),
+      sample=self.batch(_SAMPLE)["image"],
+    )
+
+  def macs(self) -> int:
+    """Multiply-accumulates of all layers, float ones too, for one image."""
+    table = nn.layer_table(
+      nn.quantize(
+        self.floating(),
+        weight=quant.double_rounding(self.bits),
+        sample=self.batch(1)["image"],
+        skip=(),
+      )
+    )
+    return sum(row.macs for row in table)
+
+
+def trainer(
+  model: nnx.Module,
+  bits: tuple[int, ...],
+  layout: Layout,
+  *,
+  schedule: str = "alternate",
+  vectorize: str = "auto",
+) -> tuple[train.Step, train.TrainState]:
+  """Returns the step of a network, and its first state on the devices.
+
+  Args:
+    model: float or quantized; left unchanged.
+    bits: its candidate bit-widths, any single one of a float network.
+    layout: where states and batches live.
+    schedule, vectorize: as for `train.make_step`.
+  """
+  network = nn.functional(model)
+  optimizer = train.make_optimizer(
+    "sgd", kinds=network.kinds, weight_decay=5e-5
+  )
+  step = train.make_step(
+    network,
+    bits,
+    optimizer,
+    optax.constant_schedule(1e-4),
+    schedule=schedule,
+    vectorize=vectorize,
+    alrs="eta",
+    layout=layout,
+  )
+  state = train.init_state(network, optimizer, jax.random.key(0))
+  return step, train.place(layout, state)

@@ -1,0 +1,192 @@
+"""Images per second of a named network's float and joint steps.
+
+Batches are on the devices already: this measures steps, not the reading of
+images (`python -m dr_jax.benchmarks.data`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from dr_jax.benchmarks.network import Setting, trainer
+from dr_jax.benchmarks.peak import peak, share_of_peak
+from dr_jax.sharding import Layout
+
+MODES = (
+  ("alternate", "unroll"),
+  ("alternate", "sequential"),
+  ("accumulate", "unroll"),
+  ("accumulate", "sequential"),
+  ("accumulate", "vmap"),
+)
+
+
+class Measured(NamedTuple):
+  """A step of one kind.
+
+  Attributes:
+    name: of the kind.
+    visits: bit-widths that it visits.
+    seconds: of a step, one for each round; empty if it did not fit in memory.
+    first_seconds: of the first step, with compilation.
+  """
+
+  name: str
+  visits: int
+  seconds: list[float]
+  first_seconds: float
+
+
+def modes(
+  names: Sequence[str], *, quick: bool = False, vmap: bool = True
+) -> list[tuple[str, str]]:
+  """Returns pairs of schedule and vectorize.
+
+  Args:
+    names: as "schedule/vectorize"; none for all.
+    quick: without names, leave out those that compile every bit-width.
+    vmap: without names, whether to take those that vectorize by vmap.
+
+  Raises:
+    ValueError: for a name that is unknown.
+  """
+  known = {"/".join(mode): mode for mode in MODES}
+  for name in names:
+    if name not in known:
+      raise ValueError(f"modes={name}: unknown; allowed are {', '.join(known)}")
+  left_out = ["unroll"] * quick + ["vmap"] * (not vmap)
+  return [known[name] for name in names] or [
+    mode for mode in MODES if mode[1] not in left_out
+  ]
+
+
+def measure(
+  setting: Setting,
+  layout: Layout,
+  batch_size: int,
+  modes: Sequence[tuple[str, str]],
+  *,
+  rounds: int,
+  steps: int,
+) -> list[Measured]:
+  """Times the float step and joint steps in turn, round after round.
+
+  Args:
+    setting: network and images.
+    layout: the devices.
+    batch_size: images per step, over all devices.
+    modes: pairs of schedule and vectorize.
+    rounds: how often each is timed.
+    steps: how many steps are timed together; their mean counts.
+
+  Raises:
+    ValueError: if the devices cannot share the batch evenly.
+  """
+  if batch_size % layout.data:
+    raise ValueError(
+      f"batch_size={batch_size}: cannot be shared; allowed are multiples of "
+      f"{layout.data}, the number of devices"
+    )
+  batch = layout.put(setting.batch(batch_size))
+  quantized = setting.quantized()
+  models = [("float", setting.floating(), (32,), MODES[0])]
+  for mode in modes:
+    models.append((f"joint {' '.join(mode)}", quantized, setting.bits, mode))
+  measured, programs = [], []
+  for name, model, bits, (schedule, vectorize) in models:
+    run = _program(
+      *trainer(model, bits, layout, schedule=schedule, vectorize=vectorize),
+      batch,
+    )
+    seconds = _until_ready(run)
+    measured.append(Measured(name, len(bits), [], seconds or 0.0))
+    programs.append(run if seconds is not None else None)
+    if seconds is not None:
+      run(1)  # Its inputs are where a step leaves them: the last compilation.
+  for _ in range(rounds):
+    for row, run in zip(measured, programs, strict=True):
+      if run is not None:
+        started = time.perf_counter()
+        run(steps)
+        row.seconds.append((time.perf_counter() - started) / steps)
+  return measured
+
+
+def _program(step, state, batch) -> Callable[[int], None]:
+  """Takes a number of steps, and returns when they are done."""
+  states = [state]
+
+  def run(count):
+    for _ in range(count):
+      states[0], losses = step(states[0], batch)
+    jax.block_until_ready((states[0], losses))
+
+  return run
+
+
+def _until_ready(run) -> float | None:
+  """Seconds of the first step, or None if it does not fit in memory."""
+  started = time.perf_counter()
+  try:
+    run(1)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return None
+  return time.perf_counter() - started
+
+
+def table(
+  setting: Setting,
+  layout: Layout,
+  batch_size: int,
+  measured: Sequence[Measured],
+) -> Table:
+  """What was measured, with shares of the peak where there are any."""
+  devices = layout.mesh.devices.flat
+  kind, count = devices[0].device_kind, len(devices)
+  caption = f"{count} x {kind}, {setting.dtype}"
+  best = None
+  if devices[0].platform != "cpu":
+    best = peak(kind, setting.dtype)
+    caption += "; unknown peak"
+  if best is not None:
+    macs = setting.macs()
+    best *= count
+    caption = (
+      f"{count} x {kind}, {setting.dtype}: {best / 1e12:.0f} TFLOP/s at most; "
+      f"of it, 2 x 3 x {macs / 1e9:.2f} G multiply-accumulates per image and "
+      "bit-width"
+    )
+  shown = Table(
+    title=f"{setting.model}, batch {batch_size}, "
+    f"{setting.size}x{setting.size}x3, bits {setting.bits}",
+    caption=caption,
+  )
+  shown.add_column("step")
+  columns = ["images/s", "median s", "least s", "first step s"]
+  for column in columns + ["of peak"] * (best is not None):
+    shown.add_column(column, justify="right")
+  for row in measured:
+    if not row.seconds:
+      shown.add_row(row.name, "out of memory")
+      continue
+    median = float(np.median(row.seconds))
+    speed = batch_size / median
+    cells = [
+      f"{speed:.1f}" if speed < 100 else f"{speed:.0f}",
+      f"{median:.4f}",
+      f"{min(row.seconds):.4f}",
+      f"{row.first_seconds:.1f}",
+    ]
+    if best is not None:
+      share = share_of_peak(macs, speed, row.visits, best)
+      cells.append(f"{100 * share:.1f} %")
+    shown.add_row(row.name, *cells)
+  return shown
