@@ -13,6 +13,7 @@ bit in an array, and a dtype other than the one that was saved.
       checkpoints.save(step, state)
 """
 
+import collections
 import contextlib
 import gc
 import json
@@ -362,7 +363,12 @@ def _sums(arrays):
   Integers modulo 2^32, so that the order of the sum, and with it how devices
   and processes share an array, is of no matter.
   """
-  return {name: int(value) for name, value in _checksums(arrays).items()}
+  # One program takes arrays of the same devices only.
+  groups = collections.defaultdict(dict)
+  for name, array in arrays.items():
+    groups[frozenset(array.sharding.device_set)][name] = array
+  sums = [_checksums(group) for group in groups.values()]
+  return {name: int(n) for group in sums for name, n in group.items()}
 
 
 @jax.jit

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dr_jax import checkpoint
 from dr_jax.checkpoint import CheckpointError, Checkpoints, disk_bytes
 
 
@@ -100,6 +101,20 @@ def test_arrays_go_where_like_says(tmp_path):
   # Uncommitted arrays follow the others to the mesh; committed ones could not.
   assert not same["step"].committed
   assert (same["x"] * same["step"].astype(jnp.float32)).sharding == split
+
+
+def test_a_checksum_is_the_same_however_an_array_is_spread():
+  mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  for dtype in ("float32", "bfloat16", "int8", "uint32", "bool"):
+    values = jnp.arange(48).reshape(4, 12).astype(dtype)
+    spread = jax.device_put(values, NamedSharding(mesh, P(None, "x")))
+    sums = [checkpoint._sums({"a": a})["a"] for a in (values, spread)]
+    assert sums[0] == sums[1] != 0
+    changed = values.at[2, 5].set((values[2, 5] == 0).astype(dtype))
+    assert checkpoint._sums({"a": changed})["a"] != sums[0]
+    if dtype != "bool":
+      exchanged = values.at[0, 3].set(values[3, 0]).at[3, 0].set(values[0, 3])
+      assert checkpoint._sums({"a": exchanged})["a"] != sums[0]
 
 
 def test_donating_buffers_after_a_save_does_not_change_what_is_saved(tmp_path):

@@ -1,6 +1,8 @@
 """Runs on four simulated devices, in this process."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from flax import nnx
 from dr_jax import models, nn, pipeline, quant, train
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import ConfigError, from_dict
+from dr_jax.workdir import Workdir
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +23,7 @@ def strict_numerics():
   yield
 
 
-def config(dtype="float32", schedule="accumulate", **devices):
+def config(dtype="float32", vectorize="auto", **devices):
   return from_dict(
     {
       "stages": ("pretrain", "multi_precision", "export"),
@@ -32,7 +35,11 @@ def config(dtype="float32", schedule="accumulate", **devices):
       "quant": {"bits": (8, 4)},
       "devices": devices,
       "pretrain": {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.05},
-      "train": {"epochs": 1, "schedule": schedule, "vectorize": "auto"},
+      "train": {
+        "epochs": 1,
+        "schedule": "accumulate",
+        "vectorize": vectorize,
+      },
       "checkpoint_every": 3,
       "log_every": 1,
     }
@@ -105,6 +112,29 @@ def restored(directory, config, workdir):
   return state.params, state.opt_state, state.batch_stats
 
 
+def test_bit_widths_spread_over_devices_train_as_one_after_the_other(
+  alone, tmp_path
+):
+  """The float stage, which has none, has all devices along the axis data."""
+  workdir = tmp_path / "run"
+  pipeline.run(config(data=2, bits=2, vectorize="vmap"), workdir)
+  for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
+    found = losses(workdir, stage)
+    np.testing.assert_allclose(found, losses(alone, stage), rtol=bound)
+
+
+def test_what_changes_nothing_may_change_before_a_run_goes_on(alone, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(alone, workdir)
+  values = dataclasses.asdict(config(data=1))
+  values["data"]["path"] = "elsewhere"
+  values |= {"checkpoint_every": 9, "log_every": 7}
+  Workdir(workdir)._check(from_dict(values))
+  values["data"]["batch_size"] = 64
+  with pytest.raises(ConfigError, match=r"data\.batch_size is 128 there"):
+    Workdir(workdir)._check(from_dict(values))
+
+
 def test_norms_per_device_are_a_configuration_of_their_own(alone, tmp_path):
   workdir = tmp_path / "run"
   pipeline.run(config(data=2, norm="per_device"), workdir)
@@ -113,13 +143,16 @@ def test_norms_per_device_are_a_configuration_of_their_own(alone, tmp_path):
   )
   with pytest.raises(ConfigError, match=r"devices\.norm is 'per_device' there"):
     pipeline.run(config(data=2), workdir)
+  with pytest.raises(ConfigError, match=r"devices\.data is 2 there, 4 here"):
+    pipeline.run(config(data=4, norm="per_device"), workdir)
 
 
 @pytest.mark.parametrize(
   ("devices", "message"),
   [
     ({"data": 5}, r"devices\.data=5: .*allowed are 0 to 4 on 4 devices"),
-    ({"bits": 3}, r"devices\.bits=3: allowed are divisors of 4"),
+    ({"bits": 2}, r"devices\.bits=2: allowed with train\.vectorize='auto' is"),
+    ({"norm": "per_device"}, r"devices\.norm='per_device': with .*data=0"),
     ({"data": 3}, r"data\.batch_size=128: allowed are multiples of 3"),
     ({"parameters": "split"}, r"devices\.parameters='split': allowed are repl"),
     ({"norm": "local"}, r"devices\.norm='local': allowed are global, per_dev"),

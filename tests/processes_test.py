@@ -49,8 +49,11 @@ def free_port():
 
 
 @contextlib.contextmanager
-def started(count, workdir, cache, *flags):
-  """The processes of one run; killed at the end if they still live."""
+def started(count, workdir, cache, *flags, last=()):
+  """The processes of one run; killed at the end if they still live.
+
+  `last` are flags of the last process alone.
+  """
   together = {
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
     "JAX_NUM_PROCESSES": str(count),
@@ -67,6 +70,7 @@ def started(count, workdir, cache, *flags):
       subprocess.Popen(
         [
           *(sys.executable, "-m", "dr_jax.main", *FLAGS, *flags),
+          *(last if number == count - 1 else ()),
           f"--workdir={workdir}",
         ],
         cwd=ROOT,
@@ -170,6 +174,25 @@ def test_others_end_with_a_message_and_a_restart_ends_the_same(
     strict=True,
   ):
     np.testing.assert_array_equal(b, a)
+
+
+def test_an_error_of_one_process_alone_ends_all(tmp_path, cache):
+  last = ("--config.seed=-1",)
+  with started(2, tmp_path / "run", cache, last=last) as running:
+    codes, said = finish(running, timeout=90)
+  assert codes[1] == 2
+  assert "error: seed=-1: allowed is 0 or more" in said[1]
+  assert codes[0] not in (0, None)
+
+
+def test_an_error_of_the_first_process_reaches_all(tmp_path, cache):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "mine").write_text("")
+  with started(2, tmp_path / "run", cache) as running:
+    codes, said = finish(running, timeout=90)
+  assert codes == [2, 2]
+  for text in said:
+    assert "is not empty and holds no run" in text
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, cache):

@@ -215,6 +215,31 @@ def test_per_device_norms_are_means_over_shares_of_the_batch(
   )
 
 
+def test_per_device_gradients_are_means_over_shares_of_the_batch():
+  layout = sharding.layout(data=2, norm="per_device")
+  state, *_ = stepped(layout, schedule="accumulate", steps=1)
+  whole, start, gradients = net.batch(0, size=16), network(), []
+  for index in range(len(BITS)):
+    for first in (0, 8):
+      share = {n: array[first : first + 8] for n, array in whole.items()}
+
+      def loss(params, index=index, share=share):
+        logits, _ = start.apply(
+          params, start.batch_stats, index, share["image"], train=True
+        )
+        return train.cross_entropy(logits, share["label"])
+
+      gradients.append(jax.grad(loss)(start.params))
+  for path in (("head", "kernel"), ("conv1", "kernel"), ("stem", "kernel")):
+    at = lambda tree: np.asarray(tree[path[0]][path[1]])  # noqa: B023, E731
+    before = at(start.params)
+    total = sum(map(at, gradients)) / 2 + 1e-4 * before
+    # SGD's first step; activations round to codes: single entries differ.
+    np.testing.assert_allclose(
+      at(state.params) - before, -0.05 * total, rtol=2e-3, atol=2e-5
+    )
+
+
 @pytest.mark.parametrize("parameters", sharding.PARAMETERS)
 @pytest.mark.parametrize(
   "shape", [{"data": 4}, {"data": 2, "bits": 2}], ids=str
