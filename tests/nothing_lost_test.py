@@ -377,6 +377,7 @@ def small_disk(stopped, tmp_path):
   return mounted
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_and_harms_no_checkpoint(
   job, whole, stopped, small_disk
 ):

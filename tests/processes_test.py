@@ -1,6 +1,7 @@
 """Several real processes on loopback, each the command as users start it."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -113,30 +114,34 @@ def losses(workdir, stage):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
-  """Uninterrupted runs: number of processes -> workdir."""
+  """Uninterrupted runs, when asked for: number of processes -> workdir."""
   place = tmp_path_factory.mktemp("whole")
-  for count in (1, 2, 4):
+
+  @functools.cache
+  def run(count):
     with started(count, place / str(count), cache) as running:
       codes, said = finish(running)
     assert codes == [0] * count, said
     assert sum("accuracy %" in text for text in said) == 1
-  return {count: place / str(count) for count in (1, 2, 4)}
+    return place / str(count)
+
+  return run
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_to_the_parameters_of_one(whole, count):
   """Shares of a batch are summed in another order: float32, 36 steps."""
-  alone, together = trained(whole[1])[0], trained(whole[count])[0]
+  alone, together = trained(whole(1))[0], trained(whole(count))[0]
   for a, b in zip(
     jax.tree.leaves(alone), jax.tree.leaves(together), strict=True
   ):
     np.testing.assert_allclose(b, a, rtol=2e-3, atol=2e-4)
   # A last bit can move a value to the next code.
   for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
-    expected = losses(whole[1], stage)
+    expected = losses(whole(1), stage)
     assert len(expected) > 3
     np.testing.assert_allclose(
-      losses(whole[count], stage), expected, rtol=bound
+      losses(whole(count), stage), expected, rtol=bound
     )
 
 
@@ -148,7 +153,7 @@ def wait_for(path, running, timeout=120):
     time.sleep(0.01)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_others_end_with_a_message_and_a_restart_ends_the_same(
   whole, tmp_path, cache, victim
 ):
@@ -169,7 +174,7 @@ def test_others_end_with_a_message_and_a_restart_ends_the_same(
     codes, said = finish(running)
   assert codes == [0, 0], said
   for a, b in zip(
-    jax.tree.leaves(trained(whole[2])),
+    jax.tree.leaves(trained(whole(2))),
     jax.tree.leaves(trained(workdir)),
     strict=True,
   ):

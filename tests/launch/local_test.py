@@ -47,6 +47,7 @@ def real_run(run, tmp_path, *flags):
   )
 
 
+@pytest.mark.slow
 def test_two_processes_train_together_and_one_speaks(run, tmp_path):
   workdir = tmp_path / "run"
   done = real_run(run, tmp_path, f"--workdir={workdir}")
