@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dr_jax import pipeline
 from dr_jax.config import Config, ConfigError, from_dict
+from dr_jax.run import Run
 from dr_jax.workdir import write_json
 
 
@@ -127,14 +128,14 @@ def run(
   for seed in comparison.seeds:
     place = workdir / f"seed{seed}"
     config = dataclasses.replace(comparison.base, seed=seed)
-    job = pipeline.Run(config, place / "float", interrupted)
+    job = Run(config, place / "float", interrupted)
     with job.workdir.claim(config):
       job.check_space()
-      job.pretrain()
+      pipeline.pretrain(job)
       start = job.float_network()
     size = job.float_bytes()
     rows.setdefault("float", []).append(
-      job.summary()["stages"]["pretrain"]
+      pipeline.summary(job)["stages"]["pretrain"]
       | {"tensor_bytes": size, "bytes_at": {"float": size}}
     )
     merged: dict[str, dict[str, Any]] = {}

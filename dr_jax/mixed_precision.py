@@ -4,8 +4,7 @@
   supernet  the multi-precision network, trained further by HASB
   search    allocations under budgets, judged by inference
 
-arXiv 2502.01199, section 3.3. Each takes the run (`pipeline.Run`) whose stage
-it is.
+arXiv 2502.01199, section 3.3. Each takes the run whose stage it is.
 """
 
 from __future__ import annotations
@@ -14,39 +13,41 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import math
-import pathlib
 import shutil
 import time
 import warnings
-from fractions import Fraction
 from typing import Any
 
 import jax
-from flax import nnx
 
-from dr_jax import allocate, compilation, data, hessian, nn, report, train
+from dr_jax import (
+  compilation,
+  data,
+  hessian,
+  nn,
+  report,
+  search_space,
+  train,
+)
 from dr_jax import search as searches
 from dr_jax.config import ConfigError
 from dr_jax.processes import on_first
+from dr_jax.run import Run
 from dr_jax.workdir import read_json, write_json
 
 
-def check(run, network: nnx.Module) -> None:
+def check(run: Run) -> None:
   """Checks what a search is told, before anything is trained for it.
-
-  Args:
-    run: whose search it is.
-    network: quantized, untrained.
 
   Raises:
     ConfigError: naming the field.
   """
   wanted = run.config.search
-  problem = _space(wanted, nn.layer_table(network), run.bits)
+  network = run.quantize(run.untrained(), run.config.quant)
+  problem = search_space.problem(wanted, nn.layer_table(network), run.bits)
   for budget in wanted.budgets:
     try:
-      problem.check(_budgets(problem, wanted.costs, budget))
+      problem.check(search_space.budgets(problem, wanted.costs, budget))
     except ValueError as error:
       raise ConfigError(f"search.budgets={budget!r}: {error}") from None
   for strategy, options in wanted.options.items():
@@ -192,7 +193,7 @@ def search(run) -> None:
   problem, scored = _problem(run)
   rows = []
   for budget in config.budgets:
-    budgets = _budgets(problem, config.costs, budget)
+    budgets = search_space.budgets(problem, config.costs, budget)
     for strategy in config.strategies:
       options = config.options.get(strategy, {})
       path = _place(run, problem, strategy, budget, budgets)
@@ -232,7 +233,7 @@ def _problem(run):
   of_network = run.workdir.result("supernet")["network"][:8]
   directory = run.workdir.path / "search"
   problem = dataclasses.replace(
-    _space(config, table, run.bits),
+    search_space.problem(config, table, run.bits),
     evaluate=searches.Evaluator(
       lambda index: score(index, judges),
       path=directory / f"trials_{config.judge}_{of_network}.jsonl",
@@ -257,20 +258,6 @@ def _problem(run):
   return problem, on_test
 
 
-def _space(config, table, bits):
-  """The problem without what scores assignments: layers, costs, ties, pins."""
-  names = [row.name for row in table]
-  return searches.Problem(
-    table=table,
-    bits=bits,
-    costs=_costs(config, table, bits),
-    evaluate=None,
-    ties=tuple(tuple(map(_position(names, "ties"), g)) for g in config.ties),
-    pinned=_pinned(config.pinned, names, bits),
-    prefer=config.prefer,
-  )
-
-
 def _found(problem, strategy, budgets, seed, options):
   try:
     return searches.SEARCHES[strategy](problem, budgets, seed=seed, **options)
@@ -289,87 +276,6 @@ def _judges(run):
   return [
     batch for source in used for batch in run.epoch(source, batch_size=size)
   ]
-
-
-def _costs(config, table, bits):
-  costs = {
-    "stored_bits": allocate.stored_bits([r.parameters for r in table], bits),
-    "bops": allocate.bops([r.macs for r in table], bits),
-    "sum_bits": allocate.mean_bits(len(table), bits),
-  }
-  if config.latency:
-    measured = _latency_table(config.latency)
-    try:
-      costs["latency"] = allocate.latency(
-        measured, [r.name for r in table], bits
-      )
-    except ValueError as error:
-      raise ConfigError(f"search.latency={config.latency!r}: {error}") from None
-  return costs
-
-
-def _latency_table(path):
-  try:
-    measured = json.loads(pathlib.Path(path).read_text())
-    return {
-      layer: {int(b): float(s) for b, s in row.items()}
-      for layer, row in measured.items()
-    }
-  except OSError as error:
-    raise ConfigError(f"search.latency={path!r}: {error.strerror}") from None
-  except (ValueError, AttributeError, TypeError):
-    raise ConfigError(
-      f"search.latency={path!r}: damaged; allowed is JSON of "
-      "{layer: {bits: seconds}}"
-    ) from None
-
-
-def _budgets(problem, names, mean):
-  """What a network costs with a mean bit-width everywhere, {cost: int}.
-
-  Between candidates, costs are interpolated: exactly m for stored bits.
-  """
-  m = Fraction(str(mean))
-  limits = {}
-  for name in names:
-    totals = [int(column.sum()) for column in problem.costs[name].T]
-    limits[name] = math.floor(_interpolated(problem.bits, totals, m))
-  return limits
-
-
-def _interpolated(bits, totals, m):
-  """The total at m bits: linear between candidates and beyond them."""
-  if len(bits) == 1:
-    return Fraction(totals[0]) * m / bits[0]
-  position = sum(b >= m for b in bits) - 1
-  position = min(max(position, 0), len(bits) - 2)
-  high, low = bits[position], bits[position + 1]
-  share = (m - low) / (high - low)
-  return totals[position + 1] + share * (
-    totals[position] - totals[position + 1]
-  )
-
-
-def _position(names, field):
-  def position(name):
-    if name not in names:
-      raise ConfigError(
-        f"search.{field}={name!r}: no quantized layer; allowed are "
-        f"{', '.join(names)}"
-      )
-    return names.index(name)
-
-  return position
-
-
-def _pinned(pinned, names, bits):
-  for name, b in pinned.items():
-    _position(names, "pinned")(name)
-    if b not in bits:
-      raise ConfigError(
-        f"search.pinned.{name}={b!r}: allowed are {', '.join(map(str, bits))}"
-      )
-  return {names.index(name): bits.index(b) for name, b in pinned.items()}
 
 
 def _place(run, problem, strategy, budget, budgets):
@@ -395,7 +301,9 @@ def _request(run):
   config = run.config.search
   request = {
     **dataclasses.asdict(config),
-    "latency": _latency_table(config.latency) if config.latency else None,
+    "latency": search_space.latency_table(config.latency)
+    if config.latency
+    else None,
     "network": (run.workdir.result("supernet") or {}).get("network"),
   }
   return json.loads(json.dumps(request))

@@ -1,65 +1,35 @@
 """The stages of a run, each resumable and skipped when done.
 
-  pretrain         the float network
-  multi_precision  joint quantization-aware training of all bit-widths
-  separate         one LSQ run per bit-width, for comparison
-  hessian          traces of the float network, by layer
-  supernet         the multi-precision network, trained for mixed bits
-  search           allocations of bits under budgets
-  export           the integer artifact, and its accuracy read back from disk
-  report           the table, and summary.json
-
-Training is spread over all processes and devices (`sharding`, `processes`);
-all else is done by the first process, on its own devices.
-
-A stage is done when its `result.json` is there; until then its checkpoints
-say where it stands.
+pretrain         the float network
+multi_precision  joint quantization-aware training of all bit-widths
+separate         one LSQ run per bit-width, for comparison
+hessian          traces of the float network, by layer
+supernet         the multi-precision network, trained for mixed bits
+search           allocations of bits under budgets
+export           the integer artifact, and its accuracy read back from disk
+report           the table, and summary.json
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import os
 import platform
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
-from dr_jax import (
-  allocate,
-  data,
-  deploy,
-  mixed_precision,
-  models,
-  nn,
-  processes,
-  quant,
-  report,
-  sharding,
-  train,
-)
-from dr_jax.checkpoint import Checkpoints, disk_bytes
-from dr_jax.config import (
-  Config,
-  ConfigError,
-  QuantConfig,
-  TrainConfig,
-  quantizers,
-)
-from dr_jax.metrics import MetricsWriter
-from dr_jax.workdir import Workdir, write_json
-
-# Batches from which statistics of batch norm are estimated anew.
-_RECALIBRATION = 10
+from dr_jax import allocate, deploy, mixed_precision, processes, train
+from dr_jax import report as reports
+from dr_jax.config import Config, QuantConfig
+from dr_jax.run import Run
+from dr_jax.workdir import write_json
 
 
 def run(
@@ -90,546 +60,180 @@ def run(
     train.NonFiniteError, train.InterruptedRun: see `train.Loop`.
   """
   job = Run(config, workdir, interrupted, start=start)
+  if "search" in config.stages:
+    mixed_precision.check(job)
   with job.workdir.claim(config):
     job.check_space()
     for stage in config.stages:
-      getattr(job, stage)()
-    return job.summary()
+      _STAGES[stage](job)
+    return summary(job)
 
 
-class Run:
-  """One run: its configuration, directory, data and stages."""
+def pretrain(job: Run) -> None:
+  """Trains the float network."""
+  if job.workdir.result("pretrain") is None:
+    job.float_network()
 
-  def __init__(self, config, workdir, interrupted, *, start=None):
-    self.config = config
-    self.start = start
-    self.workdir = Workdir(workdir)
-    self.interrupted = interrupted
-    self.agreed = processes.agreed(interrupted)
-    self.layout, self.local = _layouts(config)
-    options = dataclasses.asdict(config.data)
-    for name in ("batch_size", "holdout", "workers"):
-      options.pop(name)
-    self.data = data.load(**options)
-    self.held_out = None
-    if config.data.holdout:
-      kept, self.held_out = data.hold_out(self.data.train, config.data.holdout)
-      self.data = self.data._replace(train=kept)
-    self.trained: dict[str, nnx.Module] = {}
-    # Before anything is written: values that only the library can judge.
-    self.batches(config.seed)
-    self.bits = config.quant.bits
-    quantizers(config.quant)
-    model = self._untrained()
-    if "search" in config.stages:
-      mixed_precision.check(self, self._quantize(model, config.quant))
 
-  def check_space(self) -> None:
-    """Checks the disk before hours of training fill it.
+def multi_precision(job: Run) -> None:
+  """Trains one network at all bit-widths jointly, from the float one."""
+  if job.workdir.result("multi_precision") is None:
+    job.multi_precision_network()
 
-    An estimate from the float network, which lacks the scales and norms of
-    every bit-width; each phase of training asks again for its own state.
 
-    Raises:
-      ConfigError: if its disk has too little room for the checkpoints of all
-        stages and the artifact.
-    """
-    network = nn.functional(self._model())
-
-    def checkpoints(recipe):
-      optimizer = train.make_optimizer(recipe.optimizer, kinds=network.kinds)
-      # As many sets of them as the curriculum has phases.
-      phases = train.CURRICULA[recipe.curriculum].phases
-      return len(phases) * disk_bytes(
-        jax.eval_shape(
-          lambda: train.init_state(
-            network,
-            optimizer,
-            jax.random.key(0),
-            distillation=recipe.distillation,
-            num_classes=self.data.num_classes,
-          )
-        )
+def separate(job: Run) -> None:
+  """Trains one LSQ network per bit-width with the same recipe."""
+  alone = train.RECIPES["lsq"]
+  recipe = dataclasses.replace(
+    job.config.train,
+    schedule=alone.schedule,
+    vectorize="auto",
+    sampling=alone.sampling,
+    distillation=alone.distillation,
+    alrs=alone.alrs,
+    loss_weights=(),
+    curriculum=alone.curriculum,
+  )
+  for bits in job.bits:
+    stage = f"separate/{bits}"
+    if job.workdir.result(stage) is None:
+      one = QuantConfig(
+        bits=(bits,), weight=alone.weight, activation=alone.activation
       )
+      job.quantized(stage, one, recipe)
 
-    config = self.config
-    sizes = {
-      "pretrain": checkpoints(config.pretrain),
-      "multi_precision": checkpoints(config.train),
-      "separate": len(self.bits) * checkpoints(config.train),
-      "supernet": checkpoints(config.supernet),
-      # No more than the float network, and a manifest.
-      "export": self.float_bytes() + 2**20,
-    }
-    self.workdir.check_space(
-      {stage: sizes[stage] for stage in config.stages if stage in sizes}
+
+def hessian(job: Run) -> None:
+  """Estimates the traces of the float network's Hessian."""
+  if job.workdir.result("hessian") is None:
+    _alone(job, mixed_precision.traces, supernet=False)
+
+
+def supernet(job: Run) -> None:
+  """Trains the multi-precision network for bits that differ by layer."""
+  if job.workdir.result("supernet") is None:
+    mixed_precision.supernet(job)
+
+
+def search(job: Run) -> None:
+  """Searches for allocations of bits under budgets."""
+  _alone(job, mixed_precision.search)
+
+
+def export(job: Run) -> None:
+  """Writes the artifact and evaluates it, read back from disk.
+
+  It is the SuperNet's if there is one; beside it lie the allocations found.
+  """
+  _alone(job, _export)
+
+
+def _alone(job, stage, *, supernet=True):
+  """Makes the first process do a stage, once all have the networks."""
+  if jax.process_count() > 1:
+    job.float_network()
+    job.multi_precision_network()
+    if supernet and "supernet" in job.config.stages:
+      mixed_precision.supernet(job)
+
+  def call():
+    stage(job)
+
+  processes.on_first(call)
+
+
+def _export(job):
+  path = job.workdir.path / "export" / "model"
+  found = mixed_precision.allocations(job)
+  done = job.workdir.result("export")
+  chosen = {name: row["allocation"] for name, row in found.items()}
+  if done is not None and done.get("allocations", {}) == chosen:
+    deploy.read(path)
+    return
+  started = time.monotonic()
+  if "supernet" in job.config.stages:
+    source, network = "supernet", mixed_precision.supernet(job)
+  else:
+    source, network = "multi_precision", job.multi_precision_network()
+  architecture = (job.config.model.name, job.model_options())
+  if not path.exists():
+    deploy.save(path, network, architecture=architecture)
+  loaded = deploy.load(path)
+  scores = job.scores(loaded, job.bits)
+  trained = job.workdir.result(source)["scores"]
+  if scores != trained:
+    raise deploy.ArtifactError(
+      f"{path}: scores {scores}, but the trained network {trained}"
+    )
+  allocations = path.parent / "allocations"
+  if found:
+    shutil.rmtree(allocations, ignore_errors=True)
+    allocations.mkdir()
+  for name, row in found.items():
+    _check_allocation(job, path, loaded, name, row)
+    allocate.Allocation(row["allocation"]).save(allocations / f"{name}.json")
+  job.workdir.finish(
+    "export",
+    started,
+    scores=scores,
+    allocations=chosen,
+    allocation_bytes={
+      name: deploy.size(path, row["allocation"]) for name, row in found.items()
+    },
+    bytes_at={str(b): n for b, n in deploy.sizes(path).items()},
+    stored_bytes=sum(file.stat().st_size for file in path.iterdir()),
+    tensor_bytes=sum(tensor.nbytes for tensor in deploy.read(path)[1].values()),
+    float_bytes=job.float_bytes(),
+  )
+
+
+def _check_allocation(job, path, loaded, name, row):
+  """Raises unless the artifact scores as the search said."""
+  index = allocate.Allocation(row["allocation"]).index(job.bits)
+  score = job.scores(loaded, ("found",), indices=(index,))["found"]
+  if score != row["test"]:
+    raise deploy.ArtifactError(
+      f"{path}: scores {score} with {name}, but in the search {row['test']}"
     )
 
-  def pretrain(self) -> None:
-    """Trains the float network."""
-    if self.workdir.result("pretrain") is None:
-      self.float_network()
 
-  def multi_precision(self) -> None:
-    """Trains one network at all bit-widths jointly, from the float one."""
-    if self.workdir.result("multi_precision") is None:
-      self.multi_precision_network()
-
-  def separate(self) -> None:
-    """Trains one LSQ network per bit-width with the same recipe."""
-    alone = train.RECIPES["lsq"]
-    recipe = dataclasses.replace(
-      self.config.train,
-      schedule=alone.schedule,
-      vectorize="auto",
-      sampling=alone.sampling,
-      distillation=alone.distillation,
-      alrs=alone.alrs,
-      loss_weights=(),
-      curriculum=alone.curriculum,
-    )
-    for bits in self.bits:
-      stage = f"separate/{bits}"
-      if self.workdir.result(stage) is None:
-        one = QuantConfig(
-          bits=(bits,), weight=alone.weight, activation=alone.activation
-        )
-        self._quantized(stage, one, recipe)
-
-  def hessian(self) -> None:
-    """Estimates the traces of the float network's Hessian."""
-    if self.workdir.result("hessian") is None:
-      self._alone(mixed_precision.traces, supernet=False)
-
-  def supernet(self) -> None:
-    """Trains the multi-precision network for bits that differ by layer."""
-    if self.workdir.result("supernet") is None:
-      mixed_precision.supernet(self)
-
-  def search(self) -> None:
-    """Searches for allocations of bits under budgets."""
-    self._alone(mixed_precision.search)
-
-  def export(self) -> None:
-    """Writes the artifact and evaluates it, read back from disk.
-
-    It is the SuperNet's if there is one; beside it lie the allocations found.
-    """
-    self._alone(Run._export)
-
-  def _alone(self, stage, *, supernet=True):
-    """Makes the first process do a stage, once all have the networks."""
-    if jax.process_count() > 1:
-      self.float_network()
-      self.multi_precision_network()
-      if supernet and "supernet" in self.config.stages:
-        mixed_precision.supernet(self)
-
-    def call():
-      stage(self)
-
-    processes.on_first(call)
-
-  def _export(self):
-    path = self.workdir.path / "export" / "model"
-    found = mixed_precision.allocations(self)
-    done = self.workdir.result("export")
-    chosen = {name: row["allocation"] for name, row in found.items()}
-    if done is not None and done.get("allocations", {}) == chosen:
-      deploy.read(path)
-      return
-    started = time.monotonic()
-    if "supernet" in self.config.stages:
-      source, network = "supernet", mixed_precision.supernet(self)
-    else:
-      source, network = "multi_precision", self.multi_precision_network()
-    architecture = (self.config.model.name, self._model_options())
-    if not path.exists():
-      deploy.save(path, network, architecture=architecture)
-    loaded = deploy.load(path)
-    scores = self._scores(loaded, self.bits)
-    trained = self.workdir.result(source)["scores"]
-    if scores != trained:
-      raise deploy.ArtifactError(
-        f"{path}: scores {scores}, but the trained network {trained}"
-      )
-    allocations = path.parent / "allocations"
-    if found:
-      shutil.rmtree(allocations, ignore_errors=True)
-      allocations.mkdir()
-    for name, row in found.items():
-      self._check_allocation(path, loaded, name, row)
-      allocate.Allocation(row["allocation"]).save(allocations / f"{name}.json")
-    self.workdir.finish(
-      "export",
-      started,
-      scores=scores,
-      allocations=chosen,
-      allocation_bytes={
-        name: deploy.size(path, row["allocation"])
-        for name, row in found.items()
-      },
-      bytes_at={str(b): n for b, n in deploy.sizes(path).items()},
-      stored_bytes=sum(file.stat().st_size for file in path.iterdir()),
-      tensor_bytes=sum(
-        tensor.nbytes for tensor in deploy.read(path)[1].values()
-      ),
-      float_bytes=self.float_bytes(),
-    )
-
-  def _check_allocation(self, path, loaded, name, row):
-    """Raises unless the artifact scores as the search said."""
-    index = allocate.Allocation(row["allocation"]).index(self.bits)
-    score = self._scores(loaded, ("found",), indices=(index,))["found"]
-    if score != row["test"]:
-      raise deploy.ArtifactError(
-        f"{path}: scores {score} with {name}, but in the search {row['test']}"
-      )
-
-  def float_bytes(self) -> int:
-    """Bytes of the float network's parameters."""
-    params = nn.functional(self._model()).params
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-
-  def report(self) -> None:
-    """Writes summary.json, and a plot of what searches found."""
-    processes.on_first(self._report)
-
-  def _report(self):
-    search = self.workdir.result("search")
-    if search is not None:
-      place = self.workdir.path / "report"
-      place.mkdir(exist_ok=True)
-      report.plot_pareto(place / "pareto.png", search["rows"])
-    write_json(self.workdir.path / "summary.json", self.summary())
-
-  def summary(self) -> dict[str, Any]:
-    """What has been reached so far, by stage, and the environment."""
-    stages = [s for s in self.config.stages if s not in ("separate", "report")]
-    stages += [f"separate/{bits}" for bits in self.bits]
-    results = {stage: self.workdir.result(stage) for stage in stages}
-    return {
-      "name": self.config.name,
-      "bits": self.bits,
-      "stages": {s: r for s, r in results.items() if r is not None},
-      "environment": environment(),
-    }
-
-  def float_network(self) -> nnx.Module:
-    """The float network, trained if there is such a stage."""
-    if self.start is not None:
-      return self.start
-    if "pretrain" not in self.config.stages:
-      return self._untrained()
-    if "pretrain" not in self.trained:
-      model = self._untrained()
-      started = time.monotonic()
-      steps, recipe = 0, self.config.pretrain
-      if recipe.epochs:
-        steps = self.train("pretrain", model, (None,), recipe)
-      self.score("pretrain", model, (None,), steps, started)
-      self.trained["pretrain"] = model
-    return self.trained["pretrain"]
-
-  def stop_if_asked(self, stage) -> None:
-    """Raises train.InterruptedRun if a signal asked to stop."""
-    name = self.interrupted()
-    if name:
-      raise train.InterruptedRun(
-        f"{stage}: {name}; the same command goes on from there", name
-      )
-
-  def multi_precision_network(self) -> nnx.Module:
-    """The multi-precision network, trained; restored if its stage is done."""
-    config = self.config
-    return self._quantized("multi_precision", config.quant, config.train)
-
-  def _quantize(self, model, config: QuantConfig):
-    weight, activation = quantizers(config)
-    return nn.quantize(
-      model,
-      weight=weight,
-      activation=activation,
-      sample=self.batches(self.config.seed)[0]["image"],
-      norm=config.norm,
-    )
-
-  def _quantized(self, stage, config: QuantConfig, recipe: TrainConfig):
-    """A quantized network, trained; restored if its stage is done."""
-    if stage in self.trained:
-      return self.trained[stage]
-    weight, _ = quantizers(config)
-    network = self._quantize(self.float_network(), config)
-    started = time.monotonic()
-    curriculum = train.CURRICULA[recipe.curriculum]
-    present, steps = weight, 0
-    for number, phase in enumerate(curriculum.phases):
-      wanted = weight
-      if phase.weight is not None:
-        wanted = quant.get(phase.weight, bits=weight.bits)
-      network = nn.requantize(
-        network,
-        weight=None if wanted is present else wanted,
-        norm=phase.norm or config.norm,
-      )
-      present = wanted
-      steps = self.train(
-        "/".join(filter(None, (stage, phase.name))),
-        network,
-        weight.bits,
-        dataclasses.replace(recipe, sampling=phase.sampling or recipe.sampling),
-        phase=(number, len(curriculum.phases)),
-      )
-    # Norms that all bit-widths share have the statistics of all of them.
-    if curriculum.recalibrate and config.norm != "shared":
-      batches = self.batches(self.config.seed)
-      images = [batches[step]["image"] for step in range(_RECALIBRATION)]
-      for bits in weight.bits:
-        nn.set_bits(network, bits)
-        nn.recalibrate(network, images)
-    self.score(stage, network, weight.bits, steps, started)
-    self.trained[stage] = network
-    return network
-
-  def train(
-    self,
-    stage,
-    model,
-    bits,
-    recipe: TrainConfig,
-    *,
-    phase=(0, 1),
-    sampling=None,
-  ):
-    """Trains a model in place to the end of a phase, from where it is.
-
-    Args:
-      stage: directory and name of the phase.
-      model: changed in place.
-      bits: candidate bit-widths, (None,) for a float network.
-      recipe: how to train.
-      phase: number of the phase, and how many there are.
-      sampling: number of steps -> train.Sampling, in place of the recipe's.
-
-    Returns:
-      The number of steps of the phase.
-    """
-    network = nn.functional(model)
-    optimizer = train.make_optimizer(
-      recipe.optimizer,
-      kinds=network.kinds,
-      weight_decay=recipe.weight_decay,
-      momentum=recipe.momentum,
-    )
-    batch_size = self.config.data.batch_size
-    number, count = phase
-    images = recipe.epochs * len(self.data.train)
-    steps = max(images // (batch_size * count), 1)
-    drawn = train.SAMPLINGS[recipe.sampling]
-    if sampling is not None:
-      drawn = sampling(steps)
-    state = train.init_state(
-      network,
-      optimizer,
-      jax.random.fold_in(jax.random.key(self.config.seed), number),
-      distillation=recipe.distillation,
-      num_classes=self.data.num_classes,
-    )
-    labels = bits if bits == (None,) else drawn.labels(bits)
-    layout = self._layout_of(recipe, len(labels))
-    state = train.place(layout, state)
-    table = nn.layer_table(model)
-    self.workdir.tell(
-      stage, {"bits": bits, "layers": [row.name for row in table]}
-    )
-    directory = self.workdir.path / stage / "checkpoints"
-    with (
-      Checkpoints(directory) as checkpoints,
-      self._metrics() as metrics,
-    ):
-      if checkpoints.latest() is not None:
-        state = checkpoints.restore(like=state)
-      if int(state.step) < steps:
-        self.workdir.check_space({stage: disk_bytes(state)})
-        if metrics is not None:
-          metrics.resume(stage, int(state.step))
-        share, shares = layout.share
-        candidates = tuple(32 if b is None else b for b in bits)
-        loop = train.Loop(
-          stage=stage,
-          steps=steps,
-          labels=labels,
-          step=train.make_step(
-            network,
-            candidates,
-            optimizer,
-            optax.cosine_decay_schedule(recipe.learning_rate, steps),
-            schedule=recipe.schedule,
-            vectorize=recipe.vectorize,
-            alrs=recipe.alrs,
-            sampling=drawn,
-            distillation=recipe.distillation,
-            loss_weights=recipe.loss_weights,
-            steps=steps,
-            layout=layout,
-          ),
-          batches=data.batches(
-            self.data.train,
-            batch_size=batch_size,
-            seed=self.config.seed,
-            process_index=share,
-            process_count=shares,
-            workers=self.config.data.workers,
-          ),
-          checkpoints=checkpoints,
-          metrics=metrics,
-          checkpoint_every=self.config.checkpoint_every,
-          log_every=self.config.log_every,
-          interrupted=self.agreed,
-          put=layout.put,
-          shows=processes.is_first(),
-        )
-        state = loop.run(state)
-        self._tell_of_unreadable(stage)
-      params, stats = train.collect(layout, (state.params, state.batch_stats))
-      nn.update(model, params=params, batch_stats=stats)
-    return steps
-
-  def _layout_of(self, recipe, visits):
-    """The layout, flat for a stage that does not visit bit-widths at once."""
-    mode = train.resolve_vectorize(recipe.vectorize, recipe.schedule)
-    at_once = mode == "vmap" and visits % self.layout.bits == 0
-    return self.layout if at_once else self.layout.flat()
-
-  def _metrics(self):
-    """The file of numbers, in the process that writes it."""
-    if processes.is_first():
-      return MetricsWriter(self.workdir.metrics)
-    return contextlib.nullcontext()
-
-  def _tell_of_unreadable(self, stage):
-    count = getattr(self.data.train, "unreadable", None)
-    if count:
-      warnings.warn(
-        f"{stage}: {len(count)} images cannot be read; {count.total()} times "
-        "since the start another one took the place of one of them",
-        stacklevel=2,
-      )
-
-  def score(self, stage, model, bits, steps, started, **more):
-    """Scores a trained network and ends its stage, unless that was done."""
-    if self.workdir.result(stage) is None:
-      processes.on_first(
-        lambda: self._score(stage, model, bits, steps, started, more)
-      )
-
-  def _score(self, stage, model, bits, steps, started, more):
-    scores = self._scores(self.served(model), bits)
-    with MetricsWriter(self.workdir.metrics) as metrics:
-      # A process killed right here has written some of them already.
-      metrics.resume(stage, steps, names=("loss", "images_per_second"))
-      for key, score in scores.items():
-        named = {f"test_{name}": value for name, value in score.items()}
-        metrics.write(stage, steps, named, bits=_bits_or_none(key))
-      seconds = metrics.training_seconds(
-        stage, images_per_step=self.config.data.batch_size
-      )
-    self.workdir.finish(
-      stage,
-      started,
-      scores=scores,
-      train_seconds=round(seconds, 1),
-      **more,
-    )
-
-  def served(self, model):
-    """A quantized network as it is deployed; a float one as it is.
-
-    Folding norms before the program, and not inside, moves last bits that
-    rounding to codes can amplify: what is scored is what will be served.
-    """
-    if not nn.layer_table(model):
-      return model
-    return nn.thaw(self._model(), nn.freeze(model))
-
-  def _scores(self, model, bits, *, indices=None):
-    """{bit-width: {"accuracy": percent, "loss": cross-entropy}} on test.
-
-    `indices` are the assignments that `bits` name; by default the positions.
-    """
-    network = nn.functional(model)
-    evaluate = train.make_evaluate(network, self.local)
-    scores = {}
-    for index, b in zip(indices or range(len(bits)), bits, strict=True):
-      batches = self.epoch(self.data.test)
-      score = evaluate(network.params, network.batch_stats, index, batches)
-      scores["float" if b is None else str(b)] = score._asdict()
-    return scores
-
-  def epoch(self, source, *, batch_size=512):
-    """All examples, in batches that this process's devices can share."""
-    count = self.local.data
-    size = min(len(source), batch_size)
-    return data.epoch(
-      source,
-      batch_size=-(-size // count) * count,
-      workers=self.config.data.workers,
-    )
-
-  def spread(self, batch):
-    """A batch over this process's devices, if they can share it."""
-    fits = len(batch["label"]) % self.local.data == 0
-    return self.local.put(batch) if fits else batch
-
-  def batches(self, seed):
-    """Whole training batches, the same in every process."""
-    return data.batches(
-      self.data.train,
-      batch_size=self.config.data.batch_size,
-      seed=seed,
-      workers=self.config.data.workers,
-    )
-
-  def _untrained(self):
-    """The float network before any training: random, or with given weights."""
-    model, path = self._model(), self.config.model.weights
-    if path and self.start is None:
-      try:
-        models.load_torchvision(model, path)
-      except ValueError as error:
-        raise ConfigError(f"model.{error}") from None
-    return model
-
-  def _model(self):
-    rngs = nnx.Rngs(self.config.seed)
-    options = self._model_options()
-    return models.build(self.config.model.name, rngs=rngs, **options)
-
-  def _model_options(self):
-    return {
-      **self.config.model.options,
-      "dtype": self.config.model.dtype,
-      "num_classes": self.data.num_classes,
-      "channels": self.data.image_shape[-1],
-    }
+def report(job: Run) -> None:
+  """Writes summary.json, and a plot of what searches found."""
+  processes.on_first(lambda: _report(job))
 
 
-def _layouts(config):
-  """Where training lives, and what this process does alone."""
-  wanted = config.devices
-  try:
-    layout = sharding.layout(**dataclasses.asdict(wanted))
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
-  # Also where a stage has all devices along the axis data.
-  if config.data.batch_size % layout.mesh.size:
-    raise ConfigError(
-      f"data.batch_size={config.data.batch_size}: allowed are multiples of "
-      f"{layout.mesh.size}, the number of devices (see devices.data)"
-    )
-  mine = jax.process_index()
-  local = [d for d in layout.mesh.devices.flat if d.process_index == mine]
-  return layout, sharding.layout(devices=local)
+def _report(job):
+  search = job.workdir.result("search")
+  if search is not None:
+    place = job.workdir.path / "report"
+    place.mkdir(exist_ok=True)
+    reports.plot_pareto(place / "pareto.png", search["rows"])
+  write_json(job.workdir.path / "summary.json", summary(job))
+
+
+def summary(job: Run) -> dict[str, Any]:
+  """What has been reached so far, by stage, and the environment."""
+  stages = [s for s in job.config.stages if s not in ("separate", "report")]
+  stages += [f"separate/{bits}" for bits in job.bits]
+  results = {stage: job.workdir.result(stage) for stage in stages}
+  return {
+    "name": job.config.name,
+    "bits": job.bits,
+    "stages": {s: r for s, r in results.items() if r is not None},
+    "environment": environment(),
+  }
+
+
+_STAGES = {
+  "pretrain": pretrain,
+  "multi_precision": multi_precision,
+  "separate": separate,
+  "hessian": hessian,
+  "supernet": supernet,
+  "search": search,
+  "export": export,
+  "report": report,
+}
 
 
 def environment() -> dict[str, str]:
@@ -649,7 +253,3 @@ def environment() -> dict[str, str]:
     "backend": jax.default_backend(),
     "cpus": str(os.cpu_count()),
   }
-
-
-def _bits_or_none(key):
-  return None if key == "float" else int(key)

@@ -149,8 +149,8 @@ def layout(
     )
   if data < 0 or data * bits > count:
     raise ValueError(
-      f"devices.data={data}: with devices.bits={bits}, allowed are 0 to "
-      f"{count // bits} on {count} devices"
+      f"devices.data={data}: with devices.bits={bits} and {count} devices in "
+      f"all; allowed are 0, for as many as there are, to {count // bits}"
     )
   data = data or count // bits
   if data * bits < count and jax.process_count() > 1:
@@ -168,8 +168,3 @@ def _mesh(devices, *, bits):
     axis_types=(AxisType.Auto, AxisType.Auto),
     devices=devices,
   )
-
-
-def one_device() -> Layout:
-  """The layout of a single device, the first of this process."""
-  return layout(devices=jax.local_devices()[:1])

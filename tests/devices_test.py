@@ -14,6 +14,7 @@ from flax import nnx
 from dr_jax import models, nn, pipeline, quant, train
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import ConfigError, from_dict
+from dr_jax.run import Run
 from dr_jax.workdir import Workdir
 
 
@@ -94,7 +95,7 @@ def test_a_run_goes_on_with_another_number_of_devices(
 
 def restored(directory, config, workdir):
   """The latest checkpoint, where a run on these devices has it."""
-  run = pipeline.Run(config, workdir, lambda: None)
+  run = Run(config, workdir, lambda: None)
   network = nn.functional(run._model())
   optimizer = train.make_optimizer(
     "sgd", kinds=network.kinds, weight_decay=5e-5, momentum=0.9
@@ -150,13 +151,16 @@ def test_norms_per_device_are_a_configuration_of_their_own(alone, tmp_path):
 @pytest.mark.parametrize(
   ("devices", "message"),
   [
-    ({"data": 5}, r"devices\.data=5: .*allowed are 0 to 4 on 4 devices"),
+    (
+      {"data": 5},
+      r"devices\.data=5: .*4 devices in all; allowed are 0, .* to 4",
+    ),
     ({"bits": 2}, r"devices\.bits=2: allowed with train\.vectorize='auto' is"),
     ({"norm": "per_device"}, r"devices\.norm='per_device': with .*data=0"),
     ({"data": 3}, r"data\.batch_size=128: allowed are multiples of 3"),
     ({"parameters": "split"}, r"devices\.parameters='split': allowed are repl"),
     ({"norm": "local"}, r"devices\.norm='local': allowed are global, per_dev"),
-    ({"data": -1}, r"devices\.data=-1: allowed is 0 or more"),
+    ({"data": -1}, r"devices\.data=-1: .*allowed are 0, for as many"),
   ],
 )
 def test_devices_that_cannot_be_are_named(tmp_path, devices, message):

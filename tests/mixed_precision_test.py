@@ -23,6 +23,7 @@ from dr_jax import (
 )
 from dr_jax.checkpoint import CheckpointError, Checkpoints
 from dr_jax.config import ConfigError, from_dict
+from dr_jax.run import Run
 from dr_jax.train import InterruptedRun
 from dr_jax.workdir import Workdir
 
@@ -99,7 +100,7 @@ def test_every_layer_has_a_trace_with_its_error_bar(finished):
 
 def test_searches_minimise_traces_per_parameter_times_errors(finished):
   workdir, _ = finished
-  run = pipeline.Run(config(), workdir, lambda: None)
+  run = Run(config(), workdir, lambda: None)
   problem, score_on_test = mixed_precision._problem(run)
   traces = hessian.load(workdir / "hessian" / "traces.json")
   network = mixed_precision.supernet(run)
@@ -200,7 +201,7 @@ def test_a_finished_run_repeats_nothing(finished, monkeypatch):
     raise AssertionError("trained or estimated again")
 
   monkeypatch.setattr(hessian, "trace", never)
-  monkeypatch.setattr(pipeline.Run, "train", never)
+  monkeypatch.setattr(Run, "train", never)
   assert pipeline.run(config(), workdir) == summary
 
 
@@ -251,7 +252,7 @@ def test_all_that_decides_a_search_gives_it_a_result_of_its_own(
     (row,) = found(workdir)
     judged[judge] = row["judged"]["loss"]
     assert trials_of(workdir, judge).exists()
-  run = pipeline.Run(config(), workdir, lambda: None)
+  run = Run(config(), workdir, lambda: None)
   train, held_out = len(run.data.train), len(run.held_out)
   assert judged["both"] == pytest.approx(
     (train * judged["train"] + held_out * judged["held_out"])

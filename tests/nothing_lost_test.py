@@ -3,6 +3,7 @@
 Every run here ends in the same bits as the one that nothing happened to.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -309,6 +310,22 @@ def test_a_checkpoint_damaged_by_hand_gives_way_to_the_one_before(
   assert essence(workdir) == essence(whole)
 
 
+@contextlib.contextmanager
+def held(process):
+  """Holds a process and its children still; a quick run would be over."""
+  tree = [process.pid]
+  for pid in tree:
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    tree += map(int, children.split())
+  for pid in tree:
+    os.kill(pid, signal.SIGSTOP)
+  try:
+    yield tree
+  finally:
+    for pid in tree:
+      os.kill(pid, signal.SIGCONT)
+
+
 def assert_stopped_by_the_disk(process, workdir):
   """One line and an exit code; checkpoints as they were or later."""
   out, err = process.communicate(timeout=200)
@@ -327,7 +344,8 @@ def test_a_limit_on_file_sizes_stops_the_run_and_harms_no_checkpoint(
   last = max(steps_of(workdir, "multi_precision"))
   process = job.start(workdir)
   wait_until(process, lambda: last_logged(workdir, "multi_precision") > last)
-  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+  with held(process):
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
   line = assert_stopped_by_the_disk(process, workdir)
   assert "File too large" in line
   kept = max(steps_of(workdir, "multi_precision"))
@@ -388,7 +406,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_harms_no_checkpoint(
   seen = pathlib.Path(f"/proc/{process.pid}/root{place}")
   workdir = seen / "run"
   wait_until(process, lambda: last_logged(workdir, "multi_precision") > last)
-  with pytest.raises(OSError, match="No space left"):
+  with held(process), pytest.raises(OSError, match="No space left"):
     with (seen / "filler").open("wb", buffering=0) as file:
       while True:
         file.write(bytes(4096))

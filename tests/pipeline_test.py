@@ -13,6 +13,7 @@ from dr_jax import pipeline
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.deploy import ArtifactError
 from dr_jax.main import table
+from dr_jax.run import Run
 from dr_jax.workdir import Workdir
 
 
@@ -137,7 +138,7 @@ def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
     config = _config()
     recipe = dataclasses.replace(config.train, **train)
     config = dataclasses.replace(config, train=recipe)
-    pipeline.Run(config, tmp_path, lambda: None).check_space()
+    Run(config, tmp_path, lambda: None).check_space()
     return dict(asked)
 
   plain = sizes()
@@ -152,7 +153,7 @@ def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
 
 def test_a_run_takes_no_more_disk_than_it_asked_for(finished, asked):
   workdir, _ = finished
-  pipeline.Run(_config(), workdir, lambda: None).check_space()
+  Run(_config(), workdir, lambda: None).check_space()
   assert set(asked) == {"pretrain", "multi_precision", "separate", "export"}
   for stage, size in asked.items():
     files = (workdir / stage).rglob("*")

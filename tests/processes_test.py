@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from dr_jax import nn, pipeline, processes
+from dr_jax import nn, processes
 from dr_jax.config import from_dict
+from dr_jax.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
 STAGES = ("pretrain", "multi_precision")
@@ -98,7 +99,7 @@ def finish(running, timeout=300):
 def trained(workdir):
   """The parameters of both stages, as the last checkpoints hold them."""
   values = json.loads((workdir / "config.json").read_text())
-  run = pipeline.Run(
+  run = Run(
     from_dict({**values, "devices": {"data": 1}}), workdir, lambda: None
   )
   networks = [run.float_network(), run.multi_precision_network()]

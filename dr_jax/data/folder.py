@@ -60,9 +60,14 @@ def scan(path, split):
   """
   directory = pathlib.Path(path) / split
   if not path or not directory.is_dir():
+    wrong = f"has no directory {split!r}"
+    if not pathlib.Path(path).is_dir():
+      wrong = "does not exist"
+    if not path:
+      wrong = "missing"
     raise ValueError(
-      f"data.path={str(path)!r}: has no directory {split!r}; allowed is a "
-      f"directory of images as {split}/CLASS/NAME.png or .jpg"
+      f"data.path={str(path)!r}: {wrong}; allowed is a directory of images as "
+      f"{split}/CLASS/NAME.png or .jpg"
     )
   classes = _sorted(directory, os.DirEntry.is_dir)
   if not classes:

@@ -19,15 +19,13 @@ rise with their input wherever the norm's scale is positive).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-# 1 - torch's momentum of 0.1.
-_MOMENTUM = 0.9
+from dr_jax.models.layers import Stage, conv, norm
+
 # Blocks of each stage, and whether they are bottlenecks.
 _DEPTHS = {
   18: ((2, 2, 2, 2), False),
@@ -72,8 +70,10 @@ class ImageNetResNet(nnx.Module):
       )
     blocks, bottleneck = _DEPTHS[depth]
     self.preactivation = preactivation
-    self.stem = _conv(channels, width, 7, 2, dtype, rngs)
-    self.stem_norm = None if preactivation else _norm(width, dtype, rngs)
+    self.stem = conv(channels, width, 7, 2, dtype=dtype, rngs=rngs)
+    self.stem_norm = (
+      None if preactivation else norm(width, dtype=dtype, rngs=rngs)
+    )
     c_in = width
     stages = []
     for number, count in enumerate(blocks):
@@ -91,9 +91,9 @@ class ImageNetResNet(nnx.Module):
           )
         )
         c_in = stage[-1].c_out
-      stages.append(_Stage(stage))
+      stages.append(Stage(stage))
     self.stage1, self.stage2, self.stage3, self.stage4 = stages
-    self.norm = _norm(c_in, dtype, rngs) if preactivation else None
+    self.norm = norm(c_in, dtype=dtype, rngs=rngs) if preactivation else None
     self.head = nnx.Linear(
       c_in,
       num_classes,
@@ -142,17 +142,21 @@ class Block(nnx.Module):
     self.depth = len(layers)
     before = c_in
     for number, (size, after, step) in enumerate(layers, start=1):
-      conv = _conv(before, after, size, step, dtype, rngs)
-      norm = _norm(before if preactivation else after, dtype, rngs)
-      setattr(self, f"conv{number}", conv)
-      setattr(self, f"norm{number}", norm)
+      layer = conv(before, after, size, step, dtype=dtype, rngs=rngs)
+      setattr(self, f"conv{number}", layer)
+      features = before if preactivation else after
+      setattr(self, f"norm{number}", norm(features, dtype=dtype, rngs=rngs))
       before = after
     same = c_in == self.c_out and stride == 1
     self.shortcut = (
-      None if same else _conv(c_in, self.c_out, 1, stride, dtype, rngs)
+      None
+      if same
+      else conv(c_in, self.c_out, 1, stride, dtype=dtype, rngs=rngs)
     )
     self.shortcut_norm = (
-      None if same or preactivation else _norm(self.c_out, dtype, rngs)
+      None
+      if same or preactivation
+      else norm(self.c_out, dtype=dtype, rngs=rngs)
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -160,8 +164,8 @@ class Block(nnx.Module):
 
   def _post(self, x):
     y = x
-    for conv, norm in self._layers():
-      y = norm(conv(y if conv is self.conv1 else nnx.relu(y)))
+    for layer, after in self._layers():
+      y = after(layer(y if layer is self.conv1 else nnx.relu(y)))
     if self.shortcut is not None:
       x = self.shortcut_norm(self.shortcut(x))
     return nnx.relu(x + y)
@@ -170,8 +174,8 @@ class Block(nnx.Module):
     y = nnx.relu(self.norm1(x))
     if self.shortcut is not None:
       x = self.shortcut(y)
-    for conv, norm in self._layers():
-      y = conv(y if conv is self.conv1 else nnx.relu(norm(y)))
+    for layer, before in self._layers():
+      y = layer(y if layer is self.conv1 else nnx.relu(before(y)))
     return x + y
 
   def _layers(self):
@@ -179,20 +183,6 @@ class Block(nnx.Module):
       (getattr(self, f"conv{number}"), getattr(self, f"norm{number}"))
       for number in range(1, self.depth + 1)
     ]
-
-
-class _Stage(nnx.Module):
-  """Blocks in a row, named block0, block1, ..."""
-
-  def __init__(self, blocks: Sequence[Block]):
-    self.depth = len(blocks)
-    for number, block in enumerate(blocks):
-      setattr(self, f"block{number}", block)
-
-  def __call__(self, x):
-    for number in range(self.depth):
-      x = getattr(self, f"block{number}")(x)
-    return x
 
 
 def resnet18(**kwargs) -> ImageNetResNet:
@@ -208,26 +198,6 @@ def resnet34(**kwargs) -> ImageNetResNet:
 def resnet50(**kwargs) -> ImageNetResNet:
   """ResNet50 (25.6 M parameters)."""
   return ImageNetResNet(50, **kwargs)
-
-
-def _conv(c_in, c_out, size, stride, dtype, rngs):
-  return nnx.Conv(
-    c_in,
-    c_out,
-    (size, size),
-    strides=stride,
-    padding=size // 2,
-    use_bias=False,
-    kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    dtype=dtype,
-    rngs=rngs,
-  )
-
-
-def _norm(features, dtype, rngs):
-  return nnx.BatchNorm(
-    features, momentum=_MOMENTUM, epsilon=1e-5, dtype=dtype, rngs=rngs
-  )
 
 
 def _uniform(bound):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-# 1 - torch's momentum of 0.1.
-_MOMENTUM = 0.9
+from dr_jax.models.layers import conv, norm
+
 # Expansion, channels, blocks, stride of the first one (table 2).
 _STAGES = (
   (1, 16, 1, 1),
@@ -59,8 +59,8 @@ class MobileNetV2(nnx.Module):
     if not width > 0:
       raise ValueError(f"width={width}: allowed is more than 0")
     c_in = _multiple_of_8(_STEM * width)
-    self.stem = _conv(channels, c_in, 3, dtype, rngs, stride=2)
-    self.stem_norm = _norm(c_in, dtype, rngs)
+    self.stem = conv(channels, c_in, 3, 2, dtype=dtype, rngs=rngs)
+    self.stem_norm = norm(c_in, dtype=dtype, rngs=rngs)
     self.depth = 0
     for expansion, features, count, first in _STAGES:
       c_out = _multiple_of_8(features * width)
@@ -77,8 +77,8 @@ class MobileNetV2(nnx.Module):
         self.depth += 1
         c_in = c_out
     c_last = _multiple_of_8(_LAST * max(width, 1.0))
-    self.last = _conv(c_in, c_last, 1, dtype, rngs)
-    self.last_norm = _norm(c_last, dtype, rngs)
+    self.last = conv(c_in, c_last, 1, dtype=dtype, rngs=rngs)
+    self.last_norm = norm(c_last, dtype=dtype, rngs=rngs)
     self.head = nnx.Linear(
       c_last,
       num_classes,
@@ -116,14 +116,16 @@ class InvertedResidual(nnx.Module):
   ):
     hidden = c_in * expansion
     plain = expansion == 1
-    self.expand = None if plain else _conv(c_in, hidden, 1, dtype, rngs)
-    self.expand_norm = None if plain else _norm(hidden, dtype, rngs)
-    self.depthwise = _conv(
-      hidden, hidden, 3, dtype, rngs, stride=stride, groups=hidden
+    self.expand = (
+      None if plain else conv(c_in, hidden, 1, dtype=dtype, rngs=rngs)
     )
-    self.depthwise_norm = _norm(hidden, dtype, rngs)
-    self.project = _conv(hidden, c_out, 1, dtype, rngs)
-    self.project_norm = _norm(c_out, dtype, rngs)
+    self.expand_norm = None if plain else norm(hidden, dtype=dtype, rngs=rngs)
+    self.depthwise = conv(
+      hidden, hidden, 3, stride, groups=hidden, dtype=dtype, rngs=rngs
+    )
+    self.depthwise_norm = norm(hidden, dtype=dtype, rngs=rngs)
+    self.project = conv(hidden, c_out, 1, dtype=dtype, rngs=rngs)
+    self.project_norm = norm(c_out, dtype=dtype, rngs=rngs)
     self.residual = c_in == c_out and stride == 1
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -133,27 +135,6 @@ class InvertedResidual(nnx.Module):
     y = nnx.relu6(self.depthwise_norm(self.depthwise(y)))
     y = self.project_norm(self.project(y))
     return x + y if self.residual else y
-
-
-def _conv(c_in, c_out, size, dtype, rngs, *, stride=1, groups=1):
-  return nnx.Conv(
-    c_in,
-    c_out,
-    (size, size),
-    strides=stride,
-    padding=size // 2,
-    feature_group_count=groups,
-    use_bias=False,
-    kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    dtype=dtype,
-    rngs=rngs,
-  )
-
-
-def _norm(features, dtype, rngs):
-  return nnx.BatchNorm(
-    features, momentum=_MOMENTUM, epsilon=1e-5, dtype=dtype, rngs=rngs
-  )
 
 
 def _multiple_of_8(channels):

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-# 1 - torch's momentum of 0.1.
-_MOMENTUM = 0.9
+from dr_jax.models.layers import Stage, conv, norm
 
 
 class Block(nnx.Module):
@@ -32,9 +31,9 @@ class Block(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    self.norm1 = _norm(c_in, dtype, rngs)
+    self.norm1 = norm(c_in, dtype=dtype, rngs=rngs)
     self.conv1 = _conv(c_in, c_out, 3, stride, dtype, rngs)
-    self.norm2 = _norm(c_out, dtype, rngs)
+    self.norm2 = norm(c_out, dtype=dtype, rngs=rngs)
     self.conv2 = _conv(c_out, c_out, 3, 1, dtype, rngs)
     same = c_in == c_out and stride == 1
     self.shortcut = None if same else _conv(c_in, c_out, 1, stride, dtype, rngs)
@@ -90,8 +89,8 @@ class ResNet(nnx.Module):
         stage.append(Block(c_in, width, stride, dtype=dtype, rngs=rngs))
         c_in = width
       stages.append(stage)
-    self.stage1, self.stage2, self.stage3 = map(_Stage, stages)
-    self.norm = _norm(c_in, dtype, rngs)
+    self.stage1, self.stage2, self.stage3 = map(Stage, stages)
+    self.norm = norm(c_in, dtype=dtype, rngs=rngs)
     self.head = nnx.Linear(c_in, num_classes, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -100,20 +99,6 @@ class ResNet(nnx.Module):
       x = stage(x)
     x = nnx.relu(self.norm(x))
     return self.head(x.mean((1, 2))).astype(jnp.float32)
-
-
-class _Stage(nnx.Module):
-  """Blocks in a row, named block0, block1, ..."""
-
-  def __init__(self, blocks: Sequence[Block]):
-    self.depth = len(blocks)
-    for number, block in enumerate(blocks):
-      setattr(self, f"block{number}", block)
-
-  def __call__(self, x):
-    for number in range(self.depth):
-      x = getattr(self, f"block{number}")(x)
-    return x
 
 
 def resnet20(**kwargs) -> ResNet:
@@ -137,18 +122,12 @@ def resnet56(**kwargs) -> ResNet:
 
 
 def _conv(c_in, c_out, size, stride, dtype, rngs):
-  return nnx.Conv(
+  return conv(
     c_in,
     c_out,
-    (size, size),
-    strides=stride,
-    padding=size // 2,
-    use_bias=False,
+    size,
+    stride,
     kernel_init=nnx.initializers.he_normal(),
     dtype=dtype,
     rngs=rngs,
   )
-
-
-def _norm(features, dtype, rngs):
-  return nnx.BatchNorm(features, momentum=_MOMENTUM, dtype=dtype, rngs=rngs)

@@ -85,7 +85,7 @@ def test_a_run_on_tfds_counts_the_images_that_cannot_be_read(
   assert len(named) == len(set(named)) == 2
   (summary,) = (m for m in messages if m.startswith("pretrain: "))
   assert summary.startswith(
-    "pretrain: 2 images cannot be read; 4 times since the start another"
+    "pretrain: unreadable images: 2; the next readable one took their place 4"
   )
 
 

@@ -1,0 +1,95 @@
+"""From a nested dict to a checked `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dr_jax.config.checks import check, one_of
+from dr_jax.config.fields import Config, ConfigError
+from dr_jax.train import RECIPES
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+  """Builds a checked configuration.
+
+  Fields that are missing or None take the value of the method's recipe, or
+  else their default.
+
+  Raises:
+    ConfigError: for an unknown field, a wrong type, or a value that is not
+      allowed, naming the field, the value and what is allowed.
+  """
+  config = _with_recipe(_build(Config, values, ""), values)
+  check(config)
+  return config
+
+
+def _with_recipe(config, values):
+  """Fills fields of `quant` and `train` that were left to the method."""
+  one_of("method", config.method, RECIPES)
+  recipe = RECIPES[config.method]
+  bits = config.quant.bits
+  left = {"loss_weights": recipe.loss_weights(bits)} | recipe._asdict()
+  filled = {}
+  for group in ("quant", "train"):
+    given = values.get(group) or {}
+    part = getattr(config, group)
+    missing = {
+      field.name: left[field.name]
+      for field in dataclasses.fields(part)
+      if field.name in left and given.get(field.name) is None
+    }
+    filled[group] = dataclasses.replace(part, **missing)
+  options = {
+    f"{role}_options": _options(role, values.get("quant") or {}, left)
+    for role in ("weight", "activation")
+  }
+  filled["quant"] = dataclasses.replace(filled["quant"], **options)
+  return dataclasses.replace(config, **filled)
+
+
+def _options(role, given, left):
+  """Options that are set, and the recipe's where the quantizer is its own."""
+  options = given.get(f"{role}_options") or {}
+  set_by_hand = {k: v for k, v in options.items() if v is not None}
+  if given.get(role) in (None, left[role]):
+    return {**left[f"{role}_options"], **set_by_hand}
+  return set_by_hand
+
+
+def _build(kind, values, prefix):
+  if not isinstance(values, Mapping):
+    raise ConfigError(f"{prefix[:-1]}={values!r}: allowed is a group of fields")
+  types = typing.get_type_hints(kind)
+  filled = {}
+  for name, value in values.items():
+    if name not in types:
+      raise ConfigError(
+        f"{prefix}{name}={value!r}: unknown field; allowed are "
+        f"{', '.join(types)}"
+      )
+    if value is None:
+      continue
+    if dataclasses.is_dataclass(types[name]):
+      filled[name] = _build(types[name], value, f"{prefix}{name}.")
+    else:
+      filled[name] = _typed(f"{prefix}{name}", value, types[name])
+  return kind(**filled)
+
+
+def _typed(name, value, kind):
+  if kind is float and type(value) is int:
+    value = float(value)
+  if kind is tuple and isinstance(value, list):
+    value = tuple(value)
+  if kind is dict and isinstance(value, Mapping):
+    value = dict(value)
+  if type(value) is not kind:
+    raise ConfigError(
+      f"{name}={value!r}: has type {type(value).__name__}; allowed is "
+      f"{kind.__name__}"
+    )
+  return value
