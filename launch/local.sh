@@ -76,7 +76,7 @@ for ((i = 0; i < PROCESSES; i++)); do
       JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((share - 1)))
       export CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS
     fi
-    ((i == 0)) || exec >"$logs/$i.txt" 2>&1
+    ((i == 0)) || exec >>"$logs/$i.txt" 2>&1
     exec python -m dr_jax.main "$@"
   ) &
   running[i]=$!

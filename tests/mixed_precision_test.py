@@ -642,20 +642,6 @@ def test_pins_ties_and_several_costs_hold_in_what_is_found(finished, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-  ("mean", "expected"), [(8, 1600), (6, 1200), (5, 1000), (2, 400), (9, 1800)]
-)
-def test_a_budget_of_m_bits_is_what_m_bits_everywhere_would_cost(
-  mean, expected
-):
-  totals = [1600, 800, 400]
-  assert mixed_precision._interpolated(BITS, totals, mean) == expected
-
-
-def test_a_network_of_one_bit_width_scales_its_budget():
-  assert mixed_precision._interpolated((8,), [1600], 4) == 800
-
-
 def test_the_search_is_no_part_of_what_a_directory_is_claimed_for(tmp_path):
   directory = Workdir(tmp_path / "run")
   with directory.claim(config()):

@@ -1,0 +1,72 @@
+"""Where arrays go; what steps make of it is in train/spread_test."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dr_jax import sharding
+
+
+@pytest.mark.parametrize(
+  ("shape", "spec"),
+  [
+    ((3, 3, 16, 64), P(None, None, None, "data")),
+    ((3, 3, 64, 16), P(None, None, "data")),
+    ((64, 64), P(None, "data")),  # Of equals the last: its outputs.
+    ((5, 9, 97), P()),  # No axis of which four devices hold equal parts.
+    ((4, 8), P()),  # Too small to be worth it.
+    ((), P()),
+  ],
+)
+def test_a_large_parameter_is_cut_along_its_largest_axis(shape, spec):
+  layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=64)
+  assert layout.spec(jnp.zeros(shape)) == spec
+  assert layout._replace(parameters="replicated").spec(jnp.zeros(shape)) == P()
+
+
+def test_flat_has_the_same_devices_all_along_the_data():
+  layout = sharding.layout(data=2, bits=2)
+  assert (layout.data, layout.bits) == (2, 2)
+  flat = layout.flat()
+  assert (flat.data, flat.bits) == (4, 1)
+  assert list(flat.mesh.devices.flat) == list(layout.mesh.devices.flat)
+
+
+def of_processes(rows):
+  """A layout whose devices are of these processes, [data, bits]."""
+  devices = np.empty(np.shape(rows), object)
+  for position, number in np.ndenumerate(rows):
+    devices[position] = types.SimpleNamespace(process_index=number)
+  shape = {"data": devices.shape[0], "bits": devices.shape[1]}
+  return sharding.Layout(types.SimpleNamespace(devices=devices, shape=shape))
+
+
+@pytest.mark.parametrize(
+  ("rows", "mine", "share"),
+  [
+    ([[0], [0], [1], [1]], 0, (0, 2)),
+    ([[0], [0], [1], [1]], 1, (1, 2)),
+    ([[1], [1], [0], [0]], 0, (1, 2)),  # In another order than processes.
+    ([[0, 0], [1, 1]], 1, (1, 2)),
+    ([[0, 1], [2, 3]], 1, (0, 2)),  # Two processes feed the same rows.
+    ([[0, 1], [2, 3]], 3, (1, 2)),
+    ([[0, 1]], 1, (0, 1)),
+  ],
+)
+def test_a_process_feeds_the_rows_that_its_devices_hold(
+  monkeypatch, rows, mine, share
+):
+  monkeypatch.setattr(jax, "process_index", lambda: mine)
+  assert of_processes(rows).share == share
+
+
+@pytest.mark.parametrize(
+  "rows", [[[0, 1], [0, 2]], [[0], [0], [1]]], ids=["overlap", "unequal"]
+)
+def test_processes_that_cannot_share_a_batch_are_refused(rows):
+  with pytest.raises(ValueError, match="equal parts that do not overlap"):
+    of_processes(rows).share  # noqa: B018
