@@ -87,11 +87,12 @@ set +m
 first=0
 deadline=
 while ((${#running[@]})); do
-  sleep 0.2 || true # Ctrl-C ends it as well.
+  # Ctrl-C ends it as well; and bash tells of a killed process in its own way.
+  { sleep 0.2 || true; } 2>/dev/null
   for i in "${!running[@]}"; do
     kill -0 "${running[i]}" 2>/dev/null && continue
     code=0
-    wait "${running[i]}" || code=$?
+    { wait "${running[i]}"; } 2>/dev/null || code=$?
     unset "running[i]"
     ((code && !first)) || continue
     first=$code

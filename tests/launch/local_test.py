@@ -139,10 +139,14 @@ def test_what_cannot_start_is_one_line_and_exit_code_2(
 
 
 def test_when_one_fails_the_others_are_ended(run, stand_in, tmp_path):
+  (tmp_path / "run.logs").mkdir()
+  (tmp_path / "run.logs" / "1.txt").write_text("of an earlier start\n")
   done = run("local.sh", f"--workdir={tmp_path}/run", WISH_0="wait", WISH_1="7")
   assert done.returncode == 7
   assert "process 1 failed with exit code 7; see " in done.stderr
   assert stand_in(2)[0]["signals"] == ["SIGTERM"]
+  kept = (tmp_path / "run.logs" / "1.txt").read_text()
+  assert kept.startswith("of an earlier start\n")
 
 
 def test_the_exit_code_is_that_of_the_first_to_fail(run, stand_in, tmp_path):
@@ -167,6 +171,7 @@ def test_one_that_does_not_end_is_killed(run, stand_in, tmp_path):
     WISH_1="stay",
   )
   assert done.returncode == 7
+  assert "Killed" not in done.stderr  # Bash's own notice, with this script.
   assert stand_in(2)[1]["signals"] == ["SIGTERM"]
   assert not living(str(tmp_path / "run"))
 
