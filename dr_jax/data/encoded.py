@@ -102,10 +102,14 @@ class ImageSource:
     return self._batch(indices, [self.transform.test] * len(indices))
 
   def normalized(self, batch):
-    """Returns a batch of `pixels` or `draw` with float32 images."""
+    """Returns a batch of `pixels` or `draw` with float32 images.
+
+    Labels are copied: where a device array shares the memory of a numpy array,
+    as on a CPU, it would keep what a worker handed over.
+    """
     image = np.empty(batch["image"].shape, np.float32)
     self.transform.normalize(batch["image"], image)
-    return batch | {"image": image}
+    return batch | {"image": image, "label": batch["label"].copy()}
 
   def draw(self, indices, *, seed, start):
     """Returns the examples at `indices` ([B]) augmented, as `pixels` does.

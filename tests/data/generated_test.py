@@ -26,6 +26,16 @@ def test_generated_images_are_as_told(channels):
     assert batch["label"].tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 
 
+def test_what_a_step_sees_is_no_part_of_what_was_handed_over():
+  """Or a device array would keep a worker's shared memory to the end."""
+  source = data.load("generated").train
+  handed = source.draw(np.arange(8), seed=0, start=0)
+  seen = source.normalized(handed)
+  for name in ("image", "label"):
+    assert not np.shares_memory(seen[name], handed[name])
+  np.testing.assert_array_equal(seen["label"], handed["label"])
+
+
 def test_a_class_can_be_learned_and_test_images_are_others():
   loaded = data.load("generated", classes=10, examples=100, image_size=8)
   train, test = everything(loaded.train), everything(loaded.test)
