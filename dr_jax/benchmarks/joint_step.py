@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from absl import app, flags
 from flax import nnx
 from rich.console import Console
@@ -184,7 +183,7 @@ def _method(name, bits) -> Timed:
     sample=_batch()["image"],
     norm=norm,
   )
-  return _timed(name, nn.functional(model), weight.bits, recipe)
+  return _timed(name, model, weight.bits, recipe)
 
 
 def _jax(name, bits, candidates, schedule, vectorize) -> Timed:
@@ -199,7 +198,7 @@ def _jax(name, bits, candidates, schedule, vectorize) -> Timed:
       sample=_batch()["image"],
     )
     recipe = dataclasses.replace(recipe, alrs="relative")
-  return _timed(name, nn.functional(model), bits, recipe)
+  return _timed(name, model, bits, recipe)
 
 
 def _batch():
@@ -212,34 +211,11 @@ def _batch():
   }
 
 
-def _timed(name, network, bits, recipe: TrainConfig) -> Timed:
+def _timed(name, model, bits, recipe: TrainConfig) -> Timed:
   """Builds a step, and measures its compilation and its memory."""
   batch = _batch()
-  optimizer = train.make_optimizer(
-    "sgd", kinds=network.kinds, weight_decay=5e-5
-  )
-  step = train.make_step(
-    network,
-    bits,
-    optimizer,
-    optax.constant_schedule(1e-4),
-    schedule=recipe.schedule,
-    vectorize=recipe.vectorize,
-    alrs=recipe.alrs,
-    sampling=recipe.sampling,
-    distillation=recipe.distillation,
-    loss_weights=recipe.loss_weights,
-  )
-  key = jax.random.key(0)
-  state = [
-    train.init_state(
-      network,
-      optimizer,
-      key,
-      distillation=recipe.distillation,
-      num_classes=10,
-    )
-  ]
+  step, start = network.trainer(model, bits, recipe)
+  state = [start]
 
   def run():
     state[0], losses = step(state[0], batch)

@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from dr_jax import models, nn, quant, train
+from dr_jax.config import TrainConfig
 from dr_jax.sharding import Layout
 
 # The smallest of the CIFAR networks has no name of its own.
@@ -93,18 +94,16 @@ class Setting(NamedTuple):
 def trainer(
   model: nnx.Module,
   bits: tuple[int, ...],
-  layout: Layout,
-  *,
-  schedule: str = "alternate",
-  vectorize: str = "auto",
+  recipe: TrainConfig,
+  layout: Layout | None = None,
 ) -> tuple[train.Step, train.TrainState]:
-  """Returns the step of a network, and its first state on the devices.
+  """Returns the step of a network, and its first state.
 
   Args:
     model: float or quantized; left unchanged.
     bits: its candidate bit-widths, any single one of a float network.
-    layout: where states and batches live.
-    schedule, vectorize: as for `train.make_step`.
+    recipe: how a step is made; the optimizer is SGD.
+    layout: where states and batches live; None leaves it to JAX.
   """
   network = nn.functional(model)
   optimizer = train.make_optimizer(
@@ -115,10 +114,19 @@ def trainer(
     bits,
     optimizer,
     optax.constant_schedule(1e-4),
-    schedule=schedule,
-    vectorize=vectorize,
-    alrs="eta",
+    schedule=recipe.schedule,
+    vectorize=recipe.vectorize,
+    alrs=recipe.alrs,
+    sampling=recipe.sampling,
+    distillation=recipe.distillation,
+    loss_weights=recipe.loss_weights,
     layout=layout,
   )
-  state = train.init_state(network, optimizer, jax.random.key(0))
-  return step, train.place(layout, state)
+  state = train.init_state(
+    network,
+    optimizer,
+    jax.random.key(0),
+    distillation=recipe.distillation,
+    num_classes=model.head.out_features,
+  )
+  return step, state if layout is None else train.place(layout, state)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from dr_jax.benchmarks.network import Setting, trainer
 from dr_jax.benchmarks.peak import peak, share_of_peak
+from dr_jax.config import TrainConfig
 from dr_jax.sharding import Layout
 
 MODES = (
@@ -100,10 +101,8 @@ def measure(
     models.append((f"joint {' '.join(mode)}", quantized, setting.bits, mode))
   measured, programs = [], []
   for name, model, bits, (schedule, vectorize) in models:
-    run = _program(
-      *trainer(model, bits, layout, schedule=schedule, vectorize=vectorize),
-      batch,
-    )
+    recipe = TrainConfig(schedule=schedule, vectorize=vectorize, alrs="eta")
+    run = _program(*trainer(model, bits, recipe, layout), batch)
     seconds = _until_ready(run)
     measured.append(Measured(name, len(bits), [], seconds or 0.0))
     programs.append(run if seconds is not None else None)
