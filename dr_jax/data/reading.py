@@ -22,7 +22,8 @@ def read(batch, count, *, start=0, workers=0):
     count: the number of the last step, plus 1.
     start: the number of the first step.
     workers: processes that call `batch`, worker w of W for every W-th step;
-      each is one batch ahead. 0 calls it in this process, when asked.
+      each is at most four batches ahead. 0 calls it in this process, when
+      asked.
 
   Yields:
     Batches in the order of their numbers. Closing the generator ends the
@@ -39,8 +40,11 @@ def read(batch, count, *, start=0, workers=0):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   steps = grain.MapDataset.range(start, count).map(batch)
+  # Without threads: grain would start 16 in every worker, which take the time
+  # from each other, and keep 500 batches there.
+  alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   iterator = iter(
-    steps.to_iter_dataset().mp_prefetch(
+    steps.to_iter_dataset(alone).mp_prefetch(
       grain.multiprocessing.MultiprocessingOptions(num_workers=workers),
       worker_init_fn=_begin,
     )
@@ -50,7 +54,7 @@ def read(batch, count, *, start=0, workers=0):
   except RuntimeError as error:
     raise WorkerError(
       f"data.workers={workers}: {error} (out of memory, or of shared memory "
-      "in /dev/shm); allowed is what the machine can hold, about three batches "
+      "in /dev/shm); allowed is what the machine can hold, about four batches "
       "for each"
     ) from None
   except (ValueError, OSError) as error:

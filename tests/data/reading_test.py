@@ -1,5 +1,6 @@
 """Tests of worker processes: order, resumption, and their end."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from dr_jax import data
+from dr_jax.data.reading import read
 
 AUGMENTED = {"augment": "random_resized_crop", "image_size": 8}
 
@@ -75,6 +77,21 @@ def test_a_worker_that_is_killed_is_one_line(make_folder):
   ):
     for _ in range(10):
       next(stream)
+
+
+def test_workers_are_a_few_batches_ahead(tmp_path):
+  def batch(number):
+    (tmp_path / str(number)).touch()
+    return {"number": np.array([number])}
+
+  with contextlib.closing(read(batch, 100, workers=2)) as stream:
+    assert [next(stream)["number"].item() for _ in range(3)] == [0, 1, 2]
+    made = []
+    # Until they wait.
+    while len(made) < 2 or made[-1] != made[-2]:
+      time.sleep(0.3)
+      made.append(len(list(tmp_path.iterdir())))
+  assert 3 < made[-1] <= 3 + 2 * 4
 
 
 STREAM = """
