@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -13,9 +14,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dr_jax import sharding
-from dr_jax.benchmarks import loopback, network, scaling, throughput
+from dr_jax import sharding, train
+from dr_jax.benchmarks import (
+  beside,
+  images,
+  loopback,
+  network,
+  scaling,
+  throughput,
+)
 from dr_jax.benchmarks.peak import peak, share_of_peak
+from dr_jax.checkpoint import Checkpoints
+from dr_jax.data import pipeline
+from dr_jax.metrics import MetricsWriter
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = network.Setting("resnet8", image_size=8, bits=(4, 2))
@@ -280,6 +291,55 @@ def test_when_one_process_fails_the_others_are_ended(program, tmp_path):
     loopback.run(name, [], 2)
   with pytest.raises(ProcessLookupError):
     os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+  root = tmp_path_factory.mktemp("photographs")
+  assert len(images.write(root)) == images.COUNT
+  return root
+
+
+@pytest.fixture(scope="module")
+def trained(photographs):
+  """With all its programs compiled."""
+  network = beside.Trained(SMALL, batch_size=2, workers=1)
+  network.looped(1, beside.KINDS[-1], photographs)
+  return network
+
+
+@pytest.mark.parametrize(
+  ("kind", "owner", "method", "delay"),
+  [
+    (0, train.Loop, "_save", 1.0),
+    (1, MetricsWriter, "write", 0.1),
+    (2, Checkpoints, "save", 1.0),
+    (3, pipeline.Batches, "stream", 0.25),
+  ],
+)
+def test_a_step_that_waits_is_seen_to_wait(
+  trained, photographs, monkeypatch, kind, owner, method, delay
+):
+  """Of four timed steps, the second is saved; a step writes three numbers."""
+  before = trained.looped(4, beside.KINDS[kind], photographs)
+  plain = getattr(owner, method)
+
+  def slow(*args, **kwargs):
+    result = plain(*args, **kwargs)
+    if method == "stream":
+      return (time.sleep(delay) or batch for batch in result)
+    time.sleep(delay)
+    return result
+
+  monkeypatch.setattr(owner, method, slow)
+  assert trained.looped(4, beside.KINDS[kind], photographs) > before + 0.15
+
+
+def test_ratios_are_of_the_same_round():
+  shown = printed(
+    beside.table({"alone": [1.0, 2.0], "loop": [2.0, 2.0]}, "title")
+  )
+  assert cells(shown, "loop") == ["2000.0", "1.50"]
 
 
 def command(name, *arguments):

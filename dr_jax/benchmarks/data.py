@@ -19,31 +19,30 @@ import statistics
 import tempfile
 import time
 
-import numpy as np
 from absl import app, flags
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import data
+from dr_jax.benchmarks import images
 
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of workers.")
 _SIZE = flags.DEFINE_integer(
   "image_size", 224, "Side of the crops, in pixels.", lower_bound=1
 )
 _BATCH = flags.DEFINE_integer(
-  "batch_size", 32, "Images per batch.", lower_bound=1, upper_bound=128
+  "batch_size",
+  32,
+  "Images per batch.",
+  lower_bound=1,
+  upper_bound=images.COUNT,
 )
 _SECONDS = flags.DEFINE_float(
   "seconds", 5, "How long each is measured.", lower_bound=0
 )
 flags.DEFINE_alias("image-size", "image_size")
 flags.DEFINE_alias("batch-size", "batch_size")
-
-_FILES = 128
-_SHAPE = (375, 500)
-# Of a JPEG of ImageNet: 110 kB on average.
-_QUALITY = 88
 
 
 def main(argv):
@@ -52,15 +51,16 @@ def main(argv):
   cores = len(os.sched_getaffinity(0))
   with tempfile.TemporaryDirectory() as directory:
     root = pathlib.Path(directory)
-    encoded = _write(root)
+    encoded = images.write(root)
     alone = decoding_speed(encoded, _SECONDS.value)
     rows = [
       (workers, pipeline_speed(root, workers))
       for workers in map(int, _WORKERS.value)
     ]
   size = statistics.mean(map(len, encoded)) / 1000
+  height, width = images.SHAPE
   table = Table(
-    title=f"JPEGs of {_SHAPE[1]} x {_SHAPE[0]} pixels, {size:.0f} kB, to "
+    title=f"JPEGs of {width} x {height} pixels, {size:.0f} kB, to "
     f"{_SIZE.value} x {_SIZE.value}",
     caption=f"Pillow alone decodes {alone:.0f} images/s on one core; {cores} "
     f"cores: {alone * cores:.0f}",
@@ -107,29 +107,6 @@ def pipeline_speed(root, workers):
     while (passed := time.perf_counter() - start) < _SECONDS.value or not count:
       count += len(next(stream)["label"])
   return count / passed
-
-
-def _write(root):
-  """Writes a folder of JPEGs; returns the bytes of each."""
-  random = np.random.default_rng(0)
-  encoded = []
-  for number in range(_FILES):
-    # Smooth shapes with texture: as many bytes as a photograph has.
-    coarse = random.integers(0, 256, (12, 16, 3)).astype(np.uint8)
-    image = Image.fromarray(coarse).resize(
-      _SHAPE[::-1], Image.Resampling.BICUBIC
-    )
-    pixels = np.asarray(image, np.int16)
-    pixels = pixels + random.integers(-12, 13, (*_SHAPE, 1), np.int16)
-    file = io.BytesIO()
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    image.save(file, "jpeg", quality=_QUALITY)
-    encoded.append(file.getvalue())
-    for split in ("train", "test"):
-      directory = root / split / f"{number % 2}"
-      directory.mkdir(parents=True, exist_ok=True)
-      (directory / f"{number:04}.jpg").write_bytes(encoded[-1])
-  return encoded
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 _SECONDS = 600
-_XLA = "--xla_cpu_multi_thread_eigen=false"
+# A flag of XLA.
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def cores() -> list[int]:
@@ -67,7 +68,7 @@ def _variables(address, count, number):
   together = count > 1
   return {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_XLA}".strip(),
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip(),
     # The size of XLA's pool of threads. With a single one, a collective could
     # wait for a thread that waits for the collective.
     "NPROC": "4",
