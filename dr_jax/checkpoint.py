@@ -62,6 +62,44 @@ def disk_bytes(state, *, keep=KEEP):
   return (keep + 1) * (values + 2048 * len(leaves) + 65536)
 
 
+class Snapshot:
+  """A copy of a state on its devices, which can be saved later.
+
+  Copies and checksums are made by the devices when they come to it. Nothing
+  waits for them before `Checkpoints.save`, and the buffers of the state may be
+  donated right away.
+  """
+
+  def __init__(self, state):
+    """Copies a state; arguments and errors as for `Checkpoints.save`."""
+    leaves = _named_leaves(state)
+    for name, leaf in leaves.items():
+      if not isinstance(leaf, jax.Array):
+        raise TypeError(
+          f"{name} is of type {type(leaf).__name__}, but must be a jax.Array"
+        )
+    self._saved = {
+      name: {
+        **_spec(leaf),
+        "key_impl": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
+      }
+      for name, leaf in leaves.items()
+    }
+    taken = _by_devices(_copies_and_checksums, _all_key_data(leaves))
+    self.arrays = {name: array for name, (array, _) in taken.items()}
+    self._sums = {name: number for name, (_, number) in taken.items()}
+
+  def manifest(self):
+    """What a checkpoint says of its arrays; waits for the checksums."""
+    sums = jax.device_get(self._sums)
+    return _seal(
+      {
+        name: spec | {"sum32": int(sums[name])}
+        for name, spec in self._saved.items()
+      }
+    )
+
+
 class Checkpoints:
   """The checkpoints of one run, one subdirectory per step.
 
@@ -104,7 +142,7 @@ class Checkpoints:
   def save(self, step, state, *, blocking=False):
     """Saves a state as the latest one.
 
-    Returns as soon as the arrays are copied; their buffers may be donated
+    Returns as soon as the arrays are on the host; their buffers may be donated
     right away. Waits for the save before this one, if that is still going on,
     and raises what went wrong in it. Checkpoints of this or a later step are
     deleted first: a run that saves step 30 has left what it once was at 40.
@@ -112,7 +150,7 @@ class Checkpoints:
     Args:
       step: integer, counts from 0.
       state: nested dicts with string keys, tuples and named tuples of
-        `jax.Array`s, typed PRNG keys among them.
+        `jax.Array`s, typed PRNG keys among them; or a `Snapshot` of one.
       blocking: whether to return only when the checkpoint is on disk.
 
     Raises:
@@ -121,27 +159,14 @@ class Checkpoints:
       CheckpointError: if this save or the one before it fails; the latest
         complete checkpoint is unharmed.
     """
-    leaves = _named_leaves(state)
-    for name, leaf in leaves.items():
-      if not isinstance(leaf, jax.Array):
-        raise TypeError(
-          f"{name} is of type {type(leaf).__name__}, but must be a jax.Array"
-        )
-    arrays = {name: _key_data(leaf) for name, leaf in leaves.items()}
-    sums = _sums(arrays)
-    saved = {
-      name: {
-        **_spec(leaf),
-        "sum32": sums[name],
-        "key_impl": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
-      }
-      for name, leaf in leaves.items()
-    }
+    taken = state if isinstance(state, Snapshot) else Snapshot(state)
     with self._failures():
       for later in [other for other in self._steps() if other >= step]:
         self._orbax.delete(later)
       self._orbax.save_checkpointables_async(
-        step, {"state": arrays, "manifest": _seal(saved)}, force=True
+        step,
+        {"state": taken.arrays, "manifest": taken.manifest()},
+        force=True,
       )
     if blocking:
       self.wait()
@@ -238,7 +263,7 @@ class Checkpoints:
       error = raised
     if not all_agree(error is None):
       raise error or _damaged(path, "another process cannot read it")
-    sums = _sums(arrays)
+    sums = jax.device_get(_by_devices(_checksums, arrays))
     leaves = []
     for name in wanted:
       array = arrays[name]
@@ -357,18 +382,28 @@ def _all_key_data(leaves):
   return {name: _key_data(leaf) for name, leaf in leaves.items()}
 
 
-def _sums(arrays):
-  """Returns a checksum of each array: any one changed element changes it.
+def _by_devices(program, arrays):
+  """Calls a program with the arrays of each set of devices.
 
-  Integers modulo 2^32, so that the order of the sum, and with it how devices
-  and processes share an array, is of no matter.
+  Args:
+    program: {name: array} -> {name: anything}; JAX compiles none that takes
+      arrays of different devices.
+    arrays: {name: array}.
   """
-  # One program takes arrays of the same devices only.
   groups = collections.defaultdict(dict)
   for name, array in arrays.items():
     groups[frozenset(array.sharding.device_set)][name] = array
-  sums = [_checksums(group) for group in groups.values()]
-  return {name: int(n) for group in sums for name, n in group.items()}
+  results = {}
+  for group in groups.values():
+    results |= program(group)
+  return results
+
+
+@jax.jit
+def _copies_and_checksums(arrays):
+  return {
+    name: (jnp.copy(array), _checksum(array)) for name, array in arrays.items()
+  }
 
 
 @jax.jit
@@ -377,6 +412,11 @@ def _checksums(arrays):
 
 
 def _checksum(array):
+  """A checksum: any one changed element changes it.
+
+  An integer modulo 2^32, so that the order of the sum, and with it how devices
+  and processes share an array, is of no matter.
+  """
   if array.dtype == jnp.bool_:
     array = array.astype(jnp.uint8)
   width = min(array.dtype.itemsize, 4)

@@ -1,8 +1,9 @@
 """The training loop: batches in, checkpoints and metrics out.
 
 The loop runs a few steps ahead of the device and looks at losses only when
-they are there, so that neither logging nor checking makes a step wait. A
-checkpoint is written only after every loss up to it was found finite.
+they are there, so that neither logging nor checking makes a step wait. Nor does
+a checkpoint: the device copies the state and goes on, and the copy is written
+once every loss up to it was found finite.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import itertools
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from dr_jax.checkpoint import Checkpoints
+from dr_jax.checkpoint import Checkpoints, Snapshot
 from dr_jax.metrics import MetricsWriter, Progress
 from dr_jax.train.step import Step, TrainState
 
@@ -105,12 +106,15 @@ class Loop:
       wanted = itertools.islice(stream, self.steps - start)
       for number, batch in enumerate(_ahead(wanted, self.put), start):
         state, losses = self.step(state, batch)
-        watch.add(number + 1, losses, len(batch["label"]), progress)
         stopped = self.interrupted()
         last = number + 1 == self.steps
         if last or stopped or (number + 1) % self.checkpoint_every == 0:
+          watch.copy(number + 1, state, progress)
+        watch.add(number + 1, losses, len(batch["label"]), progress)
+        if last or stopped:
           watch.drain(progress)
-          self._save(state, blocking=last or stopped is not None)
+          if self.checkpoints is not None:
+            self.checkpoints.wait()
         if stopped and not last:
           raise InterruptedRun(
             f"{self.stage}: {stopped} at step {number + 1} of {self.steps}; "
@@ -118,16 +122,6 @@ class Loop:
             stopped,
           )
     return state
-
-  def _save(self, state, *, blocking):
-    if not _all_finite(state.params, state.batch_stats, state.opt_state):
-      raise NonFiniteError(
-        f"{self.stage}: a parameter or its optimizer is NaN or infinite after "
-        "step "
-        f"{int(state.step)}; {self._kept()}"
-      )
-    if self.checkpoints is not None:
-      self.checkpoints.save(int(state.step), state, blocking=blocking)
 
   def _kept(self):
     if self.checkpoints is None:
@@ -155,12 +149,27 @@ def _ahead(batches, put):
   yield from waiting
 
 
+class _Copy(NamedTuple):
+  """What is to be saved.
+
+  Attributes:
+    step: how many steps it has seen.
+    finite: bool [], on the device: whether everything in it is.
+    snapshot: None if there is nowhere to save it.
+  """
+
+  step: int
+  finite: jax.Array
+  snapshot: Snapshot | None
+
+
 class _Losses:
   """Losses on their way from the device: checks, averages and reports them."""
 
   def __init__(self, loop: Loop):
     self._loop = loop
     self._pending: collections.deque = collections.deque()
+    self._copy: _Copy | None = None
     self._sum = np.zeros(len(loop.labels))
     self._count, self._images, self._since = 0, 0, time.monotonic()
 
@@ -168,6 +177,18 @@ class _Losses:
     self._pending.append((step, losses, images))
     if len(self._pending) > _AHEAD:
       self._take(progress)
+
+  def copy(self, step, state, progress):
+    """Takes a copy, which is saved when the losses up to it have been seen."""
+    if self._copy is not None:
+      # One copy at a time.
+      self.drain(progress)
+    saves = self._loop.checkpoints is not None
+    self._copy = _Copy(
+      step,
+      _all_finite(state.params, state.batch_stats, state.opt_state),
+      Snapshot(state) if saves else None,
+    )
 
   def drain(self, progress):
     while self._pending:
@@ -189,6 +210,18 @@ class _Losses:
     progress.update(step, images=images, loss=losses.mean())
     if step % self._loop.log_every == 0 or step == self._loop.steps:
       self._log(step)
+    if self._copy is not None and self._copy.step == step:
+      self._save(self._copy)
+      self._copy = None
+
+  def _save(self, copy):
+    if not copy.finite:
+      raise NonFiniteError(
+        f"{self._loop.stage}: a parameter or its optimizer is NaN or infinite "
+        f"after step {copy.step}; {self._loop._kept()}"
+      )
+    if copy.snapshot is not None:
+      self._loop.checkpoints.save(copy.step, copy.snapshot)
 
   def _log(self, step):
     if self._loop.metrics is not None:
@@ -216,4 +249,4 @@ def _all_finite(*trees):
     for leaf in jax.tree.leaves(trees)
     if jnp.issubdtype(leaf.dtype, jnp.floating)
   ]
-  return bool(_finite(leaves))
+  return _finite(leaves)

@@ -191,6 +191,54 @@ def test_logging_every_step_waits_for_no_step_that_was_just_started(tmp_path):
     assert events[at - 1] == ("started", number + 4)
 
 
+class _Recorded:
+  """Checkpoints that tell when they are asked for what, and keep nothing."""
+
+  def __init__(self, events):
+    self._events = events
+
+  def save(self, step, state):
+    self._events.append(("saved", step, state.arrays["params/w"].tolist()))
+
+  def wait(self):
+    self._events.append("on disk")
+
+  def latest(self):
+    return None
+
+
+def test_a_checkpoint_waits_for_no_step_that_was_just_started():
+  events, plain = [], _step()
+
+  def step(state, batch):
+    state, losses = plain(state, batch)
+    events.append(("started", int(state.step)))
+    return state, losses
+
+  recorded = _Recorded(events)
+  _loop(None, recorded, step=step, checkpoint_every=5).run(_state())
+  # Four steps are under way when the fifth is saved: as it was, 1 + ... + 5.
+  at = events.index(("saved", 5, [15.0, 15.0]))
+  assert events[at - 1] == ("started", 9)
+  assert events[-2:] == [("saved", 10, [55.0, 55.0]), "on disk"]
+
+
+def test_there_is_one_copy_of_a_state_at_a_time():
+  events, plain = [], _step()
+
+  def step(state, batch):
+    state, losses = plain(state, batch)
+    events.append(int(state.step))
+    return state, losses
+
+  recorded = _Recorded(events)
+  loop = _loop(None, recorded, step=step, checkpoint_every=1, steps=3)
+  loop.run(_state())
+  saved = [("saved", 1, [1.0] * 2), ("saved", 2, [3.0] * 2)]
+  last = ("saved", 3, [6.0] * 2)
+  assert events == [1, 2, saved[0], 3, saved[1], last, "on disk"]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
   plain, under_way = _step(), []
   # Large enough that writing it takes longer than coming to the next step.
