@@ -9,6 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from dr_jax import pipeline
+from dr_jax.config import from_dict
+
 _spec = importlib.util.spec_from_file_location(
   "loopback", pathlib.Path(__file__).with_name("loopback.py")
 )
@@ -52,16 +55,18 @@ def trained(count, workdir, cache):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache):
-  workdir = tmp_path_factory.mktemp("alone") / "run"
-  trained(1, workdir, cache)
+def together(tmp_path_factory, cache):
+  workdir = tmp_path_factory.mktemp("together") / "run"
+  trained(2, workdir, cache)
   return workdir
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, cache):
-  workdir = tmp_path_factory.mktemp("together") / "run"
-  trained(2, workdir, cache)
+def alone(together, tmp_path_factory):
+  """The same run in this process, on one device."""
+  values = json.loads((together / "config.json").read_text())
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  pipeline.run(from_dict({**values, "devices": {"data": 1}}), workdir)
   return workdir
 
 
