@@ -126,7 +126,12 @@ class Checkpoints:
     handlers = ocp.handlers.local_registry()
     handlers.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
     context = ocp.Context()
-    context.checkpointables.registry = handlers
+    # Reading together, Orbax lets who can read wait for who cannot.
+    self._alone = ocp.Context()
+    self._alone.multiprocessing.active_processes = {jax.process_index()}
+    self._alone.multiprocessing.primary_host = jax.process_index()
+    for each in (context, self._alone):
+      each.checkpointables.registry = handlers
     self._orbax = ocp.training.Checkpointer(
       self.directory,
       context=context,
@@ -239,36 +244,22 @@ class Checkpoints:
   def _load(self, step, like):
     path = self._path(step)
     wanted = _named_leaves(like)
-    manifest = self._read(step, "manifest", None)
-    saved = manifest.get("leaves")
-    if manifest != _seal(saved):
-      raise _damaged(path, "checksum of the manifest differs")
-    if difference := _difference(saved, wanted):
-      raise CheckpointError(f"{path} holds another state: {difference}")
     shardings = {name: _sharding(leaf) for name, leaf in wanted.items()}
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    arrays, error = None, None
+    saved, arrays, error = None, None, None
     try:
-      arrays = self._read(
-        step,
-        "state",
-        {
-          name: jax.ShapeDtypeStruct(
-            data.shape, data.dtype, sharding=shardings[name] or default
-          )
-          for name, data in jax.eval_shape(_all_key_data, wanted).items()
-        },
-      )
-    except _DamagedError as raised:
+      saved = self._saved(step, wanted)
+      arrays = self._arrays(step, wanted, shardings)
+    except CheckpointError as raised:
       error = raised
-    if not all_agree(error is None):
-      raise error or _damaged(path, "another process cannot read it")
+    _all_or_none(path, error)
     sums = jax.device_get(_by_devices(_checksums, arrays))
+    for name in wanted:
+      if sums[name] != saved[name].get("sum32"):
+        error = error or _damaged(path, f"checksum of {name} differs")
+    _all_or_none(path, error)
     leaves = []
     for name in wanted:
       array = arrays[name]
-      if sums[name] != saved[name].get("sum32"):
-        raise _damaged(path, f"checksum of {name} differs")
       if shardings[name] is None:
         array = jnp.asarray(np.asarray(array))
       if (impl := saved[name]["key_impl"]) is not None:
@@ -276,12 +267,35 @@ class Checkpoints:
       leaves.append(array)
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
+  def _saved(self, step, wanted):
+    """What the manifest says of the leaves, if they are those wanted."""
+    manifest = self._read(step, "manifest", None)
+    saved = manifest.get("leaves")
+    if manifest != _seal(saved):
+      raise _damaged(self._path(step), "checksum of the manifest differs")
+    if difference := _difference(saved, wanted):
+      raise CheckpointError(
+        f"{self._path(step)} holds another state: {difference}"
+      )
+    return saved
+
+  def _arrays(self, step, wanted, shardings):
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+      name: jax.ShapeDtypeStruct(
+        data.shape, data.dtype, sharding=shardings[name] or default
+      )
+      for name, data in jax.eval_shape(_all_key_data, wanted).items()
+    }
+    return self._read(step, "state", abstract)
+
   def _read(self, step, name, abstract):
+    path = self._path(step)
     try:
-      with _quiet():
-        return self._orbax.load_checkpointables(step, {name: abstract})[name]
+      with _quiet(), self._alone:
+        return ocp.load_checkpointables(path, {name: abstract})[name]
     except Exception as error:
-      raise _damaged(self._path(step), error.__cause__ or error) from error
+      raise _damaged(path, error.__cause__ or error) from error
 
   def _path(self, step):
     return os.path.join(self.directory, str(step))
@@ -298,6 +312,12 @@ class Checkpoints:
         f"{self.directory}: a checkpoint could not be saved, {kept} "
         f"({textwrap.shorten(str(error), 400)})"
       ) from error
+
+
+def _all_or_none(path, error):
+  """Raises where any process has an error, lest it go on without the others."""
+  if not all_agree(error is None):
+    raise error or _damaged(path, "another process cannot read it")
 
 
 def _damaged(path, reason):

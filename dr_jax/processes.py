@@ -151,6 +151,25 @@ def all_agree(fine: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.int32(fine)).all())
 
 
+def gathered(value: Any) -> list[Any]:
+  """What every process has, in their order; all must call this.
+
+  Args:
+    value: what JSON can hold.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(content)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(content)] = content
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
 def from_first(tree: Any) -> Any:
   """The first process's arrays, as numpy arrays in every process."""
   if jax.process_count() == 1:

@@ -7,6 +7,7 @@ its `result.json` is there; until then its checkpoints say where it stands.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import time
@@ -290,8 +291,9 @@ class Run:
           put=layout.put,
           shows=processes.is_first(),
         )
+        before = self._unreadable()
         state = loop.run(state)
-        self._tell_of_unreadable(stage)
+        self._tell_of_unreadable(stage, before, share)
       params, stats = train.collect(layout, (state.params, state.batch_stats))
       nn.update(model, params=params, batch_stats=stats)
     return steps
@@ -308,9 +310,19 @@ class Run:
       return MetricsWriter(self.workdir.metrics)
     return contextlib.nullcontext()
 
-  def _tell_of_unreadable(self, stage):
-    count = getattr(self.data.train, "unreadable", None)
-    if count:
+  def _unreadable(self):
+    """How often images could not be read in this process, by name."""
+    return collections.Counter(getattr(self.data.train, "unreadable", ()))
+
+  def _tell_of_unreadable(self, stage, before, share):
+    """Warns, in the first process, of what all have met in a stage."""
+    mine = self._unreadable() - before
+    # Processes that feed the same share have met the same ones.
+    shares = dict(processes.gathered([share, mine]))
+    count = sum(
+      map(collections.Counter, shares.values()), collections.Counter()
+    )
+    if count and processes.is_first():
       warnings.warn(
         f"{stage}: unreadable images: {len(count)}; the next readable one took "
         f"their place {count.total()} times since this process began",

@@ -1,14 +1,10 @@
 """Several real processes on loopback, each the command as users start it."""
 
-import contextlib
 import functools
+import importlib.util
 import json
-import os
 import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -19,7 +15,13 @@ from dr_jax import nn, processes
 from dr_jax.config import from_dict
 from dr_jax.run import Run
 
-ROOT = pathlib.Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location(
+  "loopback", pathlib.Path(__file__).with_name("loopback.py")
+)
+loopback = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(loopback)
+finish, losses = loopback.finish, loopback.losses
+
 STAGES = ("pretrain", "multi_precision")
 FLAGS = (
   "--config=configs/digits.py",
@@ -44,56 +46,11 @@ def cache(tmp_path_factory):
   return tmp_path_factory.mktemp("cache")
 
 
-def free_port():
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
-
-
-@contextlib.contextmanager
 def started(count, workdir, cache, *flags, last=()):
-  """The processes of one run; killed at the end if they still live.
-
-  `last` are flags of the last process alone.
-  """
-  together = {
-    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-    "JAX_NUM_PROCESSES": str(count),
-  }
-  running = []
-  for number in range(count):
-    environment = os.environ | {
-      "XLA_FLAGS": "",
-      "XDG_CACHE_HOME": str(cache),
-      **(together if count > 1 else {}),
-      "JAX_PROCESS_ID": str(number) if count > 1 else "",
-    }
-    running.append(
-      subprocess.Popen(
-        [
-          *(sys.executable, "-m", "dr_jax.main", *FLAGS, *flags),
-          *(last if number == count - 1 else ()),
-          f"--workdir={workdir}",
-        ],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-      )
-    )
-  try:
-    yield running
-  finally:
-    for process in running:
-      process.kill()
-      process.wait()
-
-
-def finish(running, timeout=300):
-  """The exit codes and what the processes said."""
-  said = [process.communicate(timeout=timeout)[0] for process in running]
-  return [process.returncode for process in running], said
+  """The processes of one run; `last` are flags of the last process alone."""
+  command = ("-m", "dr_jax.main", *FLAGS, *flags, f"--workdir={workdir}")
+  commands = [command] * (count - 1) + [(*command, *last)]
+  return loopback.started(commands, cache)
 
 
 def trained(workdir):
@@ -104,13 +61,6 @@ def trained(workdir):
   )
   networks = [run.float_network(), run.multi_precision_network()]
   return [nn.functional(network).params for network in networks]
-
-
-def losses(workdir, stage):
-  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  return np.array(
-    [x["value"] for x in lines if (x["stage"], x["name"]) == (stage, "loss")]
-  )
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +200,7 @@ def test_one_process_asks_nobody(monkeypatch):
   assert not processes.initialize()
   assert processes.is_first()
   assert processes.on_first(lambda: 3) == 3
+  assert processes.gathered([3]) == [[3]]
   stop = iter([None, "SIGTERM"])
   ask = processes.agreed(lambda: next(stop))
   assert [ask(), ask()] == [None, "SIGTERM"]

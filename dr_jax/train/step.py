@@ -317,6 +317,8 @@ def _accumulate_vmapped(parts):
     )
     memory = jax.tree.map(lambda m: m[0], carries.memory)
     state = apply_gradients(parts, state, summed)
+    # Every process reads every loss.
+    losses = _kept(parts, losses)
     return _end(parts, state, Carry(stats, memory, ())), losses
 
   return step

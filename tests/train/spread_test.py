@@ -73,6 +73,7 @@ def stepped(layout, *, steps=STEPS, **options):
   losses = []
   for number in range(steps):
     state, loss = step(state, put(net.batch(number, size=16)))
+    assert loss.is_fully_replicated  # Every process can read it.
     losses.append(np.asarray(loss))
   return state, np.array(losses), step
 
