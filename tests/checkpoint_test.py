@@ -361,6 +361,17 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert_same_bits(checkpoints.restore(like=like), training_state(22))
 
 
+def test_what_one_process_cannot_read_all_leave(tmp_path, monkeypatch):
+  answers = iter([False, True])
+  monkeypatch.setattr(checkpoint, "all_agree", lambda fine: next(answers))
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"x": jnp.int32(step)}, blocking=True)
+    with pytest.warns(UserWarning, match="/2: another process cannot read it"):
+      state = checkpoints.restore(like={"x": jnp.int32(0)})
+  assert state["x"] == 1
+
+
 def test_if_all_are_damaged_the_latest_is_named(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):
