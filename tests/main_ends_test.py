@@ -135,14 +135,15 @@ def test_only_the_first_process_shows_the_results(
 ):
   # Calling `in_process` has set all else; now the run ends well.
   in_process(NonFiniteError("loss is nan"))
-  monkeypatch.setattr(main, "_run", lambda values: (["a table"], "runs/x"))
+  wide = "a table" * 20
+  monkeypatch.setattr(main, "_run", lambda values: ([wide], "runs/x"))
   capsys.readouterr()
   played(1)
   assert main.main(["main"]) == 0
   assert capsys.readouterr() == ("", "")
   played(0)
   assert main.main(["main"]) == 0
-  assert capsys.readouterr() == ("a table\nworkdir: runs/x\n", "")
+  assert capsys.readouterr() == (f"{wide}\nworkdir: runs/x\n", "")
 
 
 def test_what_is_no_flag_and_no_configuration_are_named(
@@ -178,6 +179,11 @@ def test_a_run_is_in_its_own_directory_unless_told(monkeypatch, given, workdir):
   monkeypatch.setattr(main, "_on_signals", lambda: None)
   monkeypatch.setattr(main, "_WORKDIR", types.SimpleNamespace(value=given))
   assert main._run({"name": "mine"})[1] == workdir
+
+
+def test_an_error_without_words_has_its_name(in_process, capsys):
+  assert in_process(OSError()) == 2
+  assert capsys.readouterr().err == "error: OSError\n"
 
 
 def test_a_warning_is_one_line(capsys):
