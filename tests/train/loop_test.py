@@ -249,6 +249,14 @@ def test_the_stream_is_closed_when_a_run_stops_early(tmp_path):
   assert watched.events == ["closed"]
 
 
+def test_a_stream_is_closed_though_someone_still_holds_it(tmp_path):
+  watched = _Watched()
+  held = watched.stream(0)
+  watched.stream = lambda start: held
+  _loop(tmp_path, None, batches=watched).run(_state())
+  assert watched.events == ["closed"]
+
+
 def test_a_resumed_run_reads_from_its_step_on(tmp_path):
   watched = _Watched()
   loop = _loop(tmp_path, None, batches=watched, put=watched.put, steps=9)
