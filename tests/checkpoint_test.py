@@ -361,6 +361,29 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert_same_bits(checkpoints.restore(like=like), training_state(22))
 
 
+def test_a_manifest_that_reads_well_but_is_not_the_saved_one_is_damage(
+  tmp_path,
+):
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"x": jnp.int32(step)}, blocking=True)
+    (manifest,) = (tmp_path / "2" / "manifest").glob("*.json")
+    text = manifest.read_text()
+    assert "int32" in text
+    manifest.write_text(text.replace("int32", "int31"))
+    message = "damaged .*/2: checksum of the manifest differs; taking step 1"
+    with pytest.warns(UserWarning, match=message):
+      assert checkpoints.restore(like={"x": jnp.int32(0)})["x"] == 1
+
+
+def test_another_state_does_not_give_way_to_the_one_before(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {"x": jnp.int32(1)}, blocking=True)
+    checkpoints.save(2, {"y": jnp.int32(2)}, blocking=True)
+    with pytest.raises(CheckpointError, match="/2 holds another state"):
+      checkpoints.restore(like={"x": jnp.int32(0)})
+
+
 def test_what_one_process_cannot_read_all_leave(tmp_path, monkeypatch):
   answers = iter([False, True])
   monkeypatch.setattr(checkpoint, "all_agree", lambda fine: next(answers))

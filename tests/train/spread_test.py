@@ -289,6 +289,11 @@ def test_one_program_serves_every_step(shape, parameters, caplog):
   [
     ({"bits": 4}, {"schedule": "alternate"}, "devices.bits=4: .*vmap"),
     (
+      {"bits": 4},
+      {"schedule": "accumulate", "vectorize": "vmap", "sampling": "pair"},
+      "devices.bits=4: allowed are divisors of 2, the bit-widths that",
+    ),
+    (
       {"bits": 2},
       {
         "schedule": "accumulate",

@@ -24,6 +24,7 @@ from dr_jax.train import (
   sampling,
   visit,
 )
+from dr_jax.train import step as step_module
 
 _spec = importlib.util.spec_from_file_location(
   "training_network", pathlib.Path(__file__).with_name("network.py")
@@ -177,6 +178,16 @@ def test_norms_shared_by_all_bit_widths_train_in_every_mode():
     assert state.batch_stats["norm1"]["mean"].shape == (1, 4)
     moved = state.batch_stats["norm1"]["mean"]
     assert (moved != network.batch_stats["norm1"]["mean"]).all()
+
+
+def test_statistics_of_visits_at_once_are_means_of_those_that_changed():
+  old = jnp.array([1.0, 2.0, 3.0, 0.5])
+  visits = jnp.array([[5.0, 2.0, 3.0, 0.0], [7.0, 2.0, 9.0, 0.5]])
+  merged = step_module._merge_statistics(old, visits)
+  np.testing.assert_array_equal(merged, [6.0, 2.0, 9.0, 0.0])
+  # What counts has no mean.
+  counts = step_module._merge_statistics(jnp.array([3]), jnp.array([[4], [4]]))
+  assert counts.dtype == jnp.int32 and counts == 4
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
