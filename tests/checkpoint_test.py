@@ -117,6 +117,17 @@ def test_a_checksum_is_the_same_however_an_array_is_spread():
       assert checkpoint._sums({"a": exchanged})["a"] != sums[0]
 
 
+def test_the_highest_bit_of_any_element_changes_a_checksum():
+  """An even factor would lose it."""
+  zeros = jnp.zeros((2, 3), jnp.uint32)
+  sums = {
+    checkpoint._sums({"a": zeros.at[at].set(jnp.uint32(1 << 31))})["a"]
+    for at in np.ndindex(zeros.shape)
+  }
+  assert sums == {1 << 31}
+  assert checkpoint._sums({"a": zeros})["a"] == 0
+
+
 def test_donating_buffers_after_a_save_does_not_change_what_is_saved(tmp_path):
   @functools.partial(jax.jit, donate_argnums=0)
   def overwrite(state):

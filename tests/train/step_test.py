@@ -511,21 +511,39 @@ def test_scales_learn_at_the_pace_of_the_bits_of_their_own_layer(
       np.testing.assert_allclose(after - before, move, rtol=5e-3, atol=atol)
 
 
-@pytest.mark.parametrize("mode", alrs.MODES)
-@pytest.mark.parametrize("index", [0, 2])
-def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
-  network, rate = _four(), 0.7
-  parts = visit.Parts(
+def test_every_step_draws_its_bit_widths_anew():
+  network = _four()
+  parts = _parts(network, "none", drawn="random")
+  state = init_state(network, parts.optimizer, jax.random.key(0))
+
+  def drawn():
+    states = [state._replace(step=jnp.int32(step)) for step in range(40)]
+    return [int(parts.indices(state)[0]) for state in states]
+
+  assert set(drawn()) == {0, 1, 2, 3}
+  # A resumed run draws the same again.
+  assert drawn() == drawn()
+
+
+def _parts(network, mode, *, drawn="all", rate=0.7):
+  return visit.Parts(
     network=network,
     bits=FOUR,
     optimizer=make_optimizer("sgd", kinds=network.kinds),
     learning_rate=optax.constant_schedule(rate),
     alrs=mode,
-    sampling=sampling.get("all"),
+    sampling=sampling.get(drawn),
     distillation=distill.get("none"),
     weights=np.ones(4, np.float32),
     steps=None,
   )
+
+
+@pytest.mark.parametrize("mode", alrs.MODES)
+@pytest.mark.parametrize("index", [0, 2])
+def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
+  network, rate = _four(), 0.7
+  parts = _parts(network, mode, rate=rate)
   state = init_state(network, parts.optimizer, jax.random.key(0))
   carry = visit.Carry(state.batch_stats, state.memory, ())
 
