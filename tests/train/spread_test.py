@@ -10,12 +10,14 @@ import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from dr_jax import nn, sharding, train
 from dr_jax.train import state as states
+from dr_jax.train import visit
 
 _spec = importlib.util.spec_from_file_location(
   "training_network", pathlib.Path(__file__).with_name("network.py")
@@ -344,6 +346,9 @@ def test_parameters_and_their_optimizer_are_cut_alike_and_nothing_else():
   assert not any(
     map(cut, jax.tree.leaves((state.batch_stats, state.step, state.key)))
   )
+  # A teacher's answers are with the images that they are of.
+  carry = visit.Carry(state.batch_stats, {}, jnp.zeros((16, 3)))
+  assert states.shardings(layout, carry).teacher == layout.batch
 
 
 def test_a_state_is_whole_again_after_it_was_collected():
