@@ -247,6 +247,14 @@ def test_per_device_norms_are_means_over_shares_of_the_batch(
   )
 
 
+def test_per_device_norms_are_the_same_with_bit_widths_over_devices():
+  options = {"schedule": "accumulate", "vectorize": "vmap", "steps": 1}
+  layouts = [
+    sharding.layout(data=2, bits=bits, norm="per_device") for bits in (1, 2)
+  ]
+  assert_same(*(stepped(layout, **options) for layout in layouts))
+
+
 def test_per_device_gradients_are_means_over_shares_of_the_batch():
   layout = sharding.layout(data=2, norm="per_device")
   state, *_ = stepped(layout, schedule="accumulate", steps=1)

@@ -684,6 +684,29 @@ def test_loss_weights_multiply_gradients_and_not_reported_losses(vectorize):
     np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
 
 
+def test_layers_of_several_bit_widths_weigh_the_mean_of_theirs():
+  weights = np.array([1.0, 3.0, 8.0], np.float32)
+  assert visit._at(weights, 1) == 3.0
+  assert visit._at(weights, jnp.array([0, 1, 2], jnp.int32)) == 4.0
+
+
+@pytest.mark.parametrize(
+  ("backend", "schedule", "mode"),
+  [
+    ("cpu", "alternate", "unroll"),
+    ("cpu", "accumulate", "sequential"),
+    ("gpu", "alternate", "unroll"),
+    ("gpu", "accumulate", "unroll"),
+  ],
+)
+def test_auto_is_what_was_fastest_on_the_backend(
+  monkeypatch, backend, schedule, mode
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert step_module.resolve_vectorize("auto", schedule) == mode
+  assert step_module.resolve_vectorize("sequential", schedule) == "sequential"
+
+
 def test_progress_makes_the_target_softer_along_the_run():
   options = dict(bits=FOUR, network=_four(), distillation="progressive")
   _, losses = _run(**options, steps=1, rate=0.0, steps_in_run=10)
