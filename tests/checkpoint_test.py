@@ -139,6 +139,17 @@ def test_a_snapshot_outlives_what_was_donated_and_stays_where_it_was(tmp_path):
     assert_same_bits(checkpoints.restore(like=want), want)
 
 
+def test_the_highest_bit_of_any_element_changes_a_checksum():
+  """An even factor would lose it."""
+  zeros = jnp.zeros((2, 3), jnp.uint32)
+  sums = {
+    checkpoint._sums({"a": zeros.at[at].set(jnp.uint32(1 << 31))})["a"]
+    for at in np.ndindex(zeros.shape)
+  }
+  assert sums == {1 << 31}
+  assert checkpoint._sums({"a": zeros})["a"] == 0
+
+
 def test_donating_buffers_after_a_save_does_not_change_what_is_saved(tmp_path):
   @functools.partial(jax.jit, donate_argnums=0)
   def overwrite(state):
@@ -381,6 +392,40 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path):
     # The resumed run comes to step 2 again and replaces what is damaged.
     checkpoints.save(2, training_state(22))
     assert_same_bits(checkpoints.restore(like=like), training_state(22))
+
+
+def test_a_manifest_that_reads_well_but_is_not_the_saved_one_is_damage(
+  tmp_path,
+):
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"x": jnp.int32(step)}, blocking=True)
+    (manifest,) = (tmp_path / "2" / "manifest").glob("*.json")
+    text = manifest.read_text()
+    assert "int32" in text
+    manifest.write_text(text.replace("int32", "int31"))
+    message = "damaged .*/2: checksum of the manifest differs; taking step 1"
+    with pytest.warns(UserWarning, match=message):
+      assert checkpoints.restore(like={"x": jnp.int32(0)})["x"] == 1
+
+
+def test_another_state_does_not_give_way_to_the_one_before(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {"x": jnp.int32(1)}, blocking=True)
+    checkpoints.save(2, {"y": jnp.int32(2)}, blocking=True)
+    with pytest.raises(CheckpointError, match="/2 holds another state"):
+      checkpoints.restore(like={"x": jnp.int32(0)})
+
+
+def test_what_one_process_cannot_read_all_leave(tmp_path, monkeypatch):
+  answers = iter([False, True])
+  monkeypatch.setattr(checkpoint, "all_agree", lambda fine: next(answers))
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"x": jnp.int32(step)}, blocking=True)
+    with pytest.warns(UserWarning, match="/2: another process cannot read it"):
+      state = checkpoints.restore(like={"x": jnp.int32(0)})
+  assert state["x"] == 1
 
 
 def test_if_all_are_damaged_the_latest_is_named(tmp_path):

@@ -9,6 +9,8 @@ from dr_jax.train import RECIPES
 def test_missing_fields_keep_their_defaults():
   assert from_dict({}) == Config()
   assert from_dict({"train": {"epochs": 3}}).train.epochs == 3
+  # One program for the bits of any layer, whatever is drawn.
+  assert from_dict({}).supernet.vectorize == "sequential"
 
 
 def test_numbers_and_lists_take_the_type_of_their_field():
@@ -43,6 +45,17 @@ def test_a_method_sets_what_is_left_open_and_nothing_else():
   assert by_hand.train.schedule == "alternate"
 
 
+def test_what_is_none_is_left_open():
+  values = {"method": "adabits", "train": {"schedule": None}}
+  assert from_dict(values).train.schedule == "accumulate"
+
+
+def test_options_of_a_recipe_follow_its_own_quantizer_named_again():
+  named = {"method": "adabits", "quant": {"weight": "adabits"}}
+  left = from_dict({"method": "adabits"}).quant.weight_options
+  assert from_dict(named).quant.weight_options == left != {}
+
+
 def test_options_of_a_recipe_do_not_follow_another_quantizer():
   values = {"method": "adabits", "quant": {"weight": "lsq"}}
   config = from_dict(values)
@@ -73,6 +86,11 @@ def test_given_weights_stand_for_float_training():
     from_dict({"stages": stages})
   scored = {"model": weights, "pretrain": {"epochs": 0}}
   assert from_dict(scored).pretrain.epochs == 0
+
+
+def test_one_bit_width_may_have_a_teacher_who_has_nothing_to_say():
+  values = {"quant": {"bits": (4,)}, "train": {"distillation": "highest"}}
+  assert from_dict(values).train.distillation == "highest"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +161,10 @@ def test_given_weights_stand_for_float_training():
     ({"train": 3}, "train=3: allowed is a group of fields"),
     ({"seed": "1"}, "seed='1': has type str; allowed is int"),
     ({"seed": True}, "seed=True: has type bool; allowed is int"),
+    (
+      {"train": {"learning_rate": True}},
+      "train.learning_rate=True: has type bool; allowed is float",
+    ),
     ({"seed": -1}, "seed=-1: allowed is 0 or more"),
     ({"train": {"learning_rate": float("nan")}}, "train.learning_rate=nan: al"),
     ({"train": {"epochs": 0}}, "train.epochs=0: allowed is 1 or more"),
@@ -164,6 +186,62 @@ def test_given_weights_stand_for_float_training():
     ),
     ({"stages": ("train",)}, "stages='train': allowed are pretrain"),
     ({"stages": ("export",)}, "stages: export is allowed after multi_prec"),
+    (
+      {"stages": ("pretrain", "hessian", "multi_precision")},
+      "stages: hessian is allowed after multi_precision only",
+    ),
+    ({"model": {"name": "vgg"}}, "model.name='vgg': allowed are resnet"),
+    ({"checkpoint_every": 0}, "checkpoint_every=0: allowed is 1 or more"),
+    ({"log_every": 0}, "log_every=0: allowed is 1 or more"),
+    ({"data": {"batch_size": 0}}, "data.batch_size=0: allowed is 1 or more"),
+    ({"data": {"channels": 2}}, "data.channels=2: allowed are 1, 3"),
+    (
+      {"data": {"mean": (0.5, float("nan"))}},
+      r"data.mean=\(0.5, nan\): allowed are finite",
+    ),
+    ({"data": {"holdout": 1.5}}, "data.holdout=1.5: allowed are 0 to 1"),
+    (
+      {"pretrain": {"weight_decay": -1.0}},
+      "pretrain.weight_decay=-1.0: allowed is 0 or more",
+    ),
+    ({"train": {"momentum": -0.1}}, "train.momentum=-0.1: allowed is 0 or"),
+    ({"train": {"optimizer": "lamb"}}, "train.optimizer='lamb': allowed are"),
+    ({"train": {"schedule": "x"}}, "train.schedule='x': allowed are alternate"),
+    ({"train": {"alrs": "x"}}, "train.alrs='x': allowed are relative"),
+    (
+      {"train": {"loss_weights": (True, 1.0, 1.0, 1.0)}},
+      "train.loss_weights=.*allowed are numbers",
+    ),
+    (
+      {"pretrain": {"distillation": "highest"}},
+      "pretrain.distillation='highest': allowed is 'none'",
+    ),
+    (
+      {"pretrain": {"curriculum": "bit_mixer"}},
+      "pretrain.curriculum='bit_mixer': allowed is 'none'",
+    ),
+    (
+      {"supernet": {"curriculum": "bit_mixer"}},
+      "supernet.curriculum='bit_mixer': allowed is 'none'",
+    ),
+    ({"hessian": {"min_probes": 1}}, "hessian.min_probes=1: allowed is 2 or"),
+    (
+      {"hessian": {"rel_stderr": float("nan")}},
+      "hessian.rel_stderr=nan: allowed is more than 0",
+    ),
+    ({"hasb": {"warmup": -0.1}}, "hasb.warmup=-0.1: allowed are 0 to 1"),
+    ({"devices": {"bits": 2}}, "devices.bits=2: allowed with train.vectorize="),
+    (
+      {
+        "devices": {"norm": "per_device", "data": 2, "bits": 2},
+        "train": {"schedule": "accumulate", "vectorize": "vmap"},
+      },
+      "devices.norm='per_device': with devices.data=2 and devices.bits=2",
+    ),
+    (
+      {"stages": ("export",), "model": {"weights": "w"}},
+      "stages: export is allowed after multi_precision only",
+    ),
   ],
 )
 def test_what_is_wrong_is_named(values, message):

@@ -1,6 +1,7 @@
 """Tests of the command as a user starts it: real processes, real signals.
 
-Kills, full disks and damage are in nothing_lost_test.
+Kills, full disks and damage are in nothing_lost_test, other ways to end in
+main_ends_test.
 """
 
 import json
@@ -10,16 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-import types
-import warnings
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from dr_jax import deploy, main, nn
-from dr_jax.checkpoint import CheckpointError
-from dr_jax.train import InterruptedRun, NonFiniteError
+from dr_jax import deploy, nn
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = (
@@ -170,83 +166,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
   _, err = process.communicate(timeout=500)
   assert process.returncode == 0, err
   assert _final_arrays(workdir) == _final_arrays(finished[0])
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-  """Runs `main` here, with a run that raises; returns the exit code."""
-
-  def run(raised, preempted=0):
-    def raises(values):
-      raise raised
-
-    config = types.SimpleNamespace(value=ConfigDict())
-    monkeypatch.setattr(main, "_CONFIG", config)
-    code = types.SimpleNamespace(value=preempted)
-    monkeypatch.setattr(main, "_PREEMPTED", code)
-    alone = types.SimpleNamespace(value=False)
-    monkeypatch.setattr(main, "_DISTRIBUTED", alone)
-    monkeypatch.setattr(main, "_run", raises)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    return main.main(["main"])
-
-  return run
-
-
-@pytest.mark.parametrize(
-  ("raised", "preempted", "code"),
-  [
-    (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 0, 0),
-    (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 143, 143),
-    (InterruptedRun("SIGINT at step 3", "SIGINT"), 0, 130),
-    (KeyboardInterrupt(), 0, 130),
-    (CheckpointError("a checkpoint could\n not be saved"), 0, 2),
-    (OSError("No space left"), 0, 2),
-    (NonFiniteError("loss is nan"), 0, 1),
-  ],
-)
-def test_however_a_run_ends_it_says_so_in_one_line(
-  in_process, capsys, raised, preempted, code
-):
-  assert in_process(raised, preempted) == code
-  out, err = capsys.readouterr()
-  assert out == "" and err.count("\n") == 1
-  assert " ".join(str(raised).split()) in err
-
-
-def test_writes_that_were_abandoned_say_nothing_but_all_else_does(
-  in_process, capsys
-):
-  assert in_process(OSError("No space left")) == 2
-  capsys.readouterr()
-
-  class Raises:
-    def __init__(self, text):
-      self.text = text
-
-    def __del__(self):
-      raise RuntimeError(self.text)
-
-  Raises("Event loop is closed")
-  assert capsys.readouterr().err == ""
-  Raises("something else")
-  assert "RuntimeError: something else" in capsys.readouterr().err
-
-
-def test_a_second_ctrl_c_does_not_wait_but_a_second_sigterm_does():
-  before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    received = main._on_signals()
-    assert received() is None
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
-    assert received() == "SIGTERM"
-    with pytest.raises(KeyboardInterrupt):
-      signal.raise_signal(signal.SIGINT)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

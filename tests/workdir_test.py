@@ -1,6 +1,7 @@
 """Tests of a run's directory: refused before training, or safe to write in."""
 
 import collections
+import dataclasses
 import errno
 import os
 import pathlib
@@ -8,8 +9,8 @@ import shutil
 
 import pytest
 
-from dr_jax.config import Config, ConfigError
-from dr_jax.workdir import Workdir, write_json
+from dr_jax.config import Config, ConfigError, from_dict
+from dr_jax.workdir import Workdir, read_json, write_json
 
 Usage = collections.namedtuple("Usage", "total used free")
 
@@ -97,3 +98,129 @@ def test_finished_stages_and_what_is_written_already_need_no_more_room(
   # What one stage has too much of is no room for another.
   with pytest.raises(ConfigError, match="take 6.0 MiB more"):
     workdir.check_space({"export": 0, "supernet": 6 * 2**20})
+
+
+def claim(path, values):
+  with Workdir(path).claim(from_dict(values)):
+    pass
+
+
+VMAP = {"schedule": "accumulate", "vectorize": "vmap"}
+
+
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [
+    ({}, {"search": {"prefer": "accuracy"}}),
+    ({}, {"checkpoint_every": 7, "log_every": 3}),
+    ({}, {"devices": {"data": 2, "parameters": "sharded"}}),
+    ({"train": VMAP}, {"train": VMAP, "devices": {"bits": 2}}),
+    (
+      {"data": {"name": "generated"}},
+      {"data": {"name": "generated", "path": "elsewhere", "workers": 2}},
+    ),
+  ],
+)
+def test_a_run_goes_on_with_what_changes_nothing_of_what_is_trained(
+  tmp_path, before, after
+):
+  claim(tmp_path, before)
+  claim(tmp_path, after)
+
+
+@pytest.mark.parametrize(
+  ("before", "after", "difference"),
+  [
+    (
+      {"devices": {"data": 1}},
+      {"devices": {"data": 1, "norm": "per_device"}},
+      "devices.norm is 'global' there, 'per_device' here",
+    ),
+    (
+      {"devices": {"data": 1, "norm": "per_device"}},
+      {"devices": {"data": 2, "norm": "per_device"}},
+      "devices.data is 1 there, 2 here",
+    ),
+    ({}, {"data": {"batch_size": 64}}, "data.batch_size is 128 there, 64 here"),
+  ],
+)
+def test_a_run_does_not_go_on_as_another_one(
+  tmp_path, before, after, difference
+):
+  claim(tmp_path, before)
+  with pytest.raises(ConfigError, match=rf"configuration \({difference}\)"):
+    claim(tmp_path, after)
+
+
+def test_a_configuration_that_lacks_a_group_is_another_one(tmp_path):
+  with Workdir(tmp_path).claim(Config()):
+    pass
+  path = tmp_path / "config.json"
+  held = read_json(path)
+  del held["devices"]
+  write_json(path, held)
+  with pytest.raises(ConfigError, match="devices is None there, {.* here"):
+    with Workdir(tmp_path).claim(Config()):
+      pass
+
+
+def test_a_directory_takes_one_at_a_time(tmp_path):
+  with Workdir(tmp_path).claim(Config()):
+    with pytest.raises(ConfigError, match="another process is at work in it"):
+      with Workdir(tmp_path).claim(Config()):
+        pass
+
+
+def test_a_run_that_came_and_went_just_now_is_seen(tmp_path, monkeypatch):
+  other = dataclasses.asdict(Config(seed=3))
+  lock = Workdir._lock
+
+  def after_another(self, file):
+    write_json(tmp_path / "config.json", other)
+    lock(self, file)
+
+  monkeypatch.setattr(Workdir, "_lock", after_another)
+  with pytest.raises(ConfigError, match="seed is 3 there, 0 here"):
+    with Workdir(tmp_path).claim(Config()):
+      pass
+  assert read_json(tmp_path / "config.json")["seed"] == 3
+
+
+def test_nothing_is_left_in_a_directory_that_is_refused(tmp_path):
+  (tmp_path / "thesis.txt").write_text("precious")
+  with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    with Workdir(tmp_path).claim(Config()):
+      pass
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
+  path = tmp_path / "result.json"
+  write_json(path, {"old": 1})
+
+  def torn(self, text):
+    self.open("w").write(text[: len(text) // 2])
+    raise OSError(errno.ENOSPC, "full")
+
+  monkeypatch.setattr(pathlib.Path, "write_text", torn)
+  with pytest.raises(OSError, match="full"):
+    write_json(path, {"new": 2})
+  assert read_json(path) == {"old": 1}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_file_that_holds_no_object_is_damaged(tmp_path, content):
+  path = tmp_path / "result.json"
+  path.write_text(content)
+  with pytest.raises(ConfigError, match="result.json: damaged, no JSON; all"):
+    read_json(path)
+
+
+def test_checkpoints_of_another_network_are_refused(tmp_path):
+  workdir = Workdir(tmp_path)
+  workdir.tell("pretrain", {"bits": (None,), "layers": ["a"]})
+  workdir.tell("pretrain", {"bits": (None,), "layers": ["a"]})
+  with pytest.raises(
+    ConfigError, match=r"another network \(layers is \['a'\] "
+  ):
+    workdir.tell("pretrain", {"bits": (None,), "layers": ["b"]})

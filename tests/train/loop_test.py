@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.metrics import MetricsWriter
 from dr_jax.train import InterruptedRun, Loop, NonFiniteError, TrainState
+from dr_jax.train import loop as loop_module
 
 
 def _state():
@@ -29,7 +31,7 @@ class _Batches:
     return {"label": np.full(4, step, np.int32)}
 
 
-def _step(nan_at=None, poison=None, spoil=None):
+def _step(nan_at=None, poison=None, spoil=None, skew=None):
   def step(state, batch):
     number = int(batch["label"][0]) + 1
     params = {"w": state.params["w"] + number}
@@ -37,7 +39,10 @@ def _step(nan_at=None, poison=None, spoil=None):
     if number == poison:
       params = {"w": params["w"] * jnp.inf}
     opt_state = {"m": jnp.full(2, jnp.nan if number == spoil else 0.0)}
-    state = state._replace(params=params, opt_state=opt_state)
+    stats = {"mean": jnp.full(1, jnp.inf if number == skew else 0.0)}
+    state = state._replace(
+      params=params, opt_state=opt_state, batch_stats=stats
+    )
     return state._replace(step=state.step + 1), losses
 
   return step
@@ -110,6 +115,98 @@ def test_a_spoilt_optimizer_is_not_saved(tmp_path):
     assert checkpoints.latest() == 4
 
 
+def test_infinite_statistics_are_not_saved(tmp_path):
+  with Checkpoints(tmp_path / "c") as checkpoints:
+    loop = _loop(tmp_path, checkpoints, step=_step(skew=8))
+    with pytest.raises(NonFiniteError, match="after step 8; .* step 4 is kept"):
+      loop.run(_state())
+
+
+class _Kept:
+  """Checkpoints that tell what is asked of them."""
+
+  def __init__(self):
+    self.events = []
+
+  def save(self, step, state, *, blocking):
+    self.events.append(("save", step, blocking))
+
+  def wait(self):
+    self.events.append("wait")
+
+  def latest(self):
+    self.events.append("latest")
+    steps = [event[1] for event in self.events if event[0] == "save"]
+    return max(steps, default=None)
+
+
+def test_only_the_last_checkpoint_is_waited_for(tmp_path):
+  kept = _Kept()
+  _loop(tmp_path, kept).run(_state())
+  assert kept.events == [
+    ("save", 4, False),
+    ("save", 8, False),
+    ("save", 10, True),
+  ]
+  stop = iter([None, None, "SIGINT"])
+  kept = _Kept()
+  with pytest.raises(InterruptedRun) as caught:
+    _loop(tmp_path, kept, interrupted=lambda: next(stop)).run(_state())
+  assert caught.value.signal == signal.SIGINT
+  assert kept.events == [("save", 3, True)]
+
+
+def test_a_signal_at_the_last_step_ends_a_run_that_is_whole(tmp_path):
+  stop = iter([None] * 9 + ["SIGTERM"])
+  kept = _Kept()
+  state = _loop(tmp_path, kept, interrupted=lambda: next(stop)).run(_state())
+  assert int(state.step) == 10 and kept.events[-1] == ("save", 10, True)
+
+
+def test_a_loss_that_is_nan_when_a_signal_comes_is_not_saved(tmp_path):
+  stop = iter([None, "SIGTERM"])
+  kept = _Kept()
+  loop = _loop(
+    tmp_path, kept, step=_step(nan_at=2), interrupted=lambda: next(stop)
+  )
+  with pytest.raises(NonFiniteError, match="step 2.*no earlier checkpoint"):
+    loop.run(_state())
+  # What is still being written counts as soon as it is there.
+  assert kept.events == ["wait", "latest"]
+
+
+def test_without_checkpoints_an_error_says_that_none_is_kept(tmp_path):
+  with pytest.raises(NonFiniteError, match="no checkpoint is kept"):
+    _loop(tmp_path, None, step=_step(nan_at=2)).run(_state())
+
+
+def test_the_last_step_is_logged_wherever_it_falls(tmp_path):
+  with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+    _loop(tmp_path, None, metrics, steps=7).run(_state())
+  records = map(json.loads, (tmp_path / "m.jsonl").open())
+  assert [r["step"] for r in records if r["bits"] == 8] == [5, 7]
+
+
+def test_images_per_second_counts_the_images_since_the_last_entry(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(loop_module.time, "monotonic", lambda: 0.0)
+  with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+    _loop(tmp_path, None, metrics, steps=7).run(_state())
+  records = map(json.loads, (tmp_path / "m.jsonl").open())
+  rates = [r["value"] for r in records if r["name"] == "images_per_second"]
+  # Batches of 4, five of them and then two, each time in the least time.
+  assert rates == [20 / 1e-9, 8 / 1e-9]
+
+
+def test_a_loop_that_is_not_to_show_anything_shows_nothing(tmp_path, capsys):
+  state = _loop(tmp_path, None, steps=6, shows=False).run(_state())
+  _loop(tmp_path, None, shows=False).run(state)
+  assert capsys.readouterr() == ("", "")
+  _loop(tmp_path, None).run(state)
+  assert capsys.readouterr() != ("", "")
+
+
 class _Watched:
   """Batches that tell what became of them."""
 
@@ -149,6 +246,14 @@ def test_the_stream_is_closed_when_a_run_stops_early(tmp_path):
   loop = _loop(tmp_path, None, batches=watched, step=_step(nan_at=2))
   with pytest.raises(NonFiniteError):
     loop.run(_state())
+  assert watched.events == ["closed"]
+
+
+def test_a_stream_is_closed_though_someone_still_holds_it(tmp_path):
+  watched = _Watched()
+  held = watched.stream(0)
+  watched.stream = lambda start: held
+  _loop(tmp_path, None, batches=watched).run(_state())
   assert watched.events == ["closed"]
 
 

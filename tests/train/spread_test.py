@@ -10,12 +10,14 @@ import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from dr_jax import nn, sharding, train
 from dr_jax.train import state as states
+from dr_jax.train import visit
 
 _spec = importlib.util.spec_from_file_location(
   "training_network", pathlib.Path(__file__).with_name("network.py")
@@ -143,6 +145,36 @@ def test_a_step_takes_the_buffers_of_the_state_it_is_given(
     assert leaf.is_deleted()
 
 
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+def test_what_one_visit_hands_the_next_stays_where_the_next_wants_it(
+  schedule, caplog
+):
+  """Else every visit would be another program."""
+  options = {
+    "schedule": schedule,
+    "vectorize": "sequential",
+    "distillation": "recursive",
+    "steps": 2,
+  }
+  layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=16)
+  with jax.log_compiles():
+    found = stepped(layout, **options)
+  names = ("Compiling jit(visit_once)", "Compiling jit(accumulate)")
+  assert sum(text.startswith(names) for text in caplog.messages) == 1
+  assert_same(found, stepped(None, **options))
+
+
+def test_sums_and_what_visits_hand_on_are_written_over():
+  _, _, step = stepped(
+    None, steps=0, schedule="accumulate", vectorize="sequential"
+  )
+  lowered = step.lower_per_visit(_state(), net.batch(0, size=16))
+  (state, carry, summed, *_), _ = lowered.args_info
+  assert all(leaf.donated for leaf in jax.tree.leaves((carry, summed)))
+  # The parameters are needed for the next visit.
+  assert not any(leaf.donated for leaf in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize(
   "shape", [{"bits": 4}, {"data": 2, "bits": 2}], ids=["bits", "data_x_bits"]
 )
@@ -216,6 +248,14 @@ def test_per_device_norms_are_means_over_shares_of_the_batch(
   )
 
 
+def test_per_device_norms_are_the_same_with_bit_widths_over_devices():
+  options = {"schedule": "accumulate", "vectorize": "vmap", "steps": 1}
+  layouts = [
+    sharding.layout(data=2, bits=bits, norm="per_device") for bits in (1, 2)
+  ]
+  assert_same(*(stepped(layout, **options) for layout in layouts))
+
+
 def test_per_device_gradients_are_means_over_shares_of_the_batch():
   layout = sharding.layout(data=2, norm="per_device")
   state, *_ = stepped(layout, schedule="accumulate", steps=1)
@@ -260,6 +300,11 @@ def test_one_program_serves_every_step(shape, parameters, caplog):
   [
     ({"bits": 4}, {"schedule": "alternate"}, "devices.bits=4: .*vmap"),
     (
+      {"bits": 4},
+      {"schedule": "accumulate", "vectorize": "vmap", "sampling": "pair"},
+      "devices.bits=4: allowed are divisors of 2, the bit-widths that",
+    ),
+    (
       {"bits": 2},
       {
         "schedule": "accumulate",
@@ -287,6 +332,32 @@ def test_one_program_serves_every_step(shape, parameters, caplog):
 def test_layouts_that_do_not_fit_are_named(shape, options, message):
   with pytest.raises(ValueError, match=message):
     stepped(sharding.layout(**shape), **options)
+
+
+def test_a_placed_state_goes_on_with_the_same_random_numbers():
+  key = jax.random.key(3, impl="rbg")
+  state = _state()._replace(key=key)
+  placed = states.place(sharding.layout(data=2), state)
+  assert placed.key.dtype == key.dtype
+  assert jax.random.bits(placed.key) == jax.random.bits(key)
+
+
+def test_parameters_and_their_optimizer_are_cut_alike_and_nothing_else():
+  layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=16)
+  state = states.place(layout, _state())
+  cut = lambda leaf: not leaf.sharding.is_fully_replicated  # noqa: E731
+  kernels = [
+    leaf
+    for path, leaf in jax.tree.leaves_with_path(state)
+    if jax.tree_util.keystr(path).endswith("['conv1']['kernel']")
+  ]
+  assert len(kernels) == 2 and all(map(cut, kernels))
+  assert not any(
+    map(cut, jax.tree.leaves((state.batch_stats, state.step, state.key)))
+  )
+  # A teacher's answers are with the images that they are of.
+  carry = visit.Carry(state.batch_stats, {}, jnp.zeros((16, 3)))
+  assert states.shardings(layout, carry).teacher == layout.batch
 
 
 def test_a_state_is_whole_again_after_it_was_collected():

@@ -24,6 +24,7 @@ from dr_jax.train import (
   sampling,
   visit,
 )
+from dr_jax.train import step as step_module
 
 _spec = importlib.util.spec_from_file_location(
   "training_network", pathlib.Path(__file__).with_name("network.py")
@@ -177,6 +178,16 @@ def test_norms_shared_by_all_bit_widths_train_in_every_mode():
     assert state.batch_stats["norm1"]["mean"].shape == (1, 4)
     moved = state.batch_stats["norm1"]["mean"]
     assert (moved != network.batch_stats["norm1"]["mean"]).all()
+
+
+def test_statistics_of_visits_at_once_are_means_of_those_that_changed():
+  old = jnp.array([1.0, 2.0, 3.0, 0.5])
+  visits = jnp.array([[5.0, 2.0, 3.0, 0.0], [7.0, 2.0, 9.0, 0.5]])
+  merged = step_module._merge_statistics(old, visits)
+  np.testing.assert_array_equal(merged, [6.0, 2.0, 9.0, 0.0])
+  # What counts has no mean.
+  counts = step_module._merge_statistics(jnp.array([3]), jnp.array([[4], [4]]))
+  assert counts.dtype == jnp.int32 and counts == 4
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -500,21 +511,41 @@ def test_scales_learn_at_the_pace_of_the_bits_of_their_own_layer(
       np.testing.assert_allclose(after - before, move, rtol=5e-3, atol=atol)
 
 
-@pytest.mark.parametrize("mode", alrs.MODES)
-@pytest.mark.parametrize("index", [0, 2])
-def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
-  network, rate = _four(), 0.7
-  parts = visit.Parts(
+def test_every_step_draws_its_bit_widths_anew():
+  network = _four()
+  parts = _parts(network, "none", drawn="random")
+  state = init_state(network, parts.optimizer, jax.random.key(0))
+
+  @jax.jit
+  @jax.vmap
+  def drawn(step):
+    return parts.indices(state._replace(step=step))[0]
+
+  steps = jnp.arange(40)
+  assert set(drawn(steps).tolist()) == {0, 1, 2, 3}
+  # A resumed run draws the same again.
+  np.testing.assert_array_equal(drawn(steps[7:]), drawn(steps)[7:])
+
+
+def _parts(network, mode, *, drawn="all", rate=0.7):
+  return visit.Parts(
     network=network,
     bits=FOUR,
     optimizer=make_optimizer("sgd", kinds=network.kinds),
     learning_rate=optax.constant_schedule(rate),
     alrs=mode,
-    sampling=sampling.get("all"),
+    sampling=sampling.get(drawn),
     distillation=distill.get("none"),
     weights=np.ones(4, np.float32),
     steps=None,
   )
+
+
+@pytest.mark.parametrize("mode", alrs.MODES)
+@pytest.mark.parametrize("index", [0, 2])
+def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
+  network, rate = _four(), 0.7
+  parts = _parts(network, mode, rate=rate)
   state = init_state(network, parts.optimizer, jax.random.key(0))
   carry = visit.Carry(state.batch_stats, state.memory, ())
 
@@ -651,6 +682,29 @@ def test_loss_weights_multiply_gradients_and_not_reported_losses(vectorize):
   ):
     expected = start - rate * (g + 1e-3 * start * (kind == "weight"))
     np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
+
+
+def test_layers_of_several_bit_widths_weigh_the_mean_of_theirs():
+  weights = np.array([1.0, 3.0, 8.0], np.float32)
+  assert visit._at(weights, 1) == 3.0
+  assert visit._at(weights, jnp.array([0, 1, 2], jnp.int32)) == 4.0
+
+
+@pytest.mark.parametrize(
+  ("backend", "schedule", "mode"),
+  [
+    ("cpu", "alternate", "unroll"),
+    ("cpu", "accumulate", "sequential"),
+    ("gpu", "alternate", "unroll"),
+    ("gpu", "accumulate", "unroll"),
+  ],
+)
+def test_auto_is_what_was_fastest_on_the_backend(
+  monkeypatch, backend, schedule, mode
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert step_module.resolve_vectorize("auto", schedule) == mode
+  assert step_module.resolve_vectorize("sequential", schedule) == "sequential"
 
 
 def test_progress_makes_the_target_softer_along_the_run():
