@@ -1,10 +1,10 @@
 """Checkpoints of a training run: asynchronous, atomic, verified.
 
-The only file that knows Orbax. To Orbax a state is one flat dictionary
-{"params/conv1/kernel": array, ...}; its structure comes back from the `like`
-that `restore` is given. Next to the arrays lies a manifest of their shapes,
-dtypes and checksums, for two things that Orbax lets pass in silence: a flipped
-bit in an array, and a dtype other than the one that was saved.
+The only file that knows Orbax. To Orbax a state is one flat dictionary (see
+`dr_jax.snapshot`); its structure comes back from the `like` that `restore` is
+given. The manifest next to the arrays is for two things that Orbax lets pass in
+silence: a flipped bit in an array, and a dtype other than the one that was
+saved.
 
     with Checkpoints(directory) as checkpoints:
       if checkpoints.latest() is not None:
@@ -13,17 +13,14 @@ bit in an array, and a dtype other than the one that was saved.
       checkpoints.save(step, state)
 """
 
-import collections
 import contextlib
 import gc
-import json
 import logging
 import os
 import sys
 import textwrap
 import time
 import warnings
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +29,14 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from dr_jax.processes import all_agree, on_first
+from dr_jax.snapshot import (
+  Snapshot,
+  checksums,
+  difference,
+  key_data,
+  named_leaves,
+  unsealed,
+)
 
 
 class CheckpointError(Exception):
@@ -57,47 +62,9 @@ def disk_bytes(state, *, keep=KEEP):
     state: as for `Checkpoints.save`, or of `jax.ShapeDtypeStruct`s.
     keep: as for `Checkpoints`.
   """
-  leaves = _named_leaves(state).values()
+  leaves = named_leaves(state).values()
   values = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   return (keep + 1) * (values + 2048 * len(leaves) + 65536)
-
-
-class Snapshot:
-  """A copy of a state on its devices, which can be saved later.
-
-  Copies and checksums are made by the devices when they come to it. Nothing
-  waits for them before `Checkpoints.save`, and the buffers of the state may be
-  donated right away.
-  """
-
-  def __init__(self, state):
-    """Copies a state; arguments and errors as for `Checkpoints.save`."""
-    leaves = _named_leaves(state)
-    for name, leaf in leaves.items():
-      if not isinstance(leaf, jax.Array):
-        raise TypeError(
-          f"{name} is of type {type(leaf).__name__}, but must be a jax.Array"
-        )
-    self._saved = {
-      name: {
-        **_spec(leaf),
-        "key_impl": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
-      }
-      for name, leaf in leaves.items()
-    }
-    taken = _by_devices(_copies_and_checksums, _all_key_data(leaves))
-    self.arrays = {name: array for name, (array, _) in taken.items()}
-    self._sums = {name: number for name, (_, number) in taken.items()}
-
-  def manifest(self):
-    """What a checkpoint says of its arrays; waits for the checksums."""
-    sums = jax.device_get(self._sums)
-    return _seal(
-      {
-        name: spec | {"sum32": int(sums[name])}
-        for name, spec in self._saved.items()
-      }
-    )
 
 
 class Checkpoints:
@@ -193,7 +160,8 @@ class Checkpoints:
         dtype than `like`.
     """
     self.wait()
-    steps = self._steps()
+    # On a network drive others may not see yet what the first one sees.
+    steps = on_first(self._steps)
     if not steps or step not in (None, *steps):
       wanted = "" if step is None else f" of step {step}"
       held = ", ".join(map(str, steps)) or "none"
@@ -243,7 +211,7 @@ class Checkpoints:
 
   def _load(self, step, like):
     path = self._path(step)
-    wanted = _named_leaves(like)
+    wanted = named_leaves(like)
     shardings = {name: _sharding(leaf) for name, leaf in wanted.items()}
     saved, arrays, error = None, None, None
     try:
@@ -252,7 +220,7 @@ class Checkpoints:
     except CheckpointError as raised:
       error = raised
     _all_or_none(path, error)
-    sums = jax.device_get(_by_devices(_checksums, arrays))
+    sums = checksums(arrays)
     for name in wanted:
       if sums[name] != saved[name].get("sum32"):
         error = error or _damaged(path, f"checksum of {name} differs")
@@ -269,13 +237,12 @@ class Checkpoints:
 
   def _saved(self, step, wanted):
     """What the manifest says of the leaves, if they are those wanted."""
-    manifest = self._read(step, "manifest", None)
-    saved = manifest.get("leaves")
-    if manifest != _seal(saved):
+    saved = unsealed(self._read(step, "manifest", None))
+    if saved is None:
       raise _damaged(self._path(step), "checksum of the manifest differs")
-    if difference := _difference(saved, wanted):
+    if differs := difference(saved, wanted):
       raise CheckpointError(
-        f"{self._path(step)} holds another state: {difference}"
+        f"{self._path(step)} holds another state: {differs}"
       )
     return saved
 
@@ -285,7 +252,7 @@ class Checkpoints:
       name: jax.ShapeDtypeStruct(
         data.shape, data.dtype, sharding=shardings[name] or default
       )
-      for name, data in jax.eval_shape(_all_key_data, wanted).items()
+      for name, data in jax.eval_shape(key_data, wanted).items()
     }
     return self._read(step, "state", abstract)
 
@@ -340,112 +307,14 @@ def _quiet():
   except Exception:
     # Until the abandoned reads have ended, and Python has noticed.
     time.sleep(0.2)
-    gc.collect()
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+      gc.collect()
     raise
   finally:
     asyncio_logger.disabled, sys.unraisablehook = disabled, hook
-
-
-def _named_leaves(tree):
-  """Returns {slash path: leaf}, in the order of the leaves."""
-  leaves = jax.tree.leaves_with_path(tree)
-  named = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in leaves
-  }
-  if len(named) < len(leaves):
-    raise ValueError("two leaves have the same path: a key contains '/'")
-  return named
-
-
-def _seal(leaves):
-  """Returns the manifest: what it says of each leaf, and its own checksum."""
-  text = json.dumps(leaves, sort_keys=True)
-  return {"leaves": leaves, "crc32": zlib.crc32(text.encode())}
-
-
-def _difference(saved, wanted):
-  """Returns what tells a saved state from a wanted one, in words, or None."""
-  for name in [*wanted, *saved]:
-    if name not in saved:
-      return f"it lacks {name}"
-    if name not in wanted:
-      return f"it has {name}, which is not asked for"
-    one, other = saved[name], _spec(wanted[name])
-    if one["dtype"] != other["dtype"] or one["shape"] != other["shape"]:
-      return (
-        f"{name} is {one['dtype']}{one['shape']},"
-        f" not {other['dtype']}{other['shape']}"
-      )
-  return None
-
-
-def _spec(leaf):
-  return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
 
 
 def _sharding(leaf):
   """Returns where to put a leaf, None for anywhere."""
   committed = getattr(leaf, "committed", True)
   return getattr(leaf, "sharding", None) if committed else None
-
-
-def _is_key(leaf):
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_data(leaf):
-  return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _all_key_data(leaves):
-  return {name: _key_data(leaf) for name, leaf in leaves.items()}
-
-
-def _by_devices(program, arrays):
-  """Calls a program with the arrays of each set of devices.
-
-  Args:
-    program: {name: array} -> {name: anything}; JAX compiles none that takes
-      arrays of different devices.
-    arrays: {name: array}.
-  """
-  groups = collections.defaultdict(dict)
-  for name, array in arrays.items():
-    groups[frozenset(array.sharding.device_set)][name] = array
-  results = {}
-  for group in groups.values():
-    results |= program(group)
-  return results
-
-
-@jax.jit
-def _copies_and_checksums(arrays):
-  return {
-    name: (jnp.copy(array), _checksum(array)) for name, array in arrays.items()
-  }
-
-
-@jax.jit
-def _checksums(arrays):
-  return {name: _checksum(array) for name, array in arrays.items()}
-
-
-def _checksum(array):
-  """A checksum: any one changed element changes it.
-
-  An integer modulo 2^32, so that the order of the sum, and with it how devices
-  and processes share an array, is of no matter.
-  """
-  if array.dtype == jnp.bool_:
-    array = array.astype(jnp.uint8)
-  width = min(array.dtype.itemsize, 4)
-  words = jax.lax.bitcast_convert_type(array, f"uint{8 * width}")
-  total = jnp.zeros(words.shape, jnp.uint32)
-  # Odd factors, different for neighbours: no two elements may change places.
-  for axis, size in enumerate(words.shape):
-    shape = [size if a == axis else 1 for a in range(words.ndim)]
-    position = jnp.arange(size, dtype=jnp.uint32).reshape(shape)
-    total = total * jnp.uint32(0x01000193) + position
-  factors = total * jnp.uint32(2) + jnp.uint32(1)
-  return (words.astype(jnp.uint32) * factors).sum(dtype=jnp.uint32)

@@ -249,7 +249,7 @@ class Run:
       Checkpoints(directory) as checkpoints,
       self._metrics() as metrics,
     ):
-      if checkpoints.latest() is not None:
+      if processes.on_first(checkpoints.latest) is not None:
         state = checkpoints.restore(like=state)
       if int(state.step) < steps:
         self.workdir.check_space({stage: disk_bytes(state)})

@@ -15,7 +15,7 @@ FLOORS = {
   name: floor
   for floor, names in enumerate(
     [
-      "quant hessian allocate data sharding processes",
+      "quant hessian allocate data sharding processes snapshot",
       "nn linen checkpoint compilation metrics models",
       "train deploy report",
       "search",

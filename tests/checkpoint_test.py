@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from dr_jax import checkpoint
 from dr_jax.checkpoint import CheckpointError, Checkpoints, disk_bytes
+from dr_jax.snapshot import Snapshot
 
 
 def training_state(seed=0):
@@ -103,25 +104,6 @@ def test_arrays_go_where_like_says(tmp_path):
   assert (same["x"] * same["step"].astype(jnp.float32)).sharding == split
 
 
-def checksum(array):
-  manifest = checkpoint.Snapshot({"a": array}).manifest()
-  return manifest["leaves"]["a"]["sum32"]
-
-
-def test_a_checksum_is_the_same_however_an_array_is_spread():
-  mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-  for dtype in ("float32", "bfloat16", "int8", "uint32", "bool"):
-    values = jnp.arange(48).reshape(4, 12).astype(dtype)
-    spread = jax.device_put(values, NamedSharding(mesh, P(None, "x")))
-    sums = [checksum(a) for a in (values, spread)]
-    assert sums[0] == sums[1] != 0
-    changed = values.at[2, 5].set((~values[2, 5].astype(bool)).astype(dtype))
-    assert checksum(changed) != sums[0]
-    if dtype != "bool":
-      exchanged = values.at[0, 3].set(values[3, 0]).at[3, 0].set(values[0, 3])
-      assert checksum(exchanged) != sums[0]
-
-
 def test_a_snapshot_outlives_what_was_donated_and_stays_where_it_was(tmp_path):
   mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   split = NamedSharding(mesh, P(None, "x"))
@@ -129,7 +111,7 @@ def test_a_snapshot_outlives_what_was_donated_and_stays_where_it_was(tmp_path):
   key = jax.device_put(jax.random.key(3), NamedSharding(mesh, P()))
   state = {"spread": spread, "key": key, "alone": jnp.int32(7)}
   want = jax.tree.map(lambda leaf: leaf.copy(), state)
-  snapshot = checkpoint.Snapshot(state)
+  snapshot = Snapshot(state)
   for leaf in jax.tree.leaves(state):
     leaf.delete()
   assert snapshot.arrays["spread"].sharding.is_equivalent_to(split, 2)
@@ -137,17 +119,6 @@ def test_a_snapshot_outlives_what_was_donated_and_stays_where_it_was(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, snapshot)
     assert_same_bits(checkpoints.restore(like=want), want)
-
-
-def test_the_highest_bit_of_any_element_changes_a_checksum():
-  """An even factor would lose it."""
-  zeros = jnp.zeros((2, 3), jnp.uint32)
-  sums = {
-    checkpoint._sums({"a": zeros.at[at].set(jnp.uint32(1 << 31))})["a"]
-    for at in np.ndindex(zeros.shape)
-  }
-  assert sums == {1 << 31}
-  assert checkpoint._sums({"a": zeros})["a"] == 0
 
 
 def test_donating_buffers_after_a_save_does_not_change_what_is_saved(tmp_path):
@@ -418,7 +389,8 @@ def test_another_state_does_not_give_way_to_the_one_before(tmp_path):
 
 
 def test_what_one_process_cannot_read_all_leave(tmp_path, monkeypatch):
-  answers = iter([False, True])
+  # Each restore asks twice, once it has read and once it has compared.
+  answers = iter([False, True, True])
   monkeypatch.setattr(checkpoint, "all_agree", lambda fine: next(answers))
   with Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):

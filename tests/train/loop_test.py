@@ -122,57 +122,54 @@ def test_infinite_statistics_are_not_saved(tmp_path):
       loop.run(_state())
 
 
-class _Kept:
-  """Checkpoints that tell what is asked of them."""
+class _Recorded:
+  """Checkpoints that tell what is asked of them, and keep nothing."""
 
-  def __init__(self):
-    self.events = []
+  def __init__(self, events):
+    self.events = events
 
-  def save(self, step, state, *, blocking):
-    self.events.append(("save", step, blocking))
+  def save(self, step, state):
+    self.events.append(("saved", step, state.arrays["params/w"].tolist()))
 
   def wait(self):
-    self.events.append("wait")
+    self.events.append("on disk")
 
   def latest(self):
     self.events.append("latest")
-    steps = [event[1] for event in self.events if event[0] == "save"]
-    return max(steps, default=None)
 
 
-def test_only_the_last_checkpoint_is_waited_for(tmp_path):
-  kept = _Kept()
-  _loop(tmp_path, kept).run(_state())
-  assert kept.events == [
-    ("save", 4, False),
-    ("save", 8, False),
-    ("save", 10, True),
-  ]
+def test_only_the_last_checkpoint_is_waited_for():
+  first, second = ("saved", 4, [10.0] * 2), ("saved", 8, [36.0] * 2)
+  recorded = _Recorded([])
+  _loop(None, recorded).run(_state())
+  last = ("saved", 10, [55.0] * 2)
+  assert recorded.events == [first, second, last, "on disk"]
   stop = iter([None, None, "SIGINT"])
-  kept = _Kept()
+  recorded = _Recorded([])
   with pytest.raises(InterruptedRun) as caught:
-    _loop(tmp_path, kept, interrupted=lambda: next(stop)).run(_state())
+    _loop(None, recorded, interrupted=lambda: next(stop)).run(_state())
   assert caught.value.signal == signal.SIGINT
-  assert kept.events == [("save", 3, True)]
+  assert recorded.events == [("saved", 3, [6.0] * 2), "on disk"]
 
 
-def test_a_signal_at_the_last_step_ends_a_run_that_is_whole(tmp_path):
+def test_a_signal_at_the_last_step_ends_a_run_that_is_whole():
   stop = iter([None] * 9 + ["SIGTERM"])
-  kept = _Kept()
-  state = _loop(tmp_path, kept, interrupted=lambda: next(stop)).run(_state())
-  assert int(state.step) == 10 and kept.events[-1] == ("save", 10, True)
+  recorded = _Recorded([])
+  state = _loop(None, recorded, interrupted=lambda: next(stop)).run(_state())
+  assert int(state.step) == 10
+  assert recorded.events[-2:] == [("saved", 10, [55.0] * 2), "on disk"]
 
 
-def test_a_loss_that_is_nan_when_a_signal_comes_is_not_saved(tmp_path):
+def test_a_loss_that_is_nan_when_a_signal_comes_is_not_saved():
   stop = iter([None, "SIGTERM"])
-  kept = _Kept()
+  recorded = _Recorded([])
   loop = _loop(
-    tmp_path, kept, step=_step(nan_at=2), interrupted=lambda: next(stop)
+    None, recorded, step=_step(nan_at=2), interrupted=lambda: next(stop)
   )
   with pytest.raises(NonFiniteError, match="step 2.*no earlier checkpoint"):
     loop.run(_state())
   # What is still being written counts as soon as it is there.
-  assert kept.events == ["wait", "latest"]
+  assert recorded.events == ["on disk", "latest"]
 
 
 def test_without_checkpoints_an_error_says_that_none_is_kept(tmp_path):
@@ -294,22 +291,6 @@ def test_logging_every_step_waits_for_no_step_that_was_just_started(tmp_path):
   for number in range(1, 7):
     at = events.index(("waited for", number))
     assert events[at - 1] == ("started", number + 4)
-
-
-class _Recorded:
-  """Checkpoints that tell when they are asked for what, and keep nothing."""
-
-  def __init__(self, events):
-    self._events = events
-
-  def save(self, step, state):
-    self._events.append(("saved", step, state.arrays["params/w"].tolist()))
-
-  def wait(self):
-    self._events.append("on disk")
-
-  def latest(self):
-    return None
 
 
 def test_a_checkpoint_waits_for_no_step_that_was_just_started():
