@@ -44,6 +44,8 @@ def main(argv):
   os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} {loopback.ONE_THREAD}".strip()
   )
+  # The size of XLA's pool of threads.
+  os.environ["NPROC"] = "1"
   compilation.cache_on_disk()
   setting = network.Setting(_MODEL.value, _SIZE.value)
   trained = beside.Trained(setting, _BATCH.value, _WORKERS.value)
