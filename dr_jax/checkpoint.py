@@ -19,12 +19,14 @@ import logging
 import os
 import sys
 import textwrap
+import threading
 import time
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -49,6 +51,10 @@ class _DamagedError(CheckpointError):
 
 # How many checkpoints a run keeps: one to go on from, one if it is damaged.
 KEEP = 2
+
+
+# Orbax's flag: processes meet by way of the coordinator.
+_BARRIER = "experimental_orbax_use_distributed_barrier"
 
 
 def disk_bytes(state, *, keep=KEEP):
@@ -89,10 +95,17 @@ class Checkpoints:
     self.directory = (
       directory if "://" in directory else os.path.abspath(directory)
     )
+    self._failed = []
+    handlers = ocp.handlers.local_registry(include_global_registry=False)
+    handlers.add(_telling(self._failed), checkpointable_name="state")
     # Without being told, Orbax stores a dictionary of numbers as arrays.
-    handlers = ocp.handlers.local_registry()
     handlers.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
     context = ocp.Context()
+    if jax.process_count() > 1:
+      # Neither may wait for the devices, where steps are under way: how
+      # processes meet, and cutting arrays into a part for each of them.
+      flags.FLAGS[_BARRIER].value = True
+      context.array.saving.use_replica_parallel = False
     # Reading together, Orbax lets who can read wait for who cannot.
     self._alone = ocp.Context()
     self._alone.multiprocessing.active_processes = {jax.process_index()}
@@ -105,11 +118,13 @@ class Checkpoints:
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     )
     # Orbax's own cleanup goes on in a thread that nobody waits for.
-    on_first(self._clean)
+    self._kept = on_first(self._clean)
 
   def _clean(self):
+    """Removes what is half-written; returns the steps that there are."""
     for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
       path.rmtree()
+    return self._steps()
 
   def save(self, step, state, *, blocking=False):
     """Saves a state as the latest one.
@@ -132,9 +147,13 @@ class Checkpoints:
         complete checkpoint is unharmed.
     """
     taken = state if isinstance(state, Snapshot) else Snapshot(state)
+    self.wait()
     with self._failures():
-      for later in [other for other in self._steps() if other >= step]:
+      # In all processes the same ones, whatever each of them sees by now.
+      for later in [other for other in self._kept if other >= step]:
+        self._kept.remove(later)
         self._orbax.delete(later)
+      self._kept.append(step)
       self._orbax.save_checkpointables_async(
         step,
         {"state": taken.arrays, "manifest": taken.manifest()},
@@ -193,6 +212,25 @@ class Checkpoints:
       CheckpointError: if it could not be saved.
     """
     with self._failures():
+      if jax.process_count() > 1:
+        self._wait_with_others()
+      self._orbax.wait()
+
+  def _wait_with_others(self):
+    """Waits as Orbax does, but not for others after a failure in this process.
+
+    They wait for this one; they are free once it has ended.
+    """
+    waiting = threading.Thread(target=self._try_to_wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+      if self._failed:
+        raise self._failed[0]
+      waiting.join(0.01)
+
+  def _try_to_wait(self):
+    # What it raises it raises again.
+    with contextlib.suppress(Exception):
       self._orbax.wait()
 
   def close(self):
@@ -203,8 +241,10 @@ class Checkpoints:
   def __enter__(self):
     return self
 
-  def __exit__(self, *exception):
-    self.close()
+  def __exit__(self, kind, error, traceback):
+    lost = isinstance(error, (CheckpointError, jax.errors.JaxRuntimeError))
+    if not (lost and jax.process_count() > 1):
+      self.close()
 
   def _steps(self):
     return [checkpoint.step for checkpoint in self._orbax.checkpoints]
@@ -264,6 +304,9 @@ class Checkpoints:
     except Exception as error:
       raise _damaged(path, error.__cause__ or error) from error
 
+  def _is_there(self, step):
+    return epath.Path(self._path(step)).exists()
+
   def _path(self, step):
     return os.path.join(self.directory, str(step))
 
@@ -273,12 +316,43 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      step = self.latest()
+      # Another process has ended: that is no matter of checkpoints.
+      lost = isinstance(error, jax.errors.JaxRuntimeError)
+      if lost and jax.process_count() > 1:
+        raise
+      # Orbax counts what is under way; only what is complete is there.
+      step = max(filter(self._is_there, self._steps()), default=None)
       kept = "none is kept" if step is None else f"that of step {step} is kept"
       raise CheckpointError(
         f"{self.directory}: a checkpoint could not be saved, {kept} "
         f"({textwrap.shorten(str(error), 400)})"
       ) from error
+
+
+def _telling(failed):
+  """A handler that tells at once what this process cannot write.
+
+  Orbax raises it when all processes have come to their end, and those that can
+  write wait for a word of this one.
+
+  Args:
+    failed: list that takes the errors.
+  """
+
+  class Arrays(ocp.handlers.PyTreeHandler):
+    async def save(self, directory, checkpointable):
+      written = await super().save(directory, checkpointable)
+
+      async def told():
+        try:
+          await written
+        except Exception as error:
+          failed.append(error)
+          raise
+
+      return told()
+
+  return Arrays
 
 
 def _all_or_none(path, error):

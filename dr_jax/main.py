@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 
 import jax
@@ -51,8 +52,9 @@ def main(argv: list[str]) -> int:
 
   0: finished, or stopped by SIGTERM after saving (another code with
   --preempted_exit_code). 1: training diverged. 2: bad input, or files that
-  cannot be read or written. 130: stopped by Ctrl-C, after saving unless it came
-  twice. Whatever the code, the same command goes on from the last checkpoint.
+  cannot be read or written. 3: another process has ended. 130: stopped by
+  Ctrl-C, after saving unless it came twice. Whatever the code, the same command
+  goes on from the last checkpoint.
   """
   # Orbax tells every file at INFO, and at ERROR, with a traceback, what it
   # raises as well.
@@ -85,9 +87,15 @@ def main(argv: list[str]) -> int:
     if jax.process_count() == 1:
       raise
     words = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-    if any(word in str(error) for word in words):
-      error = f"another process has ended, or cannot be reached: {error}"
-    return _leave(error, 1)
+    if not any(word in str(error) for word in words):
+      return _leave(error, 1)
+    text = f"another process has ended, or cannot be reached: {error}"
+    return _leave(text, 3)
+  except Exception:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    return _leave(None, 1)
   if not processes.is_first():
     return 0
   # A file has no width; a table must not be cut there.

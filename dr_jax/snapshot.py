@@ -61,7 +61,11 @@ class Snapshot:
 
 
 def named_leaves(tree):
-  """Returns {slash path: leaf}, in the order of the leaves."""
+  """Returns {slash path: leaf}, in the order of the leaves.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+  """
   leaves = jax.tree.leaves_with_path(tree)
   named = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -80,6 +84,8 @@ def _seal(leaves):
 
 def unsealed(manifest):
   """Returns what a manifest says of each leaf, None if it is damaged."""
+  if not isinstance(manifest, dict):
+    return None
   leaves = manifest.get("leaves")
   return leaves if manifest == _seal(leaves) else None
 
@@ -123,7 +129,11 @@ def key_data(leaves):
 
 
 def checksums(arrays):
-  """Returns {name: checksum}; waits for the devices."""
+  """Returns {name: checksum}; waits for the devices.
+
+  Args:
+    arrays: {name: array}.
+  """
   sums = jax.device_get(_by_devices(_sums, arrays))
   return {name: int(number) for name, number in sums.items()}
 

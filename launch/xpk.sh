@@ -60,12 +60,12 @@ allowed is anything else"
 done
 
 # xpk restarts what ended with 127 to 255, so also a preempted process (143).
-# Exit code 1 is that of processes that lost another one.
+# Exit code 3 is that of processes that lost another one.
 xpk workload create \
   --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" \
   --workload="$WORKLOAD" --docker-image="$IMAGE" --storage="$STORAGE" \
   "${where[@]}" --env=XDG_CACHE_HOME=/shared/cache \
-  --max-restarts=10 --restart-on-exit-codes=1 \
+  --max-restarts=10 --restart-on-exit-codes=3 \
   --termination-grace-period-seconds=300 \
   ${DRY_RUN:+--dry-run --skip-validation} \
   --command="$command"

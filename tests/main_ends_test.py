@@ -98,7 +98,7 @@ def told(error):
     (1, KeyboardInterrupt(), 130, [130]),
     (1, NonFiniteError("loss is nan"), 1, []),
     (1, InterruptedRun("SIGTERM at step 3", "SIGTERM"), 0, []),
-    (1, jax.errors.JaxRuntimeError("Gloo: reset"), 1, [1]),
+    (1, jax.errors.JaxRuntimeError("Gloo: reset"), 3, [3]),
   ],
 )
 def test_a_process_waits_for_no_other_that_knows_nothing_of_its_error(
@@ -111,18 +111,27 @@ def test_a_process_waits_for_no_other_that_knows_nothing_of_its_error(
 
 
 @pytest.mark.parametrize(
-  ("raised", "message"),
+  ("raised", "message", "code"),
   [
-    ("UNAVAILABLE: x", "error: another process has ended, or cannot be rea"),
-    ("INTERNAL: x", "error: INTERNAL: x\n"),
+    ("UNAVAILABLE: x", "error: another process has ended, or cannot be rea", 3),
+    ("INTERNAL: x", "error: INTERNAL: x\n", 1),
   ],
 )
 def test_an_error_of_the_network_is_said_to_be_one(
-  in_process, played, capsys, raised, message
+  in_process, played, capsys, raised, message, code
 ):
   played(1)
-  assert in_process(jax.errors.JaxRuntimeError(raised)) == 1
+  assert in_process(jax.errors.JaxRuntimeError(raised)) == code
   assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_nobody_thought_of_ends_one_of_several_with_its_traceback(
+  in_process, played, capsys
+):
+  seen = played(1)
+  assert in_process(AttributeError("nobody")) == 1
+  assert seen == [1]
+  assert "AttributeError: nobody" in capsys.readouterr().err
 
 
 def test_an_error_of_the_compiler_has_its_traceback(in_process):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,3 +39,8 @@ def test_the_highest_bit_of_any_element_changes_a_checksum():
   }
   assert sums == {1 << 31}
   assert checksum(zeros) == 0
+
+
+@pytest.mark.parametrize("manifest", [None, 3, "x", [], {}, {"leaves": {}}])
+def test_what_is_no_manifest_is_damage(manifest):
+  assert unsealed(manifest) is None

@@ -105,23 +105,35 @@ class Loop:
         text = f"{self.stage}  goes on from step {start} of {self.steps}"
         progress.print(text)
       wanted = itertools.islice(stream, self.steps - start)
-      for number, batch in enumerate(_ahead(wanted, self.put), start):
-        state, losses = self.step(state, batch)
-        stopped = self.interrupted()
-        last = number + 1 == self.steps
-        if last or stopped or (number + 1) % self.checkpoint_every == 0:
-          watch.copy(number + 1, state, progress)
-        watch.add(number + 1, losses, len(batch["label"]), progress)
-        if last or stopped:
-          watch.drain(progress)
-          if self.checkpoints is not None:
-            self.checkpoints.wait()
-        if stopped and not last:
-          raise InterruptedRun(
-            f"{self.stage}: {stopped} at step {number + 1} of {self.steps}; "
-            "saved, the same command goes on from there",
-            stopped,
-          )
+      try:
+        for number, batch in enumerate(_ahead(wanted, self.put), start):
+          state, losses = self.step(state, batch)
+          if number == start:
+            # Compiles what copies need, while steps are compiled anyway.
+            _Copy.of(number + 1, state, saves=self.checkpoints is not None)
+          stopped = self.interrupted()
+          last = number + 1 == self.steps
+          if last or stopped or (number + 1) % self.checkpoint_every == 0:
+            watch.copy(number + 1, state, progress)
+          watch.add(number + 1, losses, len(batch["label"]), progress)
+          if last or stopped:
+            watch.drain(progress)
+            if self.checkpoints is not None:
+              self.checkpoints.wait()
+          if stopped and not last:
+            raise InterruptedRun(
+              f"{self.stage}: {stopped} at step {number + 1} of {self.steps}; "
+              "saved, the same command goes on from there",
+              stopped,
+            )
+      except NonFiniteError:
+        raise
+      except Exception:
+        # A copy may wait to be saved. Others may not have come as far.
+        if jax.process_count() == 1:
+          with contextlib.suppress(Exception):
+            watch.drain(progress)
+        raise
     return state
 
   def _kept(self):
@@ -163,6 +175,12 @@ class _Copy(NamedTuple):
   finite: jax.Array
   snapshot: Snapshot | None
 
+  @classmethod
+  def of(cls, step, state, *, saves):
+    """Has a state examined, and copied if it is to be saved."""
+    finite = _all_finite(state.params, state.batch_stats, state.opt_state)
+    return cls(step, finite, Snapshot(state) if saves else None)
+
 
 class _Losses:
   """Losses on their way from the device: checks, averages and reports them."""
@@ -185,11 +203,7 @@ class _Losses:
       # One copy at a time.
       self.drain(progress)
     saves = self._loop.checkpoints is not None
-    self._copy = _Copy(
-      step,
-      _all_finite(state.params, state.batch_stats, state.opt_state),
-      Snapshot(state) if saves else None,
-    )
+    self._copy = _Copy.of(step, state, saves=saves)
 
   def drain(self, progress):
     while self._pending:

@@ -91,7 +91,7 @@ def test_xpk_starts_the_command(
   # xpk hands SIGTERM to the shell that this replaces.
   assert options["command"].startswith("exec ")
   # What processes end with that have lost another one; 143 is among xpk's own.
-  assert options["restart-on-exit-codes"] == "1"
+  assert options["restart-on-exit-codes"] == "3"
   assert ("tpu-type" in options) == (device == "tpu")
   assert '"' not in options["command"] and "\n" not in options["command"]
   in_pod = {

@@ -325,21 +325,40 @@ def test_there_is_one_copy_of_a_state_at_a_time():
   assert events == [1, 2, saved[0], 3, saved[1], last, "on disk"]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-  plain, under_way = _step(), []
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+  plain, save, under_way, saved = _step(), Checkpoints.save, [], []
   # Large enough that writing it takes longer than coming to the next step.
   state = _state()._replace(memory={"large": jnp.zeros((4000, 4000))})
 
+  def noted(self, step, snapshot):
+    save(self, step, snapshot)
+    saved.append(step)
+
   def step(state, batch):
-    saved = int(state.step)
-    if saved and saved % 4 == 0:
-      under_way.append(not (tmp_path / "c" / str(saved)).exists())
+    if saved:
+      under_way.append(not (tmp_path / "c" / str(saved.pop())).exists())
     return plain(state, batch)
 
+  monkeypatch.setattr(Checkpoints, "save", noted)
   with Checkpoints(tmp_path / "c") as checkpoints:
     _loop(tmp_path, checkpoints, step=step, steps=14).run(state)
     assert checkpoints.latest() == 14
-  assert len(under_way) == 3 and any(under_way)
+  # Of steps 4 and 8; 12 is saved at the end.
+  assert len(under_way) == 2 and any(under_way)
+
+
+def test_an_error_of_something_else_loses_no_checkpoint(tmp_path):
+  class Torn:
+    def __getitem__(self, step):
+      if step == 7:
+        raise OSError("torn")
+      return _Batches()[step]
+
+  with Checkpoints(tmp_path / "c") as checkpoints:
+    loop = _loop(tmp_path, checkpoints, batches=Torn(), checkpoint_every=5)
+    with pytest.raises(OSError, match="torn"):
+      loop.run(_state())
+    assert checkpoints.latest() == 5
 
 
 def test_a_resumed_stage_says_where_it_goes_on(tmp_path, capsys):
