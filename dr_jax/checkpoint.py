@@ -52,7 +52,6 @@ class _DamagedError(CheckpointError):
 # How many checkpoints a run keeps: one to go on from, one if it is damaged.
 KEEP = 2
 
-
 # Orbax's flag: processes meet by way of the coordinator.
 _BARRIER = "experimental_orbax_use_distributed_barrier"
 
@@ -95,7 +94,7 @@ class Checkpoints:
     self.directory = (
       directory if "://" in directory else os.path.abspath(directory)
     )
-    self._failed = []
+    self._keep, self._failed = keep, []
     handlers = ocp.handlers.local_registry(include_global_registry=False)
     handlers.add(_telling(self._failed), checkpointable_name="state")
     # Without being told, Orbax stores a dictionary of numbers as arrays.
@@ -104,7 +103,8 @@ class Checkpoints:
     if jax.process_count() > 1:
       # Neither may wait for the devices, where steps are under way: how
       # processes meet, and cutting arrays into a part for each of them.
-      flags.FLAGS[_BARRIER].value = True
+      if _BARRIER in flags.FLAGS:
+        flags.FLAGS[_BARRIER].value = True
       context.array.saving.use_replica_parallel = False
     # Reading together, Orbax lets who can read wait for who cannot.
     self._alone = ocp.Context()
@@ -117,14 +117,16 @@ class Checkpoints:
       context=context,
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     )
-    # Orbax's own cleanup goes on in a thread that nobody waits for.
-    self._kept = on_first(self._clean)
+    # As the first process sees it: on a network drive others may not yet. What
+    # becomes of it they all know.
+    self._steps = on_first(self._clean)
 
   def _clean(self):
     """Removes what is half-written; returns the steps that there are."""
+    # Orbax's own cleanup goes on in a thread that nobody waits for.
     for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
       path.rmtree()
-    return self._steps()
+    return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
   def save(self, step, state, *, blocking=False):
     """Saves a state as the latest one.
@@ -149,11 +151,10 @@ class Checkpoints:
     taken = state if isinstance(state, Snapshot) else Snapshot(state)
     self.wait()
     with self._failures():
-      # In all processes the same ones, whatever each of them sees by now.
-      for later in [other for other in self._kept if other >= step]:
-        self._kept.remove(later)
+      for later in [other for other in self._steps if other >= step]:
+        self._steps.remove(later)
         self._orbax.delete(later)
-      self._kept.append(step)
+      self._steps = [*self._steps, step][-self._keep :]
       self._orbax.save_checkpointables_async(
         step,
         {"state": taken.arrays, "manifest": taken.manifest()},
@@ -179,8 +180,7 @@ class Checkpoints:
         dtype than `like`.
     """
     self.wait()
-    # On a network drive others may not see yet what the first one sees.
-    steps = on_first(self._steps)
+    steps = self._steps
     if not steps or step not in (None, *steps):
       wanted = "" if step is None else f" of step {step}"
       held = ", ".join(map(str, steps)) or "none"
@@ -203,7 +203,7 @@ class Checkpoints:
 
   def latest(self):
     """Returns the step of the latest checkpoint, or None if there is none."""
-    return max(self._steps(), default=None)
+    return max(self._steps, default=None)
 
   def wait(self):
     """Waits until what was saved is on disk.
@@ -245,9 +245,6 @@ class Checkpoints:
     lost = isinstance(error, (CheckpointError, jax.errors.JaxRuntimeError))
     if not (lost and jax.process_count() > 1):
       self.close()
-
-  def _steps(self):
-    return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
   def _load(self, step, like):
     path = self._path(step)
@@ -320,8 +317,9 @@ class Checkpoints:
       lost = isinstance(error, jax.errors.JaxRuntimeError)
       if lost and jax.process_count() > 1:
         raise
-      # Orbax counts what is under way; only what is complete is there.
-      step = max(filter(self._is_there, self._steps()), default=None)
+      # What was under way is not there.
+      self._steps = [*filter(self._is_there, self._steps)]
+      step = self.latest()
       kept = "none is kept" if step is None else f"that of step {step} is kept"
       raise CheckpointError(
         f"{self.directory}: a checkpoint could not be saved, {kept} "

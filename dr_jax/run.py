@@ -249,7 +249,7 @@ class Run:
       Checkpoints(directory) as checkpoints,
       self._metrics() as metrics,
     ):
-      if processes.on_first(checkpoints.latest) is not None:
+      if checkpoints.latest() is not None:
         state = checkpoints.restore(like=state)
       if int(state.step) < steps:
         self.workdir.check_space({stage: disk_bytes(state)})
@@ -325,7 +325,7 @@ class Run:
     if count and processes.is_first():
       warnings.warn(
         f"{stage}: unreadable images: {len(count)}; the next readable one took "
-        f"their place {count.total()} times since this process began",
+        f"their place {count.total()} times since the stage began or went on",
         stacklevel=2,
       )
 

@@ -164,6 +164,15 @@ def test_saving_an_earlier_step_discards_the_later_ones(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["10", "20"]
 
 
+def test_an_earlier_step_may_be_one_that_was_kept_no_longer(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 3, 4, 2):
+      checkpoints.save(step, {"x": jnp.int32(step)}, blocking=True)
+    assert checkpoints.latest() == 2
+    assert checkpoints.restore(like={"x": jnp.int32(0)})["x"] == 2
+  assert not {"3", "4"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_opening_removes_what_is_half_written_and_leaves_no_thread(tmp_path):
   (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
   code = (

@@ -1,167 +1,171 @@
-"""Several real processes on loopback, each the command as users start it."""
+"""What processes tell each other, the others being played by the test.
 
-import functools
-import importlib.util
+Several real ones are in tests/processes; here is what happens too seldom there.
+"""
+
 import json
-import pathlib
-import signal
-import time
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
-from dr_jax import nn, processes
-from dr_jax.config import from_dict
-from dr_jax.run import Run
+from dr_jax import processes
 
-_spec = importlib.util.spec_from_file_location(
-  "loopback", pathlib.Path(__file__).with_name("loopback.py")
+
+@pytest.fixture
+def play(monkeypatch):
+  """Makes this process one of two; returns what the first one sent."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+  def as_process(number, received=None):
+    sent = []
+
+    def broadcast(content):
+      sent.append(content)
+      return content if number == 0 else json.dumps(received).encode()
+
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    monkeypatch.setattr(processes, "_broadcast", broadcast)
+    return sent
+
+  return as_process
+
+
+def test_what_the_first_process_does_is_told_once_even_if_nested(play):
+  sent = play(0)
+  inner = lambda: processes.on_first(lambda: 3) + 1  # noqa: E731
+  assert processes.on_first(inner) == 4
+  assert [json.loads(message)["value"] for message in sent] == [4]
+  # And the next time it waits for the others again.
+  processes.on_first(lambda: None)
+  assert len(sent) == 2
+
+
+def test_an_error_of_the_first_process_is_told_and_raised_as_it_is(play):
+  class Stopped(RuntimeError):
+    signal = 15
+
+  def stops():
+    processes.on_first(lambda: None)
+    raise Stopped("stopped at step 3")
+
+  sent = play(0)
+  with pytest.raises(Stopped) as caught:
+    processes.on_first(stops)
+  assert caught.value.told
+  (message,) = map(json.loads, sent)
+  assert message["error"] == "stopped at step 3" and message["signal"] == 15
+  processes.on_first(lambda: None)
+  assert len(sent) == 2
+
+
+@pytest.mark.parametrize("number", [None, 15])
+def test_the_others_raise_what_the_first_process_met(play, number):
+  sent = play(1, {"value": None, "error": "full", "signal": number})
+  with pytest.raises(processes.FirstProcessError, match="^full$") as caught:
+    processes.on_first(lambda: pytest.fail("only the first acts"))
+  assert caught.value.signal == number
+  assert sent == [b""]
+
+
+def test_the_others_have_the_value_that_the_first_process_found(play):
+  play(1, {"value": {"a": [1]}, "error": None, "signal": None})
+  assert processes.on_first(lambda: pytest.fail("only the first acts")) == {
+    "a": [1]
+  }
+
+
+@pytest.mark.parametrize(
+  ("mine", "other", "agree"),
+  [(True, True, True), (True, False, False), (False, True, False)],
 )
-loopback = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(loopback)
-finish, losses = loopback.finish, loopback.losses
-
-STAGES = ("pretrain", "multi_precision")
-FLAGS = (
-  "--config=configs/digits.py",
-  f"--config.stages={STAGES}",
-  "--config.model.options.widths=(4, 4, 4)",
-  "--config.pretrain.epochs=4",
-  "--config.train.epochs=1",
-  "--config.train.vectorize=sequential",
-  "--config.checkpoint_every=6",
-)
-STEPS = 36  # 4 epochs of 1,257 images in batches of 128, and a part.
-
-
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
-
-
-def started(count, workdir, cache, *flags, last=()):
-  """The processes of one run; `last` are flags of the last process alone."""
-  command = ("-m", "dr_jax.main", *FLAGS, *flags, f"--workdir={workdir}")
-  commands = [command] * (count - 1) + [(*command, *last)]
-  return loopback.started(commands, cache)
-
-
-def trained(workdir):
-  """The parameters of both stages, as the last checkpoints hold them."""
-  values = json.loads((workdir / "config.json").read_text())
-  run = Run(
-    from_dict({**values, "devices": {"data": 1}}), workdir, lambda: None
-  )
-  networks = [run.float_network(), run.multi_precision_network()]
-  return [nn.functional(network).params for network in networks]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
-  """Uninterrupted runs, when asked for: number of processes -> workdir."""
-  place = tmp_path_factory.mktemp("whole")
-
-  @functools.cache
-  def run(count):
-    with started(count, place / str(count), cache) as running:
-      codes, said = finish(running)
-    assert codes == [0] * count, said
-    assert sum("accuracy %" in text for text in said) == 1
-    return place / str(count)
-
-  return run
-
-
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_train_to_the_parameters_of_one(whole, count):
-  """Shares of a batch are summed in another order: float32, 36 steps."""
-  alone, together = trained(whole(1))[0], trained(whole(count))[0]
-  for a, b in zip(
-    jax.tree.leaves(alone), jax.tree.leaves(together), strict=True
-  ):
-    np.testing.assert_allclose(b, a, rtol=2e-3, atol=2e-4)
-  # A last bit can move a value to the next code.
-  for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
-    expected = losses(whole(1), stage)
-    assert len(expected) > 3
-    np.testing.assert_allclose(
-      losses(whole(count), stage), expected, rtol=bound
-    )
-
-
-def wait_for(path, running, timeout=120):
-  deadline = time.monotonic() + timeout
-  while not path.exists():
-    assert time.monotonic() < deadline, f"no {path}"
-    assert all(process.poll() is None for process in running)
-    time.sleep(0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_others_end_with_a_message_and_a_restart_ends_the_same(
-  whole, tmp_path, cache, victim
+def test_all_is_well_if_every_process_says_so(
+  play, monkeypatch, mine, other, agree
 ):
-  workdir = tmp_path / "run"
-  with started(2, workdir, cache) as running:
-    wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
-    running[victim].kill()
-    killed = time.monotonic()
-    said, _ = running[1 - victim].communicate(timeout=60)
-    assert time.monotonic() - killed < 60
-    assert running[1 - victim].returncode not in (0, None)
-    # Whichever notices first: a collective, or JAX's heartbeat to the first.
-    messages = ("another process has ended", "another task died")
-    assert any(message in said for message in messages)
-    assert "Traceback" not in said
-  assert not (workdir / "pretrain" / "result.json").exists()
-  with started(2, workdir, cache) as running:
-    codes, said = finish(running)
-  assert codes == [0, 0], said
-  for a, b in zip(
-    jax.tree.leaves(trained(whole(2))),
-    jax.tree.leaves(trained(workdir)),
-    strict=True,
+  play(0)
+  monkeypatch.setattr(
+    multihost_utils, "process_allgather", lambda x: np.array([x, int(other)])
+  )
+  assert processes.all_agree(mine) is agree
+
+
+def test_one_process_agrees_with_itself():
+  assert processes.all_agree(True) and not processes.all_agree(False)
+
+
+def with_others(monkeypatch, highest):
+  """The last device is of another process, which sends these numbers."""
+  numbers = iter(highest)
+  real = jax.make_array_from_process_local_data
+
+  def spread(sharding, mine):
+    theirs = mine.copy()
+    theirs[-1] = next(numbers)
+    return real(sharding, theirs)
+
+  monkeypatch.setattr(jax, "make_array_from_process_local_data", spread)
+
+
+def test_a_signal_is_heard_by_all_some_calls_later(play, monkeypatch):
+  play(0)
+  with_others(monkeypatch, [0] * 10)
+  received = iter([None, "SIGINT", "SIGINT", *[None] * 7])
+  ask = processes.agreed(lambda: next(received), lag=3)
+  assert [ask() for _ in range(10)] == [
+    *(None, None, None),  # Nothing has arrived.
+    *(None, "SIGINT", "SIGINT"),
+    *(None, None, None, None),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("mine", "theirs", "heard"),
+  [
+    (None, None, None),
+    (None, "SIGINT", "SIGINT"),
+    ("SIGINT", None, "SIGINT"),
+    ("SIGTERM", "SIGINT", "SIGTERM"),
+    ("SIGINT", "SIGTERM", "SIGTERM"),
+  ],
+)
+def test_of_two_signals_all_hear_of_sigterm(
+  play, monkeypatch, mine, theirs, heard
+):
+  play(0)
+  order = [None, "SIGINT", "SIGTERM"]
+  with_others(monkeypatch, [order.index(theirs)])
+  assert processes.agreed(lambda: mine, lag=0)() == heard
+
+
+def test_processes_that_cannot_meet_are_one_line(monkeypatch):
+  def fails(**options):
+    raise RuntimeError("DEADLINE_EXCEEDED:\n  no one there")
+
+  for name, value in zip(
+    processes._VARIABLES, ("127.0.0.1:1", "2", "1"), strict=True
   ):
-    np.testing.assert_array_equal(b, a)
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(jax.distributed, "initialize", fails)
+  message = "^processes: could not meet: DEADLINE_EXCEEDED: no one there$"
+  with pytest.raises(ValueError, match=message):
+    processes.initialize()
 
 
-def test_an_error_of_one_process_alone_ends_all(tmp_path, cache):
-  last = ("--config.seed=-1",)
-  with started(2, tmp_path / "run", cache, last=last) as running:
-    codes, said = finish(running, timeout=90)
-  assert codes[1] == 2
-  assert "error: seed=-1: allowed is 0 or more" in said[1]
-  assert codes[0] not in (0, None)
-
-
-def test_an_error_of_the_first_process_reaches_all(tmp_path, cache):
-  (tmp_path / "run").mkdir()
-  (tmp_path / "run" / "mine").write_text("")
-  with started(2, tmp_path / "run", cache) as running:
-    codes, said = finish(running, timeout=90)
-  assert codes == [2, 2]
-  for text in said:
-    assert "is not empty and holds no run" in text
-
-
-def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, cache):
-  workdir = tmp_path / "run"
-  with started(2, workdir, cache, "--config.pretrain.epochs=400") as running:
-    wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
-    running[1].send_signal(signal.SIGTERM)
-    codes, said = finish(running, timeout=60)
-  lines = [text.strip().splitlines()[-1] for text in said]
-  assert lines[0] == lines[1]
-  assert "pretrain: SIGTERM at step" in lines[0]
-  assert codes == [0, 0]
+def test_a_cluster_is_asked_only_if_wanted(monkeypatch):
+  asked = []
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda **options: asked.append(options)
+  )
+  for name in processes._VARIABLES:
+    monkeypatch.delenv(name, raising=False)
+  assert not processes.initialize()
+  assert asked == []
+  assert not processes.initialize(detect=True)
+  (options,) = asked
+  assert "coordinator_address" not in options
+  # Before a minute is over the others know that one has died.
+  assert options["heartbeat_timeout_seconds"] < 60
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 from rich.table import Table
 
-from dr_jax import data, train
-from dr_jax.benchmarks import network
+from dr_jax import train
+from dr_jax.benchmarks import images, network
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import TrainConfig
 from dr_jax.metrics import MetricsWriter
@@ -93,7 +93,12 @@ class Trained:
     until = _WARMUP + steps
     batches: Any = [self._batch] * until
     if beside.images:
-      batches = self._decoded(root)
+      batches = images.batches(
+        root,
+        batch_size=len(self._batch["label"]),
+        image_size=self._size,
+        workers=self._workers,
+      )
     with contextlib.ExitStack() as stack:
       written = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       metrics, checkpoints = None, None
@@ -121,20 +126,6 @@ class Trained:
   def _start(self):
     # Steps donate what they are given.
     return jax.tree.map(lambda leaf: leaf.copy(), self._first)
-
-  def _decoded(self, root):
-    loaded = data.load(
-      "folder",
-      path=str(root),
-      augment="random_resized_crop",
-      image_size=self._size,
-    )
-    return data.batches(
-      loaded.train,
-      batch_size=len(self._batch["label"]),
-      seed=0,
-      workers=self._workers,
-    )
 
 
 def measure(

@@ -24,7 +24,6 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import data
 from dr_jax.benchmarks import images
 
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of workers.")
@@ -88,16 +87,11 @@ def decoding_speed(encoded, seconds):
 
 def pipeline_speed(root, workers):
   """Images per second of training batches, once workers have begun."""
-  loaded = data.load(
-    "folder",
-    path=str(root),
-    augment="random_resized_crop",
+  batches = images.batches(
+    root,
+    batch_size=_BATCH.value,
     image_size=_SIZE.value,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-  )
-  batches = data.batches(
-    loaded.train, batch_size=_BATCH.value, seed=0, workers=workers
+    workers=workers,
   )
   with contextlib.closing(batches.stream()) as stream:
     # What workers have made ahead by then is not counted either.

@@ -8,6 +8,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from dr_jax import data
+
 COUNT = 128
 # Height and width, in pixels.
 SHAPE = (375, 500)
@@ -36,3 +38,27 @@ def write(root: pathlib.Path) -> list[bytes]:
       directory.mkdir(parents=True, exist_ok=True)
       (directory / f"{number:04}.jpg").write_bytes(encoded[-1])
   return encoded
+
+
+def batches(
+  root: pathlib.Path, *, batch_size: int, image_size: int, workers: int
+) -> data.pipeline.Batches:
+  """Training batches of what `write` wrote, made as recipes for ImageNet do.
+
+  Args:
+    root: the directory.
+    batch_size: images per batch.
+    image_size: side of the crops, in pixels.
+    workers: processes that decode.
+  """
+  loaded = data.load(
+    "folder",
+    path=str(root),
+    augment="random_resized_crop",
+    image_size=image_size,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+  )
+  return data.batches(
+    loaded.train, batch_size=batch_size, seed=0, workers=workers
+  )

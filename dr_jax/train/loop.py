@@ -183,7 +183,10 @@ class _Copy(NamedTuple):
 
 
 class _Losses:
-  """Losses on their way from the device: checks, averages and reports them."""
+  """Losses on their way from the device, and the copy that waits for them.
+
+  Checks, averages and reports them; saves the copy when they are all seen.
+  """
 
   def __init__(self, loop: Loop):
     self._loop = loop

@@ -2,30 +2,18 @@
 
 import dataclasses
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
+import training_network as training
 from flax import nnx
 
 from dr_jax import allocate, nn, quant, search, train
 from dr_jax.quant import SCALE_MIN
 from dr_jax.search import differentiable
-
-
-def _load(name, path):
-  spec = importlib.util.spec_from_file_location(name, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-HERE = pathlib.Path(__file__).parent
-problems = _load("search_problems", HERE / "problems.py")
-training = _load("training_network", HERE.parent / "train" / "network.py")
 
 SEARCHES = (search.edmips, search.dnas)
 BITS = (8, 4, 2)

@@ -1,20 +1,13 @@
 """Tests of greedy search."""
 
-import importlib.util
 import math
-import pathlib
 
 import numpy as np
+import problems
 import pytest
 
 from dr_jax import search
 from dr_jax.train import Score
-
-_spec = importlib.util.spec_from_file_location(
-  "search_problems", pathlib.Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(problems)
 
 
 def small(damage, costs, **fields):

@@ -1,21 +1,14 @@
 """Tests of allocation by Hessian traces."""
 
-import importlib.util
 import math
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 from flax import nnx
 
 from dr_jax import nn, quant, search
-
-_spec = importlib.util.spec_from_file_location(
-  "search_problems", pathlib.Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(problems)
 
 
 def sensitive(seed=0, **fields):

@@ -1,21 +1,14 @@
 """Tests of what searches are given: scores, budgets, ties, pins, results."""
 
-import importlib.util
 import math
-import pathlib
 import signal
 
 import numpy as np
+import problems
 import pytest
 
 from dr_jax import allocate, search
 from dr_jax.train import InterruptedRun, Score
-
-_spec = importlib.util.spec_from_file_location(
-  "search_problems", pathlib.Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(problems)
 
 
 def test_an_assignment_is_scored_once_and_remembered():

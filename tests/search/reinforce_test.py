@@ -1,12 +1,11 @@
 """Search by reinforcement learning: its parts by hand, and what it finds."""
 
-import importlib.util
 import itertools
-import pathlib
 import sys
 
 import jax
 import numpy as np
+import problems
 import pytest
 
 from dr_jax import allocate, nn
@@ -19,12 +18,6 @@ from dr_jax.search.reinforce import (
   position,
   reinforce,
 )
-
-_spec = importlib.util.spec_from_file_location(
-  "search_problems", pathlib.Path(__file__).with_name("problems.py")
-)
-problems = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(problems)
 
 # The package may name the function as it names the file.
 module = sys.modules["dr_jax.search.reinforce"]

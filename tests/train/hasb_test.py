@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+import training_network as net
 from flax import nnx
 
 from dr_jax import nn, quant
@@ -21,12 +20,6 @@ from dr_jax.train import (
   make_optimizer,
   make_step,
 )
-
-_spec = importlib.util.spec_from_file_location(
-  "training_network", pathlib.Path(__file__).with_name("network.py")
-)
-net = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(net)
 
 BITS = (8, 6, 4, 2)
 SHARE = np.array([0.4, 0.3, 0.2, 0.1])

@@ -6,24 +6,17 @@ this small network stay below 1e-3 of the largest change.
 """
 
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training_network as net
 
 from dr_jax import nn, sharding, train
 from dr_jax.train import state as states
 from dr_jax.train import visit
-
-_spec = importlib.util.spec_from_file_location(
-  "training_network", pathlib.Path(__file__).with_name("network.py")
-)
-net = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(net)
 
 
 @pytest.fixture(autouse=True)

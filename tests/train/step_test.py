@@ -1,14 +1,13 @@
 """Tests of training steps: schedules, vectorization, ALRS."""
 
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training_network as net
 from flax import nnx
 
 from dr_jax import nn, quant
@@ -25,12 +24,6 @@ from dr_jax.train import (
   visit,
 )
 from dr_jax.train import step as step_module
-
-_spec = importlib.util.spec_from_file_location(
-  "training_network", pathlib.Path(__file__).with_name("network.py")
-)
-net = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(net)
 
 
 @pytest.fixture(autouse=True)

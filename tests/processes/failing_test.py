@@ -4,17 +4,10 @@ What fails is put in from outside: an error where arrays are written, one that
 nobody thought of, a kill in the middle of a save.
 """
 
-import importlib.util
-import pathlib
 import time
 
+import loopback
 import pytest
-
-_spec = importlib.util.spec_from_file_location(
-  "loopback", pathlib.Path(__file__).with_name("loopback.py")
-)
-loopback = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(loopback)
 
 # The second checkpoint, of step 12, is the one that fails.
 FLAGS = (
@@ -59,17 +52,6 @@ else:
 sys.argv[0] = "dr_jax.main"
 runpy.run_module("dr_jax.main", run_name="__main__")
 """
-
-
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize(

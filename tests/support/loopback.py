@@ -1,7 +1,8 @@
 """Several processes on loopback, and the states that they leave.
 
-As a program, `python tests/loopback.py OUT WORKDIR...` is one of several
-processes that read the last state of each directory's stage pretrain together.
+As a program, `python tests/support/loopback.py OUT WORKDIR...` is one of
+several processes that read the last state of each directory's stage pretrain
+together.
 It prints one JSON line for each, and writes the arrays of the first to OUT.
 """
 
@@ -22,7 +23,7 @@ from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import from_dict
 from dr_jax.run import Run
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def free_port():

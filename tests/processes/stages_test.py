@@ -1,32 +1,14 @@
 """Stages beside plain training, over real processes on loopback."""
 
-import importlib.util
 import json
-import pathlib
 import re
 
+import loopback
 import numpy as np
 import pytest
 from PIL import Image
 
 from dr_jax import deploy
-
-_spec = importlib.util.spec_from_file_location(
-  "loopback", pathlib.Path(__file__).with_name("loopback.py")
-)
-loopback = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(loopback)
-
-
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
 
 
 def run(count, config, flags, workdir, cache, *, devices=1, timeout=120):

@@ -1,22 +1,15 @@
 """Parameters spread over real processes, and checkpoints that these share."""
 
-import importlib.util
 import json
-import pathlib
 import shutil
 
 import jax
+import loopback
 import numpy as np
 import pytest
 
 from dr_jax import pipeline
 from dr_jax.config import from_dict
-
-_spec = importlib.util.spec_from_file_location(
-  "loopback", pathlib.Path(__file__).with_name("loopback.py")
-)
-loopback = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(loopback)
 
 # Arrays of fewer than 4,096 elements are never spread; the largest has 9,216.
 FLAGS = (
@@ -28,17 +21,6 @@ FLAGS = (
 )
 BEFORE, LAST = 10, 19  # Steps of the two checkpoints: 2 epochs of 9.8 batches.
 DATA = "state/ocdbt.process_{}/d/*"
-
-
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
 
 
 def trained(count, workdir, cache):
@@ -126,7 +108,7 @@ def read(together, tmp_path_factory, cache):
   copies = [
     damaged(together, out / name, *how) for name, how in SEEN_BY_ONE.items()
   ]
-  program = (loopback.ROOT / "tests" / "loopback.py", out, together)
+  program = (loopback.__file__, out, together)
   commands = [(*program, *[together] * len(copies)), (*program, *copies)]
   with loopback.started(commands, cache) as running:
     codes, said = loopback.finish(running, timeout=120)
