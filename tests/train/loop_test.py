@@ -11,6 +11,7 @@ import pytest
 
 from dr_jax.checkpoint import Checkpoints
 from dr_jax.metrics import MetricsWriter
+from dr_jax.snapshot import Snapshot
 from dr_jax.train import InterruptedRun, Loop, NonFiniteError, TrainState
 from dr_jax.train import loop as loop_module
 
@@ -307,6 +308,23 @@ def test_a_checkpoint_waits_for_no_step_that_was_just_started():
   at = events.index(("saved", 5, [15.0, 15.0]))
   assert events[at - 1] == ("started", 9)
   assert events[-2:] == [("saved", 10, [55.0, 55.0]), "on disk"]
+
+
+def test_what_copies_need_is_compiled_at_the_first_step(monkeypatch):
+  events, plain = [], _step()
+
+  def step(state, batch):
+    state, losses = plain(state, batch)
+    events.append(("started", int(state.step)))
+    return state, losses
+
+  def snapshot(state):
+    events.append(("copied", int(state.step)))
+    return Snapshot(state)
+
+  monkeypatch.setattr(loop_module, "Snapshot", snapshot)
+  _loop(None, _Recorded(events), step=step, steps=3).run(_state())
+  assert events[:3] == [("started", 1), ("copied", 1), ("started", 2)]
 
 
 def test_there_is_one_copy_of_a_state_at_a_time():
