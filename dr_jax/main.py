@@ -23,9 +23,11 @@ from ml_collections import config_dict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compare, compilation, pipeline, processes, report
-from dr_jax.checkpoint import CheckpointError
+from dr_jax import pipeline, report
+from dr_jax.checkpoint.checkpoints import CheckpointError
 from dr_jax.config import from_dict
+from dr_jax.pipeline import comparison
+from dr_jax.runtime import compilation, processes
 from dr_jax.train import InterruptedRun, NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to run.")
@@ -112,10 +114,10 @@ def _run(values):
   if "methods" in values:
     if jax.process_count() > 1:
       raise ValueError("methods: a comparison; allowed is one process")
-    comparison = compare.from_values(values)
-    workdir = _WORKDIR.value or os.path.join("runs", comparison.base.name)
-    results = compare.run(comparison, workdir, interrupted=_on_signals())
-    return [compare.table(results)], workdir
+    compared = comparison.from_values(values)
+    workdir = _WORKDIR.value or os.path.join("runs", compared.base.name)
+    results = comparison.run(compared, workdir, interrupted=_on_signals())
+    return [comparison.table(results)], workdir
   config = from_dict(values)
   workdir = _WORKDIR.value or os.path.join("runs", config.name)
   summary = pipeline.run(config, workdir, interrupted=_on_signals())

@@ -15,16 +15,12 @@ FLOORS = {
   name: floor
   for floor, names in enumerate(
     [
-      "quant hessian allocate data sharding processes snapshot",
-      "nn linen checkpoint compilation metrics models",
-      "train deploy report",
+      "quant models runtime",
+      "hessian allocate data nn checkpoint",
+      "train deploy",
       "search",
-      "config",
-      "workdir search_space",
-      "run",
-      "mixed_precision",
+      "config report",
       "pipeline",
-      "compare",
       "main benchmarks",
     ],
     start=1,

@@ -20,9 +20,13 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Tests build the same small programs again and again."""
-  cache = tmp_path_factory.mktemp("jax")
-  jax.config.update("jax_compilation_cache_dir", str(cache))
+  """Shares compiled programs between tests, workers and child processes."""
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+  if cache is None:
+    # The parent of every worker's own directory.
+    cache = str(tmp_path_factory.getbasetemp().parent / "jax")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+  jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   yield
 

@@ -1,7 +1,7 @@
 """Bit-widths for layers: what they cost, and the best ones for a budget."""
 
 from dr_jax.allocate.allocation import Allocation
-from dr_jax.allocate.cost import (
+from dr_jax.allocate.costs import (
   between,
   bops,
   latency,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dr_jax.allocate.exact import LARGEST
+from dr_jax.allocate.branch_and_bound import LARGEST
 
 
 class Problem(NamedTuple):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dr_jax.allocate import exact
+from dr_jax.allocate import branch_and_bound
 from dr_jax.allocate.problem import Problem, check, integer
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def solve(
   problem = check(sensitivity, costs, ties, pinned)
   budgets = _check_budgets(budgets, problem.costs)
   exactly = _check_equal(equal, budgets)
-  positions = exact.minimize(
+  positions = branch_and_bound.minimize(
     _program(problem, problem.objective, budgets, exactly)
   )
   if positions is None:
@@ -155,12 +155,12 @@ def _program(
   budgets: Mapping[str, int],
   exactly: frozenset[str],
   more: Sequence[tuple[Sequence[np.ndarray], int]] = (),
-) -> exact.Program:
+) -> branch_and_bound.Program:
   """Builds the integer programme; `more` are further rows and limits."""
   rows: list[tuple[Sequence[np.ndarray], int]] = []
   for name, budget in budgets.items():
     # Larger budgets mean the same and would not fit int64.
-    budget = min(budget, exact.LARGEST)
+    budget = min(budget, branch_and_bound.LARGEST)
     rows.append((problem.cost(name), budget))
     if name in exactly:
       rows.append(([-cost for cost in problem.cost(name)], -budget))
@@ -172,7 +172,7 @@ def _program(
     for v, columns in enumerate(problem.columns)
   ]
   limits = tuple(limit for _, limit in rows)
-  return exact.Program(tuple(objective), tuple(per_variable), limits)
+  return branch_and_bound.Program(tuple(objective), tuple(per_variable), limits)
 
 
 def _infeasible(
@@ -214,7 +214,7 @@ def _changes(
     cost = problem.cost(name)
     minus = [-part for part in cost]
     if name in exactly:
-      limit = min(budget, exact.LARGEST)
+      limit = min(budget, branch_and_bound.LARGEST)
       sides = [(minus, [(cost, limit)]), (cost, [(minus, -limit)])]
     else:
       sides = [(cost, [])]
@@ -223,8 +223,8 @@ def _changes(
       objective = [part.astype(object) for part in aim]
       program = _program(problem, objective, others, exactly, more)
       try:
-        positions = exact.minimize(program, parts=_PATIENCE)
-      except exact.Unsettled:
+        positions = branch_and_bound.minimize(program, parts=_PATIENCE)
+      except branch_and_bound.Unsettled:
         continue
       if positions is not None:
         pairs = zip(cost, positions, strict=True)
@@ -242,6 +242,6 @@ def _contradiction(
     for names in itertools.combinations(budgets, size):
       part = {name: budgets[name] for name in names}
       program = _program(problem, zero, part, exactly)
-      if exact.minimize(program) is None:
+      if branch_and_bound.minimize(program) is None:
         return part
   return dict(budgets)

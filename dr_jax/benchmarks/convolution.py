@@ -5,7 +5,7 @@
 Milliseconds of the forward pass and of both gradients, for each shape that
 occurs in the network and summed over the network, in several formulations:
 
-  xla        as training programs are compiled (`dr_jax.compilation.jit`)
+  xla        as training programs are compiled (`runtime.compilation.jit`)
   ynnpack    as plain `jax.jit` compiles them
   product    patches gathered by slices, then one matrix product (gradients by
              autodiff)
@@ -25,8 +25,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation
-from dr_jax.pipeline import environment
+from dr_jax.pipeline.pipeline import environment
+from dr_jax.runtime import compilation
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each program.")

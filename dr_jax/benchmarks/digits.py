@@ -19,8 +19,9 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation, pipeline
+from dr_jax import pipeline
 from dr_jax.config import from_dict
+from dr_jax.runtime import compilation
 from dr_jax.train import alrs
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")

@@ -22,8 +22,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation, hessian, models, nn
-from dr_jax.pipeline import environment
+from dr_jax import hessian, models, nn
+from dr_jax.pipeline.pipeline import environment
+from dr_jax.runtime import compilation
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per gradient.")
 _SIZE = flags.DEFINE_integer("size", 32, "Height and width of an image.")

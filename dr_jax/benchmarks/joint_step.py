@@ -31,11 +31,12 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation, models, nn, quant, sharding, train
+from dr_jax import models, nn, quant, train
 from dr_jax.benchmarks import network, throughput
 from dr_jax.benchmarks.throughput import MODES
 from dr_jax.config import TrainConfig, from_dict, quantizers
-from dr_jax.pipeline import environment
+from dr_jax.pipeline.pipeline import environment
+from dr_jax.runtime import compilation, sharding
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
 _SIZE = flags.DEFINE_integer(

@@ -21,8 +21,9 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation, pipeline, report
+from dr_jax import pipeline, report
 from dr_jax.config import from_dict
+from dr_jax.runtime import compilation
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_mixed.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where runs go.", required=True)

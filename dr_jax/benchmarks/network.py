@@ -15,7 +15,7 @@ from flax import nnx
 
 from dr_jax import models, nn, quant, train
 from dr_jax.config import TrainConfig
-from dr_jax.sharding import Layout
+from dr_jax.runtime.sharding import Layout
 
 # The smallest of the CIFAR networks has no name of its own.
 _DEPTH8 = "resnet8"

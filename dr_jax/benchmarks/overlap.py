@@ -18,9 +18,9 @@ import tempfile
 from absl import app, flags, logging
 from rich.console import Console
 
-from dr_jax import compilation
-from dr_jax.benchmarks import beside, images, loopback, network
-from dr_jax.pipeline import environment
+from dr_jax.benchmarks import concurrent_load, images, loopback, network
+from dr_jax.pipeline.pipeline import environment
+from dr_jax.runtime import compilation
 
 _MODEL = flags.DEFINE_enum("model", "resnet8", network.NAMES, "Network.")
 _BATCH = flags.DEFINE_integer(
@@ -48,19 +48,23 @@ def main(argv):
   os.environ["NPROC"] = "1"
   compilation.cache_on_disk()
   setting = network.Setting(_MODEL.value, _SIZE.value)
-  trained = beside.Trained(setting, _BATCH.value, _WORKERS.value)
+  trained = concurrent_load.Trained(setting, _BATCH.value, _WORKERS.value)
   with tempfile.TemporaryDirectory() as directory:
     root = pathlib.Path(directory)
     images.write(root)
-    seconds = beside.measure(
-      trained, root, beside.KINDS, steps=_STEPS.value, rounds=_ROUNDS.value
+    seconds = concurrent_load.measure(
+      trained,
+      root,
+      concurrent_load.KINDS,
+      steps=_STEPS.value,
+      rounds=_ROUNDS.value,
     )
   title = (
     f"{setting.model}, {_BATCH.value} images of {setting.size}x{setting.size}"
     f"x3, bits {setting.bits}, {_WORKERS.value} workers"
   )
   console = Console(width=100)
-  console.print(beside.table(seconds, title))
+  console.print(concurrent_load.table(seconds, title))
   console.print(environment())
 
 

@@ -32,10 +32,11 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import compilation, processes, sharding, train
+from dr_jax import train
 from dr_jax.benchmarks import loopback, network
 from dr_jax.config import TrainConfig
-from dr_jax.pipeline import environment
+from dr_jax.pipeline.pipeline import environment
+from dr_jax.runtime import compilation, processes, sharding
 
 _PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes, on CPU.")
 _DEVICES = flags.DEFINE_list("devices", [], "Numbers of devices instead.")

@@ -17,7 +17,7 @@ from rich.table import Table
 from dr_jax.benchmarks.network import Setting, trainer
 from dr_jax.benchmarks.peak import peak, share_of_peak
 from dr_jax.config import TrainConfig
-from dr_jax.sharding import Layout
+from dr_jax.runtime.sharding import Layout
 
 MODES = (
   ("alternate", "unroll"),

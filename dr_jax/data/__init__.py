@@ -1,9 +1,7 @@
 """Data sets and the order in which a run sees them."""
 
-from dr_jax.data.encoded import ImageSource
-from dr_jax.data.images import AUGMENT, UnreadableImage
-from dr_jax.data.pipeline import batches, epoch
-from dr_jax.data.reading import WorkerError
+from dr_jax.data.batching import batches, epoch
+from dr_jax.data.image_source import ImageSource
 from dr_jax.data.sources import (
   NAMES,
   ArraySource,
@@ -12,6 +10,8 @@ from dr_jax.data.sources import (
   hold_out,
   load,
 )
+from dr_jax.data.transforms import AUGMENT, UnreadableImage
+from dr_jax.data.workers import WorkerError
 
 __all__ = [
   "AUGMENT",

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from dr_jax.data.images import UnreadableImage
+from dr_jax.data.transforms import UnreadableImage
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 

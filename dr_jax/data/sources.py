@@ -19,8 +19,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dr_jax.data import folder, generated, images, tfds
-from dr_jax.data.encoded import ImageSource
+from dr_jax.data import folder, synthetic, tfds, transforms
+from dr_jax.data.image_source import ImageSource
 
 NAMES = ("digits", "folder", "tfds", "generated")
 
@@ -141,7 +141,7 @@ def load(
 
   Args:
     name: one of `NAMES`: "digits"; "folder", see `folder.scan`; "tfds", see
-      `tfds.open_splits`; "generated", see `generated.generate`.
+      `tfds.open_splits`; "generated", see `synthetic.generate`.
     seed: draws the split into train and test where a data set has none of its
       own, and generated images. It is no training seed: runs that are to be
       compared, or resumed, share it.
@@ -150,7 +150,7 @@ def load(
     dataset: name in TFDS.
     train_split: name of the split to train on.
     test_split: name of the split to test on.
-    augment: see `images.Transform`.
+    augment: see `transforms.Transform`.
     image_size: side of the images after augmentation, in pixels; 0 leaves them
       as they are ("generated": 32).
     mean: per channel, of images in [0, 1]; () for 0.
@@ -167,7 +167,7 @@ def load(
   Raises:
     ValueError: if there is no data set of that name, or what it needs is not
       there; the message says how to get it.
-    images.UnreadableImage: if the size is to be that of the first image, and
+    UnreadableImage: if the size is to be that of the first image, and
       that cannot be read.
   """
   if name not in NAMES:
@@ -187,7 +187,7 @@ def load(
   else:
     num_classes = classes
     splits = [
-      generated.generate(
+      synthetic.generate(
         split,
         classes=classes,
         examples=examples,
@@ -205,7 +205,9 @@ def load(
       )
   source = ImageSource(
     examples=splits[0],
-    transform=images.Transform(augment, image_size, tuple(mean), tuple(std)),
+    transform=transforms.Transform(
+      augment, image_size, tuple(mean), tuple(std)
+    ),
     image_shape=(image_size, image_size, channels),
     num_classes=num_classes,
     damaged=damaged,

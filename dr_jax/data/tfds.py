@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import logging
 
-from dr_jax.data.images import UnreadableImage
+from dr_jax.data.transforms import UnreadableImage
 
 
 @dataclasses.dataclass(frozen=True)

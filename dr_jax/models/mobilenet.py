@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dr_jax.models.layers import conv, norm
+from dr_jax.models.blocks import conv, norm
 
 # Expansion, channels, blocks, stride of the first one (table 2).
 _STAGES = (

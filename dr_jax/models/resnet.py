@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dr_jax.models.layers import Stage, conv, norm
+from dr_jax.models.blocks import Stage, conv, norm
 
 
 class Block(nnx.Module):

@@ -11,12 +11,12 @@ from dr_jax.nn.bits import (
   layer_table,
   set_bits,
 )
-from dr_jax.nn.convert import first_and_last, quantize
-from dr_jax.nn.frozen import Frozen, StoredLayer, StoredNorm, freeze, thaw
+from dr_jax.nn.deployed import Frozen, StoredLayer, StoredNorm, freeze, thaw
 from dr_jax.nn.functional import Functional, functional, recalibrate, update
 from dr_jax.nn.layers import Conv, Linear, StoredConv, StoredLinear
 from dr_jax.nn.norm import KINDS as NORMS
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
+from dr_jax.nn.quantize import first_and_last, quantize
 from dr_jax.nn.requantize import requantize
 
 __all__ = [

@@ -2,14 +2,7 @@
 
 from collections.abc import Callable
 
-from dr_jax.quant.adabits import adabits, pact_activation
-from dr_jax.quant.any_precision import any_precision, unit_activation
-from dr_jax.quant.bit_mixer import bit_mixer
-from dr_jax.quant.bitwave import bitwave, skipped_columns
-from dr_jax.quant.double_rounding import double_rounding, switch_codes
-from dr_jax.quant.extreme import binary, ternary
-from dr_jax.quant.float_weight import float_weight
-from dr_jax.quant.grid import (
+from dr_jax.quant.core.grid import (
   ROUNDINGS,
   SCALE_MAX,
   SCALE_MIN,
@@ -17,20 +10,30 @@ from dr_jax.quant.grid import (
   code_range,
   straight_through,
 )
-from dr_jax.quant.lsq import fake_quantize, lsq, lsq_activation
-from dr_jax.quant.lsq_plus import lsq_plus, lsq_plus_activation
-from dr_jax.quant.multi_resolution import (
-  multi_resolution,
-  multi_resolution_activation,
-)
-from dr_jax.quant.packing import pack, packed_size, storage, unpack
-from dr_jax.quant.quantizer import (
+from dr_jax.quant.core.interface import (
   ActivationQuantizer,
   Storage,
   WeightQuantizer,
 )
-from dr_jax.quant.term import term_activation, term_quantization
-from dr_jax.quant.truncation import truncation
+from dr_jax.quant.core.packing import pack, packed_size, storage, unpack
+from dr_jax.quant.methods.adabits import adabits, pact_activation
+from dr_jax.quant.methods.any_precision import any_precision, unit_activation
+from dr_jax.quant.methods.binary_ternary import binary, ternary
+from dr_jax.quant.methods.bit_mixer import bit_mixer
+from dr_jax.quant.methods.bitwave import bitwave, skipped_columns
+from dr_jax.quant.methods.double_rounding import double_rounding, switch_codes
+from dr_jax.quant.methods.float_weight import float_weight
+from dr_jax.quant.methods.lsq import fake_quantize, lsq, lsq_activation
+from dr_jax.quant.methods.lsq_plus import lsq_plus, lsq_plus_activation
+from dr_jax.quant.methods.multi_resolution import (
+  multi_resolution,
+  multi_resolution_activation,
+)
+from dr_jax.quant.methods.term_quantization import (
+  term_activation,
+  term_quantization,
+)
+from dr_jax.quant.methods.truncation import truncation
 
 __all__ = [
   "NAMES",

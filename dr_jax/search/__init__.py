@@ -4,8 +4,8 @@ Each is `strategy(problem, budgets, *, seed=0, ...) -> Result`, with options of
 its own that have defaults, so that any of them can stand for any other.
 """
 
+from dr_jax.search.baselines import proportional, random, uniform
 from dr_jax.search.differentiable import dnas, edmips
-from dr_jax.search.floors import proportional, random, uniform
 from dr_jax.search.genetic import genetic
 from dr_jax.search.greedy import greedy
 from dr_jax.search.hessian_ilp import (

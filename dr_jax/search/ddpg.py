@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dr_jax.compilation import jit
+from dr_jax.runtime.compilation import jit
 
 # The action before the first one.
 _BEFORE = 1.0

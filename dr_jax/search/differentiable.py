@@ -36,9 +36,9 @@ import numpy as np
 import optax
 
 from dr_jax import hessian
-from dr_jax.checkpoint import Checkpoints
-from dr_jax.compilation import jit
+from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
+from dr_jax.runtime.compilation import jit
 from dr_jax.search.problem import Index, Ledger, Problem, Result
 from dr_jax.train import Loop, TrainState, cross_entropy, make_optimizer
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 
-from dr_jax.search.floors import Genes, check_count
+from dr_jax.search.baselines import Genes, check_count
 from dr_jax.search.problem import Index, Ledger, Problem, Result, Trial
 
 

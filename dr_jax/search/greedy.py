@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dr_jax.search.floors import nearest
+from dr_jax.search.baselines import nearest
 from dr_jax.search.problem import Ledger, Problem, Result
 
 

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dr_jax.nn import LayerTable
+from dr_jax.search.baselines import check_count, nearest
 from dr_jax.search.ddpg import Ddpg, Memory, programs, steps
-from dr_jax.search.floors import check_count, nearest
 from dr_jax.search.problem import Index, Ledger, Problem, Result
 
 # Reward per percent of accuracy.

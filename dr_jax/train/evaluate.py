@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dr_jax.compilation import jit
 from dr_jax.nn import Functional
-from dr_jax.sharding import Layout
+from dr_jax.runtime.compilation import jit
+from dr_jax.runtime.sharding import Layout
 
 # Batches on their way to the device before the first result is looked at.
 _AHEAD = 2

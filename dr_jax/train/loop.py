@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from dr_jax.checkpoint import Checkpoints
-from dr_jax.metrics import MetricsWriter, Progress
-from dr_jax.snapshot import Snapshot
+from dr_jax.checkpoint.checkpoints import Checkpoints
+from dr_jax.checkpoint.snapshot import Snapshot
+from dr_jax.runtime.metrics import MetricsWriter, Progress
 from dr_jax.train.step import Step, TrainState
 
 # How many steps the loop may be ahead of the oldest loss that it has seen.

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from dr_jax.nn import Functional
-from dr_jax.processes import from_first
-from dr_jax.sharding import Layout
+from dr_jax.runtime.processes import from_first
+from dr_jax.runtime.sharding import Layout
 from dr_jax.train import distill
 
 

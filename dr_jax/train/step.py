@@ -25,14 +25,13 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from dr_jax.compilation import jit
 from dr_jax.nn import Functional
-from dr_jax.sharding import Layout
+from dr_jax.runtime.compilation import jit
+from dr_jax.runtime.sharding import Layout
 from dr_jax.train import alrs as alrs_lib
 from dr_jax.train import distill as distill_lib
 from dr_jax.train import sampling as sampling_lib
-from dr_jax.train.state import TrainState, shardings
-from dr_jax.train.visit import (
+from dr_jax.train.gradients import (
   Carry,
   Gradients,
   Parts,
@@ -40,6 +39,7 @@ from dr_jax.train.visit import (
   gradients_of,
   scales_of,
 )
+from dr_jax.train.state import TrainState, shardings
 
 SCHEDULES = ("alternate", "accumulate")
 VECTORIZE = ("auto", "unroll", "sequential", "vmap")

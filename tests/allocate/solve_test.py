@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dr_jax import allocate
-from dr_jax.allocate import exact
+from dr_jax.allocate import branch_and_bound
 
 SCALES = (1e-6, 1e-4, 1e-2, 1.0, 1e5)
 
@@ -87,8 +87,8 @@ def test_the_answer_is_the_first_of_all_best_ones(case):
 @hypothesis.given(cases(st.integers(0, 1).map(float)))
 def test_a_split_search_without_proposals_finds_the_same(case):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(exact, "_MANY", 1)
-    patch.setattr(exact, "_propose", lambda program: None)
+    patch.setattr(branch_and_bound, "_MANY", 1)
+    patch.setattr(branch_and_bound, "_propose", lambda program: None)
     assert_best(case)
 
 
@@ -108,8 +108,8 @@ def test_equal_answers_are_told_apart_by_budgets_in_order_then_by_layers():
 def test_whichever_layer_is_split_the_first_of_equal_answers_wins(
   monkeypatch, v
 ):
-  monkeypatch.setattr(exact, "_MANY", 1)
-  monkeypatch.setattr(exact._Walk, "branching", lambda self: v)
+  monkeypatch.setattr(branch_and_bound, "_MANY", 1)
+  monkeypatch.setattr(branch_and_bound._Walk, "branching", lambda self: v)
   costs = {"bits": [[4, 2], [4, 2]]}
   budgets = {"bits": 6}
   found = allocate.solve(np.zeros((2, 2)), costs, budgets, equal=["bits"])
@@ -230,9 +230,9 @@ def test_a_search_that_is_split_finds_what_one_walk_finds(monkeypatch, seed):
   }
   budgets = {n: allocate.between(c, 0.4) for n, c in costs.items()}
   whole = allocate.solve(sensitivity, costs, budgets)
-  monkeypatch.setattr(exact, "_MANY", 3)
-  monkeypatch.setattr(exact, "_STRONG", 0)
-  monkeypatch.setattr(exact, "_propose", lambda program: None)
+  monkeypatch.setattr(branch_and_bound, "_MANY", 3)
+  monkeypatch.setattr(branch_and_bound, "_STRONG", 0)
+  monkeypatch.setattr(branch_and_bound, "_propose", lambda program: None)
   split = allocate.solve(sensitivity, costs, budgets)
   assert split.index.tolist() == whole.index.tolist()
 
@@ -308,7 +308,7 @@ def test_an_exact_budget_names_the_nearest_ones(budget, allowed, smallest):
 
 
 def test_the_search_for_a_nearest_exact_budget_is_given_up(monkeypatch):
-  monkeypatch.setattr(exact, "_NODES", 1)
+  monkeypatch.setattr(branch_and_bound, "_NODES", 1)
   module = importlib.import_module("dr_jax.allocate.solve")
   monkeypatch.setattr(module, "_PATIENCE", 3)
   rng = np.random.default_rng(0)

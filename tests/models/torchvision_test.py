@@ -14,7 +14,7 @@ from jax import lax
 
 from dr_jax import models, pipeline
 from dr_jax.config import ConfigError, from_dict
-from dr_jax.run import Run
+from dr_jax.pipeline.context import Run
 
 
 class Torch:

@@ -18,10 +18,11 @@ import warnings
 import jax
 import numpy as np
 
-from dr_jax import nn, processes, sharding, train
-from dr_jax.checkpoint import Checkpoints
+from dr_jax import nn, train
+from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.config import from_dict
-from dr_jax.run import Run
+from dr_jax.pipeline.context import Run
+from dr_jax.runtime import processes, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dr_jax.checkpoint import Checkpoints
-from dr_jax.metrics import MetricsWriter
-from dr_jax.snapshot import Snapshot
+from dr_jax.checkpoint.checkpoints import Checkpoints
+from dr_jax.checkpoint.snapshot import Snapshot
+from dr_jax.runtime.metrics import MetricsWriter
 from dr_jax.train import InterruptedRun, Loop, NonFiniteError, TrainState
 from dr_jax.train import loop as loop_module
 

@@ -11,17 +11,17 @@ import training_network as net
 from flax import nnx
 
 from dr_jax import nn, quant
-from dr_jax.compilation import jit
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
+from dr_jax.runtime.compilation import jit
 from dr_jax.train import (
   alrs,
   cross_entropy,
   distill,
+  gradients,
   init_state,
   make_optimizer,
   make_step,
   sampling,
-  visit,
 )
 from dr_jax.train import step as step_module
 
@@ -521,7 +521,7 @@ def test_every_step_draws_its_bit_widths_anew():
 
 
 def _parts(network, mode, *, drawn="all", rate=0.7):
-  return visit.Parts(
+  return gradients.Parts(
     network=network,
     bits=FOUR,
     optimizer=make_optimizer("sgd", kinds=network.kinds),
@@ -540,14 +540,14 @@ def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
   network, rate = _four(), 0.7
   parts = _parts(network, mode, rate=rate)
   state = init_state(network, parts.optimizer, jax.random.key(0))
-  carry = visit.Carry(state.batch_stats, state.memory, ())
+  carry = gradients.Carry(state.batch_stats, state.memory, ())
 
   @jit
   def run(state, carry, batch, index):
-    return visit.gradients_of(parts, state, carry, batch, index, 0)[0]
+    return gradients.gradients_of(parts, state, carry, batch, index, 0)[0]
 
   got = run(state, carry, net.batch(0), jnp.int32(index))
-  scales = visit.scales_of(parts, got.params)
+  scales = gradients.scales_of(parts, got.params)
   factor = alrs.factor(
     mode,
     np.float32(alrs.eta(FOUR)[index]),
@@ -679,8 +679,8 @@ def test_loss_weights_multiply_gradients_and_not_reported_losses(vectorize):
 
 def test_layers_of_several_bit_widths_weigh_the_mean_of_theirs():
   weights = np.array([1.0, 3.0, 8.0], np.float32)
-  assert visit._at(weights, 1) == 3.0
-  assert visit._at(weights, jnp.array([0, 1, 2], jnp.int32)) == 4.0
+  assert gradients._at(weights, 1) == 3.0
+  assert gradients._at(weights, jnp.array([0, 1, 2], jnp.int32)) == 4.0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,392 @@
+"""Checkpoints of a training run: asynchronous, atomic, verified.
+
+The only file that knows Orbax. To Orbax a state is one flat dictionary (see
+`checkpoint.snapshot`); its structure comes back from the `like` that `restore`
+is given. The manifest next to the arrays is for two things that Orbax lets pass
+in silence: a flipped bit in an array, and a dtype other than the one that was
+saved.
+
+    with Checkpoints(directory) as checkpoints:
+      if checkpoints.latest() is not None:
+        state = checkpoints.restore(like=state)
+      ...
+      checkpoints.save(step, state)
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import textwrap
+import threading
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from dr_jax.checkpoint.snapshot import (
+  Snapshot,
+  checksums,
+  difference,
+  key_data,
+  named_leaves,
+  unsealed,
+)
+from dr_jax.runtime.processes import all_agree, on_first
+
+
+class CheckpointError(Exception):
+  """A checkpoint is missing, damaged, or of another state."""
+
+
+class _DamagedError(CheckpointError):
+  """What is on disk is not what was saved."""
+
+
+# How many checkpoints a run keeps: one to go on from, one if it is damaged.
+KEEP = 2
+
+# Orbax's flag: processes meet by way of the coordinator.
+_BARRIER = "experimental_orbax_use_distributed_barrier"
+
+
+def disk_bytes(state, *, keep=KEEP):
+  """Returns how many bytes the checkpoints of a state take on disk at most.
+
+  One more than are kept, since the oldest goes only when the newest is there;
+  and what Orbax writes beside the arrays, by measurement less than 64 KiB and
+  2 KiB for each array.
+
+  Args:
+    state: as for `Checkpoints.save`, or of `jax.ShapeDtypeStruct`s.
+    keep: as for `Checkpoints`.
+  """
+  leaves = named_leaves(state).values()
+  values = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  return (keep + 1) * (values + 2048 * len(leaves) + 65536)
+
+
+class Checkpoints:
+  """The checkpoints of one run, one subdirectory per step.
+
+  A checkpoint appears under its step number only when it is complete. What a
+  killed process left half-written is removed on opening, so a directory takes
+  one writer at a time.
+
+  Attributes:
+    directory: absolute path of the checkpoints.
+  """
+
+  def __init__(self, directory, *, keep=KEEP):
+    """Opens a directory of checkpoints, creating it if need be.
+
+    Args:
+      directory: local path, or a URL that Orbax can write to.
+      keep: how many checkpoints to keep, the newest; older ones are deleted.
+    """
+    directory = os.fspath(directory)
+    self.directory = (
+      directory if "://" in directory else os.path.abspath(directory)
+    )
+    self._keep, self._failed = keep, []
+    handlers = ocp.handlers.local_registry(include_global_registry=False)
+    handlers.add(_telling(self._failed), checkpointable_name="state")
+    # Without being told, Orbax stores a dictionary of numbers as arrays.
+    handlers.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
+    context = ocp.Context()
+    if jax.process_count() > 1:
+      # Neither may wait for the devices, where steps are under way: how
+      # processes meet, and cutting arrays into a part for each of them.
+      if _BARRIER in flags.FLAGS:
+        flags.FLAGS[_BARRIER].value = True
+      context.array.saving.use_replica_parallel = False
+    # Reading together, Orbax lets who can read wait for who cannot.
+    self._alone = ocp.Context()
+    self._alone.multiprocessing.active_processes = {jax.process_index()}
+    self._alone.multiprocessing.primary_host = jax.process_index()
+    for each in (context, self._alone):
+      each.checkpointables.registry = handlers
+    self._orbax = ocp.training.Checkpointer(
+      self.directory,
+      context=context,
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+    )
+    # As the first process sees it: on a network drive others may not yet. What
+    # becomes of it they all know.
+    self._steps = on_first(self._clean)
+
+  def _clean(self):
+    """Removes what is half-written; returns the steps that there are."""
+    # Orbax's own cleanup goes on in a thread that nobody waits for.
+    for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
+      path.rmtree()
+    return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+  def save(self, step, state, *, blocking=False):
+    """Saves a state as the latest one.
+
+    Returns as soon as the arrays are on the host; their buffers may be donated
+    right away. Waits for the save before this one, if that is still going on,
+    and raises what went wrong in it. Checkpoints of this or a later step are
+    deleted first: a run that saves step 30 has left what it once was at 40.
+
+    Args:
+      step: integer, counts from 0.
+      state: nested dicts with string keys, tuples and named tuples of
+        `jax.Array`s, typed PRNG keys among them; or a `Snapshot` of one.
+      blocking: whether to return only when the checkpoint is on disk.
+
+    Raises:
+      TypeError: if a leaf is no `jax.Array`.
+      ValueError: if two leaves have the same path.
+      CheckpointError: if this save or the one before it fails; the latest
+        complete checkpoint is unharmed.
+    """
+    taken = state if isinstance(state, Snapshot) else Snapshot(state)
+    self.wait()
+    with self._failures():
+      for later in [other for other in self._steps if other >= step]:
+        self._steps.remove(later)
+        self._orbax.delete(later)
+      self._steps = [*self._steps, step][-self._keep :]
+      self._orbax.save_checkpointables_async(
+        step,
+        {"state": taken.arrays, "manifest": taken.manifest()},
+        force=True,
+      )
+    if blocking:
+      self.wait()
+
+  def restore(self, step=None, *, like):
+    """Returns a saved state, bit for bit.
+
+    Args:
+      step: which one, the latest by default. Only the latest may give way: if
+        it is damaged, a warning says so and the one before takes its place.
+      like: a state of the same structure, of arrays or `jax.ShapeDtypeStruct`s,
+        that also says where each array goes: to the `sharding` of its leaf;
+        without one, or for an array that is not committed to a device, to
+        the default device, uncommitted.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint, if it is damaged and no
+        other can take its place, or if it holds another structure, shape or
+        dtype than `like`.
+    """
+    self.wait()
+    steps = self._steps
+    if not steps or step not in (None, *steps):
+      wanted = "" if step is None else f" of step {step}"
+      held = ", ".join(map(str, steps)) or "none"
+      raise CheckpointError(
+        f"no checkpoint{wanted} in {self.directory} (there are: {held})"
+      )
+    if step is not None:
+      return self._load(step, like)
+    errors = []
+    for candidate in reversed(steps):
+      try:
+        state = self._load(candidate, like)
+      except _DamagedError as error:
+        errors.append(error)
+        continue
+      for error in errors:
+        warnings.warn(f"{error}; taking step {candidate}", stacklevel=2)
+      return state
+    raise errors[0]
+
+  def latest(self):
+    """Returns the step of the latest checkpoint, or None if there is none."""
+    return max(self._steps, default=None)
+
+  def wait(self):
+    """Waits until what was saved is on disk.
+
+    Raises:
+      CheckpointError: if it could not be saved.
+    """
+    with self._failures():
+      if jax.process_count() > 1:
+        self._wait_with_others()
+      self._orbax.wait()
+
+  def _wait_with_others(self):
+    """Waits as Orbax does, but not for others after a failure in this process.
+
+    They wait for this one; they are free once it has ended.
+    """
+    waiting = threading.Thread(target=self._try_to_wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+      if self._failed:
+        raise self._failed[0]
+      waiting.join(0.01)
+
+  def _try_to_wait(self):
+    # What it raises it raises again.
+    with contextlib.suppress(Exception):
+      self._orbax.wait()
+
+  def close(self):
+    """Waits, and gives up the directory; raises as `wait`."""
+    with self._failures():
+      self._orbax.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    lost = isinstance(error, (CheckpointError, jax.errors.JaxRuntimeError))
+    if not (lost and jax.process_count() > 1):
+      self.close()
+
+  def _load(self, step, like):
+    path = self._path(step)
+    wanted = named_leaves(like)
+    shardings = {name: _sharding(leaf) for name, leaf in wanted.items()}
+    saved, arrays, error = None, None, None
+    try:
+      saved = self._saved(step, wanted)
+      arrays = self._arrays(step, wanted, shardings)
+    except CheckpointError as raised:
+      error = raised
+    _all_or_none(path, error)
+    sums = checksums(arrays)
+    for name in wanted:
+      if sums[name] != saved[name].get("sum32"):
+        error = error or _damaged(path, f"checksum of {name} differs")
+    _all_or_none(path, error)
+    leaves = []
+    for name in wanted:
+      array = arrays[name]
+      if shardings[name] is None:
+        array = jnp.asarray(np.asarray(array))
+      if (impl := saved[name]["key_impl"]) is not None:
+        array = jax.random.wrap_key_data(array, impl=impl)
+      leaves.append(array)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+  def _saved(self, step, wanted):
+    """What the manifest says of the leaves, if they are those wanted."""
+    saved = unsealed(self._read(step, "manifest", None))
+    if saved is None:
+      raise _damaged(self._path(step), "checksum of the manifest differs")
+    if differs := difference(saved, wanted):
+      raise CheckpointError(
+        f"{self._path(step)} holds another state: {differs}"
+      )
+    return saved
+
+  def _arrays(self, step, wanted, shardings):
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+      name: jax.ShapeDtypeStruct(
+        data.shape, data.dtype, sharding=shardings[name] or default
+      )
+      for name, data in jax.eval_shape(key_data, wanted).items()
+    }
+    return self._read(step, "state", abstract)
+
+  def _read(self, step, name, abstract):
+    path = self._path(step)
+    try:
+      with _quiet(), self._alone:
+        return ocp.load_checkpointables(path, {name: abstract})[name]
+    except Exception as error:
+      raise _damaged(path, error.__cause__ or error) from error
+
+  def _is_there(self, step):
+    return epath.Path(self._path(step)).exists()
+
+  def _path(self, step):
+    return os.path.join(self.directory, str(step))
+
+  @contextlib.contextmanager
+  def _failures(self):
+    """Says in one line what Orbax could not write, whatever it raises."""
+    try:
+      yield
+    except Exception as error:
+      # Another process has ended: that is no matter of checkpoints.
+      lost = isinstance(error, jax.errors.JaxRuntimeError)
+      if lost and jax.process_count() > 1:
+        raise
+      # What was under way is not there.
+      self._steps = [*filter(self._is_there, self._steps)]
+      step = self.latest()
+      kept = "none is kept" if step is None else f"that of step {step} is kept"
+      raise CheckpointError(
+        f"{self.directory}: a checkpoint could not be saved, {kept} "
+        f"({textwrap.shorten(str(error), 400)})"
+      ) from error
+
+
+def _telling(failed):
+  """A handler that tells at once what this process cannot write.
+
+  Orbax raises it when all processes have come to their end, and those that can
+  write wait for a word of this one.
+
+  Args:
+    failed: list that takes the errors.
+  """
+
+  class Arrays(ocp.handlers.PyTreeHandler):
+    async def save(self, directory, checkpointable):
+      written = await super().save(directory, checkpointable)
+
+      async def told():
+        try:
+          await written
+        except Exception as error:
+          failed.append(error)
+          raise
+
+      return told()
+
+  return Arrays
+
+
+def _all_or_none(path, error):
+  """Raises where any process has an error, lest it go on without the others."""
+  if not all_agree(error is None):
+    raise error or _damaged(path, "another process cannot read it")
+
+
+def _damaged(path, reason):
+  reason = textwrap.shorten(str(reason), 200)
+  return _DamagedError(f"damaged checkpoint {path}: {reason}")
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps what goes wrong to the one exception that says it.
+
+  When one array of many cannot be read, Orbax raises and abandons the other
+  reads; each of them then prints a traceback of its own.
+  """
+  asyncio_logger = logging.getLogger("asyncio")
+  disabled, hook = asyncio_logger.disabled, sys.unraisablehook
+  asyncio_logger.disabled, sys.unraisablehook = True, lambda unraisable: None
+  try:
+    yield
+  except Exception:
+    # Until the abandoned reads have ended, and Python has noticed.
+    time.sleep(0.2)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+      gc.collect()
+    raise
+  finally:
+    asyncio_logger.disabled, sys.unraisablehook = disabled, hook
+
+
+def _sharding(leaf):
+  """Returns where to put a leaf, None for anywhere."""
+  committed = getattr(leaf, "committed", True)
+  return getattr(leaf, "sharding", None) if committed else None

@@ -1,0 +1,193 @@
+"""A trained network as the parts that a deployment stores, and back.
+
+`freeze` takes a quantized network apart: codes and scales of its quantized
+layers, folded norms, and whatever stays float. `thaw` builds a network from
+these parts and the float architecture: it switches bit-widths from the stored
+codes alone and has no float kernel to fall back on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from dr_jax.nn import layers
+from dr_jax.nn.bits import Bits, Offset, Scale, quantized_layers
+from dr_jax.nn.norm import BatchNorm, FoldedNorm
+from dr_jax.nn.quantize import substitute
+from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+
+
+class StoredLayer(NamedTuple):
+  """One quantized layer: where it stands, how it quantizes, what it stores."""
+
+  place: layers.Place
+  shape: tuple[int, ...]
+  weight: WeightQuantizer
+  activation: ActivationQuantizer | None
+  input_params: dict[str, jax.Array]
+  encoded: dict[str, jax.Array]
+
+
+class StoredNorm(NamedTuple):
+  """One norm: numbers of the layers it follows, gain and offset [rows, c].
+
+  Of n bit-widths there are n rows for (own,), or one if they share it, and
+  n * n for (previous, own).
+  """
+
+  orders: tuple[int, ...]
+  gain: jax.Array
+  offset: jax.Array
+
+
+class Frozen(NamedTuple):
+  """All parts of a deployed network, by name.
+
+  Attributes:
+    layers: quantized layers, in call order.
+    norms: batch norms, folded for inference.
+    floats: every other variable, by slash path.
+  """
+
+  layers: dict[str, StoredLayer]
+  norms: dict[str, StoredNorm]
+  floats: dict[str, jax.Array]
+
+
+def freeze(model: nnx.Module) -> Frozen:
+  """Takes a quantized network apart; it is not changed.
+
+  Raises:
+    ValueError: if the model has no quantized layer, is frozen already, or a
+      float layer shares the kernel of a quantized one.
+  """
+  found = quantized_layers(model)
+  if not found:
+    raise ValueError("model: no quantized layer; call nn.quantize first")
+  for name, layer in found.items():
+    if isinstance(layer, layers.Stored):
+      raise ValueError(
+        f"layer {name}: holds stored codes; allowed is what nn.quantize "
+        "returned (copy an artifact as files)"
+      )
+  paths = {id(m): "/".join(map(str, p)) for p, m in nnx.iter_modules(model)}
+  _check_kernels(model, found, paths)
+  stored = {
+    name: StoredLayer(
+      place=layers.Place(name, layer.order, layer.macs),
+      shape=tuple(layer.kernel.shape),
+      weight=layer.weight_quantizer,
+      activation=layer.input_quantizer,
+      input_params=layers.arrays_of(layer.input_params),
+      encoded=layers.encode(layer),
+    )
+    for name, layer in found.items()
+  }
+  norms = {
+    paths[id(module)]: StoredNorm(module.orders, *module.fold())
+    for _, module in nnx.iter_modules(model)
+    if isinstance(module, BatchNorm)
+  }
+  inside = tuple(f"{name}/" for name in norms) + tuple(
+    f"{paths[id(layer)]}/{part}".lstrip("/")  # a model can be one layer
+    for layer in found.values()
+    for part in ("kernel", "weight_params/", "input_params/")
+  )
+  floats = {
+    name: value
+    for name, value in _variables(model).items()
+    if not name.startswith(inside)
+  }
+  return Frozen(stored, norms, floats)
+
+
+def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
+  """Builds a deployed network at its highest bit-width.
+
+  Args:
+    model: the float network that was quantized, with any weights; it is not
+      changed.
+    frozen: the parts.
+
+  Raises:
+    ValueError: if the parts belong to another network; it names the first
+      layer, norm or variable that does not fit.
+  """
+  model = nnx.clone(model)
+  modules = {
+    "/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+  }
+  if type(model) in layers.STORED:  # a model can be one layer, without a path
+    modules[type(model).__name__.lower()] = model
+  replacements = {}
+  for name, part in frozen.layers.items():
+    layer = modules.get(name)
+    if type(layer) not in layers.STORED or layer.kernel.shape != part.shape:
+      raise ValueError(
+        f"layer {name} {part.shape}: not in this network; allowed is the "
+        "network that was quantized"
+      )
+    replacements[id(layer)] = layers.STORED[type(layer)](
+      layer,
+      part.place,
+      part.weight,
+      part.activation,
+      input_params=part.input_params,
+      weight_arrays=part.encoded,
+    )
+  for name, part in frozen.norms.items():
+    norm = modules.get(name)
+    wanted = part.gain.shape[-1:]
+    if type(norm) is not nnx.BatchNorm or norm.mean.shape != wanted:
+      raise ValueError(
+        f"norm {name} {wanted}: not in this network; allowed is the network "
+        "that was quantized"
+      )
+    replacements[id(norm)] = FoldedNorm(
+      norm, part.gain, part.offset, orders=part.orders
+    )
+  model = substitute(model, replacements)
+  _write(model, frozen.floats)
+  model.eval()
+  return model
+
+
+def _check_kernels(model, found, paths):
+  """Rejects a kernel that a float layer would lose."""
+  kernels = {id(layer.kernel): name for name, layer in found.items()}
+  for _, module in nnx.iter_modules(model):
+    if not isinstance(module, layers.Quantized):
+      for value in vars(module).values():
+        if id(value) in kernels:
+          raise ValueError(
+            f"layer {paths[id(module)]}: stays float and shares the kernel of "
+            f"{kernels[id(value)]}; allowed is to quantize both or neither"
+          )
+
+
+def _variables(model) -> dict[str, Any]:
+  state = nnx.state(model, nnx.Not(nnx.Any(Bits, nnx.RngState)))
+  return {
+    "/".join(map(str, path)): variable.get_value()
+    for path, variable in nnx.to_flat_state(state)
+  }
+
+
+def _write(model, floats):
+  kept = nnx.Not(nnx.Any(Bits, nnx.RngState, layers.Encoded, Scale, Offset))
+  writes = []
+  for path, variable in nnx.to_flat_state(nnx.state(model, kept)):
+    name = "/".join(map(str, path))
+    if isinstance(variable, nnx.BatchStat) and path[-1] in ("gain", "offset"):
+      continue
+    value = floats.get(name)
+    if value is None or value.shape != variable.shape:
+      raise ValueError(
+        f"{name} {variable.shape}: not among what was stored; allowed is the "
+        "network that was quantized"
+      )
+    writes.append((path, variable.replace(value)))
+  nnx.update(model, nnx.from_flat_state(writes))

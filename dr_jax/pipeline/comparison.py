@@ -1,0 +1,268 @@
+"""Many methods in one run: the same float start, data order and steps.
+
+A comparison is a configuration with two more fields: `seeds`, and `methods`,
+each a name and the fields in which it differs from the rest (`method`, `quant`,
+`train`). Entries with the same `row` share a row of the table, for methods that
+train a network per bit-width. Every entry is a run of its own, in
+<workdir>/seed<n>/<name>; finished ones are not repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from dr_jax import pipeline
+from dr_jax.config import Config, ConfigError, from_dict
+from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.workdir import write_json
+
+
+class Entry(NamedTuple):
+  """One method of a comparison: its row in the table, and its run."""
+
+  row: str
+  config: Config
+
+
+class Comparison(NamedTuple):
+  """What is compared.
+
+  Attributes:
+    base: the float run.
+    entries: by name.
+    seeds: every entry runs once per seed.
+  """
+
+  base: Config
+  entries: dict[str, Entry]
+  seeds: tuple[int, ...]
+
+
+def from_values(values: Mapping[str, Any]) -> Comparison:
+  """Builds a checked comparison; every method is built before one is run.
+
+  Raises:
+    ConfigError: as `config.from_dict`, naming the method.
+  """
+  shared = dict(values)
+  methods, seeds = shared.pop("methods"), shared.pop("seeds", (0,))
+  base = from_dict({**shared, "stages": ("pretrain",)})
+  if not isinstance(methods, Mapping) or not methods:
+    raise ConfigError(
+      f"methods={methods!r}: allowed are {{name: fields}}, at least one"
+    )
+  if not _are_seeds(seeds):
+    raise ConfigError(f"seeds={seeds!r}: allowed are different integers from 0")
+  entries = {
+    name: _entry(name, given, shared) for name, given in methods.items()
+  }
+  taken = set()
+  for name, (row, config) in entries.items():
+    cells = {(row, b) for b in config.quant.bits}
+    if cells & taken:
+      raise ConfigError(
+        f"methods.{name}: row {row!r} has one of its bit-widths already; "
+        "allowed are other bit-widths or another row"
+      )
+    taken |= cells
+  return Comparison(base, entries, tuple(seeds))
+
+
+def _entry(name, given, shared):
+  """One method, checked."""
+  where = f"methods.{name}"
+  if not isinstance(given, Mapping):
+    raise ConfigError(f"{where}={given!r}: allowed is a group of fields")
+  unknown = set(given) - {"row", "method", "quant", "train"}
+  if unknown:
+    raise ConfigError(
+      f"{where}.{min(unknown)}: allowed are row, method, quant, train"
+    )
+  row = given.get("row", name)
+  for field, value in (("", name), (".row", row)):
+    if not isinstance(value, str) or value == "float" or "/" in value:
+      raise ConfigError(
+        f"{where}{field}={value!r}: allowed is another name than 'float', "
+        "without slashes"
+      )
+  fields = {key: value for key, value in given.items() if key != "row"}
+  fields["stages"] = ("multi_precision", "export")
+  try:
+    return Entry(row, from_dict(_merged(shared, fields)))
+  except ConfigError as error:
+    raise ConfigError(f"{where}: {error}") from None
+
+
+def _are_seeds(seeds):
+  if not isinstance(seeds, list | tuple) or not seeds:
+    return False
+  integers = all(type(seed) is int and seed >= 0 for seed in seeds)
+  return integers and len(set(seeds)) == len(seeds)
+
+
+def run(
+  comparison: Comparison,
+  workdir: str | os.PathLike,
+  *,
+  interrupted: Callable[[], str | None] = lambda: None,
+) -> dict[str, Any]:
+  """Runs what is not done yet; writes compare.json and compare.md.
+
+  Returns:
+    What compare.json holds: {"rows": {row: {"scores": {bits: {"accuracy",
+    "loss": {"mean", "std", "seeds"}}}, "bytes_at": {bits: n}, "tensor_bytes",
+    "train_seconds"}}, "seeds", "environment"}.
+
+  Raises:
+    As `pipeline.run`.
+  """
+  workdir = pathlib.Path(workdir)
+  rows: dict[str, list[dict[str, Any]]] = {}
+  for seed in comparison.seeds:
+    place = workdir / f"seed{seed}"
+    config = dataclasses.replace(comparison.base, seed=seed)
+    job = Run(config, place / "float", interrupted)
+    with job.workdir.claim(config):
+      job.check_space()
+      pipeline.pretrain(job)
+      start = job.float_network()
+    size = job.float_bytes()
+    rows.setdefault("float", []).append(
+      pipeline.summary(job)["stages"]["pretrain"]
+      | {"tensor_bytes": size, "bytes_at": {"float": size}}
+    )
+    merged: dict[str, dict[str, Any]] = {}
+    for name, entry in comparison.entries.items():
+      stages = pipeline.run(
+        dataclasses.replace(entry.config, seed=seed),
+        place / name,
+        interrupted=interrupted,
+        start=start,
+      )["stages"]
+      result = stages["export"] | {
+        "train_seconds": stages["multi_precision"]["train_seconds"]
+      }
+      merged[entry.row] = _joined(merged.get(entry.row), result)
+    for row, result in merged.items():
+      rows.setdefault(row, []).append(result)
+  results = {
+    "rows": {row: _statistics(seeds) for row, seeds in rows.items()},
+    "seeds": comparison.seeds,
+    "environment": pipeline.environment(),
+  }
+  write_json(workdir / "compare.json", results)
+  (workdir / "compare.md").write_text(markdown(results))
+  return results
+
+
+def table(results: dict[str, Any]) -> Table:
+  """One row per method; per bit-width accuracy, cross-entropy and bytes.
+
+  Bytes are those of all tensors, without names and manifest: of a copy whose
+  weights serve one bit-width, with norms and input scales of every bit-width.
+  """
+  shown = Table(
+    title=f"accuracy % (mean and standard deviation of {len(results['seeds'])}"
+    " seeds), cross-entropy, bytes of a copy",
+    show_lines=True,
+  )
+  header, *rows = _cells(results, "\n")
+  for column, name in enumerate(header):
+    shown.add_column(name, justify="right" if column else "left")
+  for row in rows:
+    shown.add_row(*row)
+  return shown
+
+
+def markdown(results: dict[str, Any]) -> str:
+  """The same table for a text file."""
+  header, *rows = _cells(results, "<br>")
+  align = ["---", *["---:"] * (len(header) - 1)]
+  lines = [header, align, *rows]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(results, newline):
+  """The table as text, header first."""
+  rows = results["rows"]
+  columns = list(
+    dict.fromkeys(b for row in rows.values() for b in row["scores"])
+  )
+  yield [
+    "method",
+    *(_heading(b) for b in columns),
+    "bytes stored",
+    "training s",
+  ]
+  for name, row in rows.items():
+    cells = [name]
+    for b in columns:
+      lines = []
+      if b in row["scores"]:
+        accuracy, loss = (row["scores"][b][k] for k in ("accuracy", "loss"))
+        lines = [
+          f"{accuracy['mean']:.2f} ± {accuracy['std']:.2f}",
+          f"{loss['mean']:.3f} ± {loss['std']:.3f}",
+          f"{row['bytes_at'][b]:,}",
+        ]
+      cells.append(newline.join(lines))
+    cells.append(f"{row['tensor_bytes']:,}")
+    cells.append(f"{row['train_seconds']:.1f}")
+    yield cells
+
+
+def _heading(bits):
+  if not bits.isdigit():
+    return bits
+  return f"{bits} bits" if bits != "1" else "1 bit"
+
+
+def _joined(before, result):
+  """One row of several runs: their bit-widths, the sum of their costs."""
+  if before is None:
+    return result
+  joined = {key: before[key] | result[key] for key in ("scores", "bytes_at")}
+  for key in ("tensor_bytes", "train_seconds"):
+    joined[key] = before[key] + result[key]
+  return joined
+
+
+def _statistics(seeds):
+  first = seeds[0]
+  return {
+    "scores": {
+      bits: {
+        kind: _spread([seed["scores"][bits][kind] for seed in seeds])
+        for kind in ("accuracy", "loss")
+      }
+      for bits in first["scores"]
+    },
+    # Compressed weights differ from seed to seed.
+    "bytes_at": {
+      bits: round(statistics.mean(seed["bytes_at"][bits] for seed in seeds))
+      for bits in first["bytes_at"]
+    },
+    "tensor_bytes": round(statistics.mean(s["tensor_bytes"] for s in seeds)),
+    "train_seconds": statistics.mean(s["train_seconds"] for s in seeds),
+  }
+
+
+def _spread(values):
+  std = statistics.stdev(values) if len(values) > 1 else 0.0
+  return {"mean": statistics.mean(values), "std": std, "seeds": values}
+
+
+def _merged(base, changes):
+  merged = dict(base)
+  for key, value in changes.items():
+    if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+      value = _merged(merged[key], value)
+    merged[key] = value
+  return merged

@@ -1,0 +1,215 @@
+"""The directory of a run: whose it is, and what its stages have reached.
+
+A stage is done when its `result.json` is there. Every file is complete or
+absent; what belongs to another configuration is never overwritten. Of several
+processes the first reads and writes, for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dr_jax.config import Config, ConfigError
+from dr_jax.runtime.processes import on_first
+
+
+class Workdir:
+  """One run's directory.
+
+  Attributes:
+    path: the directory.
+    metrics: its file of numbers, JSON lines.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self.metrics = self.path / "metrics.jsonl"
+
+  @contextlib.contextmanager
+  def claim(self, config: Config) -> Iterator[None]:
+    """Keeps the directory for one process and this configuration.
+
+    Only what changes nothing of what is trained may be other than before
+    (`search`, `devices`, where data lie and who decodes them, how often
+    checkpoints are written). A kill lets others in.
+
+    Raises:
+      ConfigError: if the directory cannot be written to, holds another
+        configuration or other files, or another process is at work in it;
+        nothing that it held is changed then.
+    """
+    with contextlib.ExitStack() as held:
+      on_first(lambda: self._claim(config, held))
+      yield
+
+  def _claim(self, config, held):
+    try:
+      self._check(config)
+      self.path.mkdir(parents=True, exist_ok=True)
+      lock = held.enter_context((self.path / "lock").open("w"))
+      self._lock(lock)
+      # Another process may have come and gone since.
+      self._check(config)
+      write_json(self.path / "config.json", dataclasses.asdict(config))
+    except OSError as error:
+      raise ConfigError(
+        f"workdir={self.path}: cannot be written to ({error}); allowed is "
+        "a directory that can"
+      ) from None
+
+  def _lock(self, file):
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(
+        f"workdir={self.path}: another process is at work in it; allowed "
+        "is one at a time"
+      ) from None
+
+  def check_space(self, stages: Mapping[str, int]) -> None:
+    """Checks that there is room for what stages will write.
+
+    What a stage has written already is written over.
+
+    Args:
+      stages: bytes that each takes at most, by name; finished ones take none.
+
+    Raises:
+      ConfigError: if the disk has less room.
+    """
+    on_first(lambda: self._check_space(stages))
+
+  def _check_space(self, stages):
+    missing = {
+      stage: max(size - _written(self.path / stage), 0)
+      for stage, size in stages.items()
+      if self.result(stage) is None
+    }
+    needed = sum(missing.values())
+    free = shutil.disk_usage(self.path).free
+    if free < needed:
+      raise ConfigError(
+        f"workdir={self.path}: its disk has {free / 2**20:,.1f} MiB free, but "
+        f"{', '.join(missing)} may take {needed / 2**20:,.1f} MiB more; "
+        "allowed is a directory with as much space"
+      )
+
+  def _check(self, config):
+    path = self.path / "config.json"
+    if path.exists():
+      theirs = read_json(path, allowed="a new directory")
+      mine = json.loads(json.dumps(dataclasses.asdict(config)))
+      for field in ("search", "checkpoint_every", "log_every"):
+        mine[field] = theirs.get(field, mine[field])
+      for group, field in _free(config):
+        if field in theirs.get(group, {}):
+          mine[group][field] = theirs[group][field]
+      if theirs != mine:
+        raise ConfigError(
+          f"workdir={self.path}: holds another configuration "
+          f"({_first_difference(theirs, mine)}); allowed is a new directory, "
+          "or the same configuration"
+        )
+      return
+    ours = (_draft(path), self.path / "lock")
+    entries = self.path.iterdir() if self.path.is_dir() else ()
+    if any(entry not in ours for entry in entries):
+      raise ConfigError(
+        f"workdir={self.path}: is not empty and holds no run; allowed is a "
+        "new or empty directory"
+      )
+
+  def tell(self, stage: str, network: dict[str, Any]) -> None:
+    """Writes what a stage trains, or checks that its checkpoints are of it.
+
+    Args:
+      stage: its name.
+      network: what tells networks apart whose arrays may have equal shapes.
+
+    Raises:
+      ConfigError: if the checkpoints there are of another network.
+    """
+    on_first(lambda: self._tell(stage, json.loads(json.dumps(network))))
+
+  def _tell(self, stage, network):
+    path = self.path / stage / "network.json"
+    if not path.exists():
+      write_json(path, network)
+    elif (theirs := read_json(path, allowed="a new directory")) != network:
+      raise ConfigError(
+        f"{path}: checkpoints of another network "
+        f"({_first_difference(theirs, network)}); allowed is a new directory"
+      )
+
+  def result(self, stage: str) -> dict[str, Any] | None:
+    """What a stage has reached, or None if it is not done."""
+    path = self.path / stage / "result.json"
+    return on_first(lambda: read_json(path) if path.exists() else None)
+
+  def finish(self, stage: str, started: float, **result: Any) -> None:
+    """Ends a stage: what it has reached, and its seconds since `started`."""
+    result["seconds"] = round(time.monotonic() - started, 1)
+    on_first(lambda: write_json(self.path / stage / "result.json", result))
+
+
+def read_json(
+  path: pathlib.Path, *, allowed: str = "to delete it and run again"
+) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    ConfigError: if the file holds something else.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except ValueError:
+    value = None
+  if not isinstance(value, dict):
+    raise ConfigError(f"{path}: damaged, no JSON; allowed is {allowed}")
+  return value
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a file that is complete or absent."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = _draft(path)
+  draft.write_text(json.dumps(value, indent=2) + "\n")
+  draft.replace(path)
+
+
+def _written(directory):
+  """Bytes of the files in a directory and below it."""
+  return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def _free(config):
+  """Fields of groups that may change between a run and its continuation."""
+  fields = [("data", "path"), ("data", "workers")]
+  fields += [("devices", "bits"), ("devices", "parameters")]
+  # Where arrays live changes the order of sums, unless norms see the devices.
+  if config.devices.norm == "global":
+    fields.append(("devices", "data"))
+  return fields
+
+
+def _draft(path):
+  return path.with_name(path.name + ".partial")
+
+
+def _first_difference(theirs, mine, prefix=""):
+  for key in [*mine, *theirs]:
+    a, b = theirs.get(key), mine.get(key)
+    if isinstance(a, dict) and isinstance(b, dict) and a != b:
+      return _first_difference(a, b, f"{prefix}{key}.")
+    if a != b:
+      return f"{prefix}{key} is {a!r} there, {b!r} here"
+  return "they differ"

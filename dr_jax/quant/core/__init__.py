@@ -1,0 +1,1 @@
+"""What every method is made of: the interface, grids, packing, exact sums."""

@@ -1,0 +1,137 @@
+"""Codes of 1 to 16 bits in bytes, and the files' form of encoded arrays.
+
+Codes follow each other as a little-endian bit stream: bit j of code i is bit
+(i * bits + j) % 8 of byte (i * bits + j) // 8, in two's complement. Nothing
+is wasted at odd bit-widths; only the last byte is padded, with zeros.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dr_jax.quant.core import grid
+from dr_jax.quant.core.interface import Storage
+
+if TYPE_CHECKING:
+  from jaxtyping import Array, Int, UInt8
+
+
+def packed_size(size: int, bits: int) -> int:
+  """Bytes that `size` codes of `bits` bits take."""
+  return -(-size * bits // 8)
+
+
+def pack(
+  codes: Int[Array, ...], bits: int, *, signed: bool = True
+) -> UInt8[Array, " bytes"]:
+  """Packs integer codes into bytes.
+
+  Args:
+    codes: integers within the range of `bits` bits, any shape, in C order.
+    bits: bit-width, 1..16.
+    signed: range -2^(bits-1)..2^(bits-1)-1, else 0..2^bits-1.
+
+  Returns:
+    uint8 [ceil(codes.size * bits / 8)].
+
+  Raises:
+    ValueError: if bits is outside 1..16, codes are no integers, or, outside
+      jit, a code does not fit.
+  """
+  (bits,) = grid.check_bits([bits], lowest=1, highest=16)
+  codes = grid.check_integers("codes", codes)
+  low, high = grid.code_range(bits, signed=signed)
+  if not isinstance(codes, jax.core.Tracer) and codes.size:
+    with jax.ensure_compile_time_eval():
+      smallest, largest = int(codes.min()), int(codes.max())
+    if smallest < low or largest > high:
+      raise ValueError(
+        f"codes: {smallest}..{largest}; allowed are {low}..{high} for "
+        f"bits={bits}"
+      )
+  planes = (
+    codes.reshape(-1, 1).astype(jnp.int32) >> jnp.arange(bits)[None]
+  ) & 1
+  stream = jnp.pad(planes.reshape(-1), (0, -codes.size * bits % 8))
+  places = jnp.left_shift(1, jnp.arange(8))[None]
+  return (stream.reshape(-1, 8) * places).sum(1).astype(jnp.uint8)
+
+
+def unpack(
+  data: UInt8[Array, " bytes"], bits: int, size: int, *, signed: bool = True
+) -> Int[Array, " size"]:
+  """Inverse of `pack`.
+
+  Args:
+    data: uint8 [ceil(size * bits / 8)].
+    bits: bit-width, 1..16.
+    size: number of codes.
+    signed: as given to `pack`.
+
+  Returns:
+    [size] codes: int8, or uint8 if not signed; 16 bits wide above 8 bits.
+
+  Raises:
+    ValueError: if bits is outside 1..16 or the number of bytes is not right.
+  """
+  (bits,) = grid.check_bits([bits], lowest=1, highest=16)
+  data = jnp.asarray(data)
+  if data.shape != (packed_size(size, bits),):
+    raise ValueError(
+      f"data: shape {data.shape}; allowed is ({packed_size(size, bits)},) for "
+      f"{size} codes of {bits} bits"
+    )
+  stream = (data[:, None].astype(jnp.int32) >> jnp.arange(8)[None]) & 1
+  planes = stream.reshape(-1)[: size * bits].reshape(size, bits)
+  codes = (planes << jnp.arange(bits)[None]).sum(1)
+  if signed:
+    codes = jnp.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
+  return codes.astype(_code_dtype(bits, signed))
+
+
+def storage(
+  bits: tuple[int, ...], stored_bits: int, *, signed: bool = True
+) -> Storage:
+  """Builds the storage of one array of the weight's shape, and small ones.
+
+  The array is "codes", packed at `stored_bits` bits, or "weight", floats. All
+  others (scales) stay as they are. A copy for one bit-width b holds codes of b
+  bits in place of either.
+
+  Args:
+    bits: candidate bit-widths of the quantizer.
+    stored_bits: bits of a code, 1..16; 32 for floats.
+    signed: whether codes are signed.
+  """
+
+  def pack_all(encoded):
+    packed = {name: np.asarray(value) for name, value in encoded.items()}
+    if "codes" in encoded:
+      codes = pack(encoded["codes"], stored_bits, signed=signed)
+      packed["codes"] = np.asarray(codes)
+    return packed
+
+  def unpack_all(packed, shape):
+    encoded = {name: jnp.asarray(value) for name, value in packed.items()}
+    if "codes" in packed:
+      size = int(np.prod(shape))
+      codes = unpack(packed["codes"], stored_bits, size, signed=signed)
+      encoded["codes"] = codes.reshape(shape)
+    return encoded
+
+  def size(encoded, index):
+    main = "codes" if "codes" in encoded else "weight"
+    others = sum(v.nbytes for name, v in encoded.items() if name != main)
+    return packed_size(encoded[main].size, bits[index]) + others
+
+  return Storage(pack_all, unpack_all, size)
+
+
+def _code_dtype(bits, signed):
+  if bits > 8:
+    return jnp.int16 if signed else jnp.uint16
+  return jnp.int8 if signed else jnp.uint8

@@ -1,0 +1,167 @@
+"""Any-Precision: float weights rounded to as many levels as are asked for.
+
+  r = tanh(w) / max|tanh(w)|,   u = r/2 + 1/2,   n = 2^b - 1,   E = mean|w|
+  w_hat = E (2 [n u] / n - 1)
+  x_hat = [n clip(x, 0, 1)] / n
+
+[.] rounds halves to even. Yu, Li, Shi et al., "Any-Precision Deep Neural
+Networks", AAAI 2021, arXiv 1911.07346.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
+from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.tanh_normalize import normalized
+
+
+def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
+  """Builds the Any-Precision weight quantizer.
+
+  Equations as above, with one maximum and one mean per tensor. Levels are
+  symmetric, without a zero: -E, ..., -E/n, E/n, ..., E. E is detached;
+  gradients pass straight through [.], and through tanh and its maximum as they
+  are (see `tanh.normalized`), times E.
+
+  Shared between bit-widths: the float weights and E. Stored: r and E in
+  float32, since round(n u) does not nest. Choose it as the rival that learns
+  no parameter beside the weights, where the file may be float.
+
+  Params: {}.
+
+  Chosen: weights that share the maximum share its gradient.
+
+  Args:
+    bits: candidate bit-widths in 1..8, highest first. (The published float
+      branch is no bit-width here.)
+
+  Raises:
+    ValueError: for bits outside 1..8 or not descending, or, outside jit, NaN
+      or infinite weights.
+
+  References:
+    arXiv 1911.07346.
+  """
+  bits = grid.check_bits(bits, lowest=1, method="any_precision")
+  tops = [2.0**b - 1 for b in bits]
+
+  def values(r, size, index):
+    top, inverse = _select(tops, index)
+    codes = jnp.round((r * 0.5 + 0.5) * top)
+    return (2 * codes - top) * (size * inverse)
+
+  def init(w):
+    grid.check_finite("weight", w)
+    return {}
+
+  def fake_quantize(params, w, index):
+    del params
+    grid.check_index(index, bits)
+    grid.check_finite("weight", w)
+    w = jnp.asarray(w)
+    r, size = normalized(w), _mean_magnitude(jax.lax.stop_gradient(w))
+    w_hat = values(jax.lax.stop_gradient(r), size, index)
+    return grid.straight_through(r * size, w_hat).astype(w.dtype)
+
+  def encode(params, w):
+    del params
+    grid.check_finite("weight", w)
+    w = jnp.asarray(w)
+    return {"weight": normalized(w), "size": _mean_magnitude(w)}
+
+  def decode(encoded, index):
+    grid.check_index(index, bits)
+    return values(encoded["weight"], encoded["size"], index)
+
+  return WeightQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    encode=encode,
+    decode=decode,
+    stored_bits=32,
+    storage=storage(bits, 32),
+    name="any_precision",
+    options=(("bits", bits),),
+  )
+
+
+def unit_activation(
+  bits: Sequence[int] = (8, 6, 4, 2), *, signed: bool | None = None
+) -> ActivationQuantizer:
+  """Builds the activation quantizer of the unit range, without parameters.
+
+    unsigned   x_hat = [n clip(x, 0, 1)] / n,    n = 2^b - 1
+    signed     x_hat = [n clip(x, -1, 1)] / n,   n = 2^(b-1) - 1
+
+  The gradient passes where x is within the range, both ends included. The
+  signed form is ours, with as many levels below zero as above; published
+  inputs follow a ReLU. Choose it beside `any_precision`, after a
+  normalization: nothing fits the range to the inputs.
+
+  Params: {}.
+
+  Args:
+    bits: candidate bit-widths in 1..8, highest first; in 2..8 if signed.
+    signed: range [-1, 1], or [0, 1]. None leaves it to calibration: signed
+      where a calibration input is negative.
+
+  Raises:
+    ValueError: for bits outside that range or not descending, and when used
+      with the sign still open.
+
+  References:
+    arXiv 1911.07346.
+  """
+  if signed:
+    bits = grid.check_bits(bits, method="unit_activation with signed=True")
+  bits = grid.check_bits(bits, lowest=1, method="unit_activation")
+  tops = [2.0 ** (b - 1 if signed else b) - 1 for b in bits]
+  low = -1 if signed else 0
+
+  def init(x):
+    grid.check_sign(signed)
+    grid.check_finite("activation", x)
+    return {}
+
+  def fake_quantize(params, x, index):
+    del params
+    grid.check_sign(signed)
+    grid.check_index(index, bits)
+    x = jnp.asarray(x)
+    fixed = jax.lax.stop_gradient(x).astype(jnp.float32)
+    top, inverse = _select(tops, index)
+    x_hat = jnp.round(jnp.clip(fixed, low, 1) * top) * inverse
+    inside = (fixed >= low) & (fixed <= 1)
+    return grid.straight_through(jnp.where(inside, x, 0), x_hat.astype(x.dtype))
+
+  return ActivationQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    signed=signed,
+    with_sign=lambda sign: unit_activation(bits, signed=sign),
+    name="unit_activation",
+    options=(("bits", bits), ("signed", signed)),
+  )
+
+
+def _mean_magnitude(w):
+  axes = exact_mean.channel_axes(w.ndim, per_channel=False)
+  return exact_mean.mean(jnp.abs(w), axes)
+
+
+def _select(tops, index):
+  """n and 1/n at `index`: constants for an int, else look-ups."""
+  if isinstance(index, int | np.integer):
+    return tops[index], 1 / tops[index]
+  table = np.array(tops, np.float32)
+  inverses = (1 / np.array(tops)).astype(np.float32)
+  return jnp.asarray(table)[index], jnp.asarray(inverses)[index]

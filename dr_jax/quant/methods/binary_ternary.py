@@ -1,0 +1,158 @@
+"""One and two bits: binary and ternary weights, each with a computed scale.
+
+  binary    w_hat = sign(w) s,           s = mean|w|,   sign(0) = +1
+  ternary   w_hat = sign(w) [|w| > t] s, t = 0.7 mean|w|,
+                                         s = mean of |w| over |w| > t
+
+Rastegari et al., "XNOR-Net", arXiv 1603.05279, section 3.1; Li et al.,
+"Ternary Weight Networks", arXiv 1605.04711, section 2.
+
+Neither has candidates to switch between: they are the ends that a
+multi-precision method is measured against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core.interface import Encoded, Params, WeightQuantizer
+from dr_jax.quant.core.packing import storage
+
+
+def binary(
+  bits: Sequence[int] = (1,), *, per_channel: bool = True
+) -> WeightQuantizer:
+  """Builds the XNOR-Net weight quantizer: sign(w) mean|w|.
+
+  Shared between bit-widths: nothing, there is one. Stored: a bit per weight
+  (1 for w >= 0) and float32 scales. Choose it for the smallest file and for
+  arithmetic on bits, where accuracy may suffer.
+
+  Params: {}. The scale is mean|w| per channel [1, ..., 1, c_out] (the paper's)
+  or per tensor. The gradient is straight-through: that of w_hat, unchanged,
+  the scale counting as a constant. The paper's own rule masks it where
+  |w| > 1 and adds 1/n for the scale; here no weight is kept within [-1, 1],
+  and one outside would never move again. No parity is claimed.
+
+  Args:
+    bits: (1,), the only candidate.
+    per_channel: one scale per entry of the last axis, else one per tensor.
+
+  Raises:
+    ValueError: for other bits, or, outside jit, NaN or infinite weights.
+
+  References:
+    arXiv 1603.05279, section 3.1.
+  """
+  bits = grid.check_bits(bits, lowest=1, highest=1, method="binary")
+
+  def encode(params, w):
+    del params
+    grid.check_finite("weight", w)
+    w = jnp.asarray(w).astype(jnp.float32)
+    axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
+    return {
+      "codes": (w >= 0).astype(jnp.uint8),
+      "scale": exact_mean.mean(jnp.abs(w), axes),
+    }
+
+  def decode(encoded, index):
+    grid.check_index(index, bits)
+    scale = encoded["scale"]
+    return jnp.where(encoded["codes"] == 1, scale, -scale)
+
+  quantizer = _fixed(bits, encode, decode, signed=False)
+  options = (("bits", bits), ("per_channel", per_channel))
+  return quantizer._replace(name="binary", options=options)
+
+
+def ternary(
+  bits: Sequence[int] = (2,), *, per_channel: bool = True
+) -> WeightQuantizer:
+  """Builds the TWN weight quantizer: -s, 0 or s.
+
+  Shared between bit-widths: nothing, there is one. Stored: codes -1, 0 and 1
+  in two bits, and float32 scales. Choose it where additions may take the place
+  of products, and zeros may be skipped.
+
+  Params: {}. Threshold and scale are computed per channel [1, ..., 1, c_out]
+  or per tensor. The gradient is straight-through: that of w_hat, unchanged,
+  also for weights whose code is 0; threshold and scale count as constants. No
+  parity is claimed.
+
+  Args:
+    bits: (2,), the only candidate.
+    per_channel: one scale per entry of the last axis, else one per tensor.
+
+  Raises:
+    ValueError: for other bits, or, outside jit, NaN or infinite weights.
+
+  References:
+    arXiv 1605.04711, section 2.
+  """
+  bits = grid.check_bits(bits, lowest=2, highest=2, method="ternary")
+
+  def encode(params, w):
+    del params
+    grid.check_finite("weight", w)
+    w = jnp.asarray(w).astype(jnp.float32)
+    axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
+    sizes = jnp.abs(w)
+    above = sizes > 0.7 * exact_mean.mean(sizes, axes)
+    codes = jnp.where(above, jnp.sign(w), 0)
+    return {
+      "codes": codes.astype(jnp.int8),
+      "scale": _mean_where(above, sizes, axes),
+    }
+
+  def decode(encoded, index):
+    grid.check_index(index, bits)
+    scale = encoded["scale"]
+    return encoded["codes"].astype(scale.dtype) * scale
+
+  quantizer = _fixed(bits, encode, decode, signed=True)
+  options = (("bits", bits), ("per_channel", per_channel))
+  return quantizer._replace(name="ternary", options=options)
+
+
+def _fixed(
+  bits: tuple[int, ...],
+  encode: Callable[[Params, jax.Array], Encoded],
+  decode: Callable[[Encoded, grid.Index], jax.Array],
+  *,
+  signed: bool,
+) -> WeightQuantizer:
+  """Builds a quantizer that learns nothing, straight-through."""
+
+  def init(w):
+    grid.check_finite("weight", w)
+    return {}
+
+  def fake_quantize(params, w, index):
+    w = jnp.asarray(w)
+    w_hat = decode(encode(params, jax.lax.stop_gradient(w)), index)
+    return grid.straight_through(w, w_hat.astype(w.dtype))
+
+  return WeightQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    encode=encode,
+    decode=decode,
+    stored_bits=bits[0],
+    storage=storage(bits, bits[0], signed=signed),
+  )
+
+
+def _mean_where(chosen, x, axes):
+  """Mean of the chosen x >= 0, exact in any order; 0 where none is chosen."""
+  total = math.prod(x.shape[axis] for axis in axes)
+  count = chosen.sum(axes, keepdims=True).astype(jnp.float32)
+  share = total * (1 / jnp.maximum(count, 1))
+  mean = exact_mean.mean(jnp.where(chosen, x, 0), axes) * share
+  return jnp.minimum(mean, x.max(axes, keepdims=True))

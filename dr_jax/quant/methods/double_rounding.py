@@ -1,0 +1,259 @@
+"""Double Rounding: one integer model at h bits, every lower one derived.
+
+  q_h = clip(round(w / s), -2^(h-1), 2^(h-1) - 1)
+  q_l = clip(round(q_h / 2^D), -2^(l-1), 2^(l-1) - 1),   D = h - l
+  w_hat = q_l * s * 2^D
+
+One scale s > 0 is shared by all bit-widths, so that the h-bit codes and s are
+all that is stored. arXiv 2502.01199, eq. 1 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+
+from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core.interface import WeightQuantizer
+from dr_jax.quant.core.packing import storage
+
+if TYPE_CHECKING:
+  from jaxtyping import Array, Float, Int
+
+
+def double_rounding(
+  bits: Sequence[int] = (8, 6, 4, 2),
+  *,
+  rounding: str = "half_even",
+  per_channel: bool = True,
+  shared: bool = True,
+) -> WeightQuantizer:
+  """Builds the Double Rounding weight quantizer.
+
+  Shared between bit-widths: the weights, the codes and the scale. Stored:
+  codes of bits[0] bits and float32 scales. Choose it when one integer file
+  must serve every bit-width with nearly the accuracy of separate training.
+
+  Params: {"scale": float32 [1, ..., 1, c_out]}, or all ones per tensor; starts
+  at max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1).
+
+  With `shared=False` only the weights are shared: b bits take the same two
+  roundings with a scale of their own, s_b in place of s. Codes of different
+  scales do not nest, so that float32 weights are stored. Choose that to
+  measure what sharing the scale costs. Params then: {"scale": float32
+  [B, 1, ..., 1, c_out]}, all in units of the highest bit-width and all started
+  alike.
+
+  Args:
+    bits: candidate bit-widths in 2..8, highest first.
+    rounding: rule of the second rounding. "half_even" (the paper's round),
+      "half_up" ((q + 2^(D-1)) >> D, needs only the top l+1 bit-planes) or
+      "floor" (q >> D, the top l bit-planes).
+    per_channel: one scale per entry of the last axis, else one per tensor.
+    shared: one scale for all bit-widths (the paper's method), else one for
+      each (its "Ours*").
+
+  Raises:
+    ValueError: for bits outside 2..8 or not descending, an unknown rounding,
+      or, outside jit, NaN or infinite weights.
+
+  References:
+    arXiv 2502.01199, section 3.1.
+  """
+  bits = grid.check_bits(bits)
+  grid.check_rounding(rounding)
+  if not isinstance(shared, bool):
+    raise ValueError(f"shared={shared!r}: allowed are True and False")
+
+  def scale_of(w):
+    return three_sigma_scale(w, bits[0], per_channel=per_channel)
+
+  build = nested if shared else _unshared
+  quantizer = build(bits, grid.nested_grids(bits, rounding), rounding, scale_of)
+  options = (
+    ("bits", bits),
+    ("rounding", rounding),
+    ("per_channel", per_channel),
+    ("shared", shared),
+  )
+  return quantizer._replace(name="double_rounding", options=options)
+
+
+def nested(
+  bits: tuple[int, ...],
+  grids: tuple[grid.Grid, ...],
+  rounding: str,
+  scale_of: Callable[[Float[Array, ...]], Float[Array, ...]],
+  *,
+  first: str = "half_even",
+  center: float = 0.0,
+) -> WeightQuantizer:
+  """Builds a quantizer whose lower codes derive from the highest ones.
+
+  Args:
+    bits: candidate bit-widths, checked.
+    grids: one per bit-width, from `grid.nested_grids`.
+    rounding: rule of the second rounding.
+    scale_of: initial scale of a weight, float32, broadcastable to it.
+    first: rule of the first rounding.
+    center: added to a code when it becomes a weight, at every bit-width.
+  """
+  low, high = int(grids[0].first_low), int(grids[0].first_high)
+
+  def init(w):
+    grid.check_finite("weight", w)
+    return {"scale": scale_of(w)}
+
+  def fake_quantize(params, w, index):
+    grid.check_index(index, bits)
+    grid.check_finite("weight", w)
+    return grid.round_straight_through(
+      w,
+      params["scale"],
+      grids,
+      index,
+      rounding=rounding,
+      double=True,
+      first=first,
+      center=center,
+    )
+
+  def encode(params, w):
+    grid.check_finite("weight", w)
+    w, scale = grid.working_floats(w, params["scale"])
+    codes = grid.first_codes(w, scale, low, high, first)
+    return {"codes": codes.astype(jnp.int8), "scale": scale}
+
+  def decode(encoded, index):
+    grid.check_index(index, bits)
+    shift = _at([bits[0] - b for b in bits], index)
+    codes = shift_codes(encoded["codes"], shift, rounding)
+    target = grid.select(grids, index)
+    scale = encoded["scale"]
+    codes = jnp.clip(codes.astype(scale.dtype), target.low, target.high)
+    if center:
+      codes = codes + center
+    return codes * (scale * target.step)
+
+  return WeightQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    encode=encode,
+    decode=decode,
+    stored_bits=bits[0],
+    storage=storage(bits, bits[0]),
+  )
+
+
+def switch_codes(
+  codes: Int[Array, ...],
+  from_bits: int,
+  to_bits: int,
+  *,
+  rounding: str = "half_even",
+) -> Int[Array, ...]:
+  """Derives lower-bit codes from higher-bit ones (the second rounding).
+
+  Args:
+    codes: integers in [-2^(from_bits-1), 2^(from_bits-1) - 1], any shape.
+    from_bits: bit-width of `codes`, 2..8.
+    to_bits: bit-width wanted, 2..from_bits.
+    rounding: what happens to exact halves: "half_even", "half_up" or "floor".
+
+  Returns:
+    int8 codes in [-2^(to_bits-1), 2^(to_bits-1) - 1], same shape.
+
+  Raises:
+    ValueError: if to_bits > from_bits, either is outside 2..8, the rounding is
+      unknown, or codes are no integers.
+
+  References:
+    arXiv 2502.01199, eq. 2.
+  """
+  grid.check_rounding(rounding)
+  (from_bits,) = grid.check_bits([from_bits])
+  (to_bits,) = grid.check_bits([to_bits])
+  if to_bits > from_bits:
+    raise ValueError(f"to_bits={to_bits}: allowed are 2..from_bits={from_bits}")
+  low, high = grid.code_range(to_bits)
+  codes = grid.check_integers("codes", codes)
+  shifted = shift_codes(codes, from_bits - to_bits, rounding)
+  return jnp.clip(shifted, low, high).astype(jnp.int8)
+
+
+def three_sigma_scale(
+  w: Float[Array, ...], bits: int, *, per_channel: bool
+) -> Float[Array, ...]:
+  """Scale that lets `bits`-bit codes span three standard deviations of w.
+
+  Args:
+    w: weight [..., c_out].
+    bits: the highest bit-width.
+    per_channel: reduce over all axes but the last, else over all.
+
+  Returns:
+    float32, rank of w: [1, ..., 1, c_out], or all ones.
+  """
+  w = grid.widened(w)
+  axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
+  mean = w.mean(axes, keepdims=True)
+  std = w.std(axes, keepdims=True)
+  bound = jnp.abs(mean) + 3 * std  # = max |mean -+ 3 std|, and never inf - inf
+  return grid.positive(bound / 2 ** (bits - 1)).astype(jnp.float32)
+
+
+def _unshared(bits, grids, rounding, scale_of):
+  """Double Rounding with a scale per bit-width on shared float weights."""
+
+  def init(w):
+    grid.check_finite("weight", w)
+    return {"scale": jnp.stack([scale_of(w)] * len(bits))}
+
+  def fake_quantize(params, w, index):
+    grid.check_index(index, bits)
+    grid.check_finite("weight", w)
+    return grid.round_straight_through(
+      w, params["scale"][index], grids, index, rounding=rounding, double=True
+    )
+
+  def encode(params, w):
+    grid.check_finite("weight", w)
+    w, scale = grid.working_floats(w, params["scale"])
+    return {"weight": w, "scale": scale}
+
+  def decode(encoded, index):
+    return fake_quantize(encoded, encoded["weight"], index)
+
+  return WeightQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    encode=encode,
+    decode=decode,
+    stored_bits=32,
+    storage=storage(bits, 32),
+  )
+
+
+def shift_codes(
+  codes: Int[Array, ...], shift: grid.Index, rounding: str
+) -> Int[Array, ...]:
+  """Rounds codes / 2^shift in int32; `shift` is an int or an int32 scalar."""
+  q = codes.astype(jnp.int32)
+  half = (1 << shift) >> 1
+  if rounding == "half_up":
+    q = q + half
+  elif rounding == "half_even":
+    # Half, less one unless the floor is odd; nothing when shift is 0.
+    q = q + jnp.maximum(half - 1 + ((q >> shift) & 1), 0)
+  return q >> shift
+
+
+def _at(table, index):
+  if isinstance(index, int | np.integer):
+    return table[index]
+  return jnp.asarray(table, jnp.int32)[index]

@@ -1,0 +1,165 @@
+"""LSQ+: a better first scale for weights, a learned offset for activations.
+
+  w_hat = clip(round(w / s_b), Q_N, Q_P) * s_b
+  x_hat = clip(round((x - beta_b) / s_b), 0, 2^b - 1) * s_b + beta_b
+
+An offset lets every code serve an activation that is neither symmetric nor
+non-negative (Swish, GELU). CVPR workshops 2020, arXiv 2004.09576.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dr_jax.quant.core import grid
+from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
+from dr_jax.quant.methods.double_rounding import three_sigma_scale
+from dr_jax.quant.methods.lsq import lsq
+
+# Offsets are read through a clamp to as many of the largest scale as 8-bit
+# codes have levels, which keeps them finite whatever an optimizer does.
+_OFFSET_MAX = grid.SCALE_MAX * 2.0**8
+
+
+def lsq_plus(
+  bits: Sequence[int] = (8, 6, 4, 2), *, per_channel: bool = True
+) -> WeightQuantizer:
+  """Builds the LSQ+ weight quantizer: LSQ with another first scale.
+
+  Shared between bit-widths: the float weights only. Stored: float32 weights,
+  or, for a single bit-width, its codes. Choose it over LSQ as the baseline
+  where weights are far from a Gaussian around zero or have few bits.
+
+  Params: {"scale": float32 [B, 1, ..., 1, c_out]}; starts at
+  max(|mean - 3 std|, |mean + 3 std|) / 2^(b-1).
+
+  Args:
+    bits: candidate bit-widths in 2..8, highest first.
+    per_channel: one scale per entry of the last axis (the paper has one per
+      tensor: False).
+
+  Raises:
+    ValueError: for bits outside 2..8 or not descending, or, outside jit, NaN
+      or infinite weights.
+
+  References:
+    arXiv 2004.09576, section 3.3.1. Gradients as in `lsq`.
+  """
+  bits = grid.check_bits(bits, method="lsq_plus")
+
+  def init(w):
+    grid.check_finite("weight", w)
+    scales = [three_sigma_scale(w, b, per_channel=per_channel) for b in bits]
+    return {"scale": jnp.stack(scales)}
+
+  quantizer = lsq(bits, per_channel=per_channel)
+  return quantizer._replace(init=init, name="lsq_plus")
+
+
+def lsq_plus_activation(
+  bits: Sequence[int] = (8, 6, 4, 2), *, signed: bool | None = None
+) -> ActivationQuantizer:
+  """Builds the LSQ+ activation quantizer: learned scales and offsets.
+
+  With v = (x - beta_b) / s_b, q the code, Q_P = 2^b - 1, and N the number of
+  elements:
+    d x_hat / d x = 1 where 0 <= v <= Q_P, else 0
+    d x_hat / d s_b = (q - v inside, q outside) / sqrt(N Q_P)
+    d x_hat / d beta_b = (0 inside, 1 outside) / sqrt(N Q_P)
+
+  Choose it after activations with a negative tail, and where one method must
+  serve inputs of either sign.
+
+  Params: {"scale": float32 [B], "offset": float32 [B]}; start at
+  (max - min) / Q_P and at min of the calibration batch. The paper fits both to
+  the least squared error, which min and max need no search for: no parity is
+  claimed.
+
+  Args:
+    bits: candidate bit-widths in 2..8, highest first.
+    signed: None, True or False, to no effect: the offset serves either sign
+      with codes 0..2^b-1, and the quantizer's `signed` is False.
+
+  Raises:
+    ValueError: for bits outside 2..8 or not descending, or, outside jit, NaN
+      or infinite calibration inputs.
+
+  References:
+    arXiv 2004.09576, section 3.1 and 3.2.
+  """
+  bits = grid.check_bits(bits, method="lsq_plus_activation")
+  grids = grid.single_grids(bits, signed=False)
+
+  def init(x):
+    grid.check_finite("activation", x)
+    x = grid.widened(x)
+    low, high = x.min(), x.max()
+    scale = jnp.stack([(high - low) / g.high for g in grids])
+    offset = _read_offset(jnp.stack([low] * len(bits)))
+    return {
+      "scale": grid.positive(scale).astype(jnp.float32),
+      "offset": offset.astype(jnp.float32),
+    }
+
+  def fake_quantize(params, x, index):
+    grid.check_index(index, bits)
+    x, top = jnp.asarray(x), jnp.asarray([float(g.high) for g in grids])[index]
+    return _shifted(x, params["scale"][index], params["offset"][index], top)
+
+  return ActivationQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    signed=False,
+    with_sign=lambda sign: lsq_plus_activation(bits, signed=sign),
+    name="lsq_plus_activation",
+    options=(("bits", bits), ("signed", signed)),
+  )
+
+
+@jax.custom_vjp
+def _shifted(x, scale, offset, top):
+  _, scale, offset, _, q = _quantize(x, scale, offset, top)
+  # The bound holds anyway: it parts the product from the sum, which some
+  # programs would contract to one operation with one rounding.
+  return (jnp.minimum(q * scale, top * scale) + offset).astype(x.dtype)
+
+
+def _forward(x, scale, offset, top):
+  return _shifted(x, scale, offset, top), (x, scale, offset, top)
+
+
+def _backward(residuals, g):
+  x, scale, offset, top = residuals
+  x32, scale32, _, shifted, q = _quantize(x, scale, offset, top)
+  inside = (shifted >= 0) & (shifted <= top * scale32)
+  factor = 1 / (math.sqrt(max(x.size, 1)) * jnp.sqrt(top))
+  slope = (q - jnp.where(inside, shifted, 0) * (1 / scale32)) * factor
+  outside = jnp.where(inside, 0, factor)
+
+  # As in grid: JAX transposes every broadcast along with this stand-in.
+  def stand_in(x, scale, offset):
+    x, scale, offset = (a.astype(x32.dtype) for a in (x, scale, offset))
+    return jnp.where(inside, x, 0) + scale * slope + offset * outside
+
+  _, transposed = jax.vjp(stand_in, x, scale, offset)
+  return *transposed(g.astype(x32.dtype)), None
+
+
+_shifted.defvjp(_forward, _backward)
+
+
+def _quantize(x, scale, offset, top):
+  """Returns x, scale, offset, x - offset and the code, all as floats."""
+  x, scale = grid.working_floats(x, scale)
+  offset = _read_offset(offset.astype(x.dtype))
+  shifted = x - offset
+  return x, scale, offset, shifted, grid.first_codes(shifted, scale, 0, top)
+
+
+def _read_offset(offset):
+  return jnp.clip(offset, -_OFFSET_MAX, _OFFSET_MAX)

@@ -1,0 +1,239 @@
+"""One visit of a step: gradients at one assignment of bits, and an update."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from dr_jax.nn import Functional
+from dr_jax.quant import SCALE_MAX, SCALE_MIN
+from dr_jax.runtime.sharding import Layout
+from dr_jax.train import alrs as alrs_lib
+from dr_jax.train.distill import Distillation
+from dr_jax.train.sampling import Index, Sampling
+from dr_jax.train.state import TrainState
+
+
+class Parts(NamedTuple):
+  """What a step is made of; the fields are arguments of `make_step`."""
+
+  network: Functional
+  bits: tuple[int, ...]
+  optimizer: optax.GradientTransformation
+  learning_rate: optax.Schedule
+  alrs: str
+  sampling: Sampling
+  distillation: Distillation
+  weights: np.ndarray
+  steps: int | None
+  layout: Layout | None = None
+
+  @property
+  def visits(self) -> int:
+    return len(self.sampling.labels(self.bits))
+
+  def indices(self, state: TrainState) -> list[Index]:
+    """The bit-widths that this step visits."""
+    key = jax.random.fold_in(state.key, state.step)
+    return self.sampling.draw(
+      key, len(self.bits), self.network.layers, state.step
+    )
+
+  def stacked_indices(self, state: TrainState) -> jax.Array:
+    """The same as one int32 array [visits] or [visits, layers]."""
+    return jnp.stack([jnp.asarray(i, jnp.int32) for i in self.indices(state)])
+
+
+class Gradients(NamedTuple):
+  """Gradients of one or several visits, summed.
+
+  `weighted` and `total` are sums of factor * |gradient| and of |gradient| for
+  the scales: their ratio, the mean ALRS factor, multiplies the update. With
+  one bit-width in use it is that bit-width's factor.
+  """
+
+  params: Any
+  weighted: Any
+  total: Any
+
+
+class Carry(NamedTuple):
+  """What the visits of a step hand on: statistics, memory, teacher's logits."""
+
+  batch_stats: Any
+  memory: Any
+  teacher: Any
+
+
+def gradients_of(parts, state, carry, batch, index, visit, *, axis=None):
+  """Returns gradients, the new carry, and the loss of one visit.
+
+  `axis` names the dimension of `jax.vmap` or of the mesh that holds the
+  visits, if they run at once.
+  """
+
+  def loss(params, carry, batch, index, visit, progress):
+    logits, stats = parts.network.apply(
+      params, carry.batch_stats, index, batch["image"], train=True
+    )
+    answers = jax.lax.stop_gradient(logits.astype(jnp.float32))
+    memory, teacher = _taught(parts, carry, batch, answers, visit, axis)
+    value = parts.distillation.loss(
+      logits, batch["label"], teacher, visit, progress, memory
+    )
+    handed = _handed(parts, carry, answers, visit, axis)
+    return _at(parts.weights, index) * value, (
+      Carry(stats, memory, handed),
+      value,
+    )
+
+  of_batch = jax.value_and_grad(loss, has_aux=True)
+  if parts.layout is not None and parts.layout.norm == "per_device":
+    of_batch = _per_device(parts.layout, of_batch)
+  (_, (carry, value)), gradients = of_batch(
+    state.params, carry, batch, index, visit, _progress(parts, state)
+  )
+  scales = scales_of(parts, gradients)
+  learning_rate = jnp.float32(parts.learning_rate(state.step))
+  eta = jnp.asarray(alrs_lib.eta(parts.bits), jnp.float32)
+  factor = alrs_lib.factor(
+    parts.alrs,
+    eta[jnp.asarray(index)],
+    alrs_lib.gradient_size(scales),
+    learning_rate,
+  )
+  # A scale learns at the pace of its own layer's bit-width.
+  factors = jnp.broadcast_to(factor, (parts.network.layers,))
+  total = jax.tree.map(jnp.abs, scales)
+  weighted = [
+    factors[layer] * size
+    for layer, size in zip(parts.network.scale_layers, total, strict=True)
+  ]
+  return Gradients(gradients, weighted, total), carry, value
+
+
+def _per_device(layout, of_batch):
+  """Makes every device see its share of the batch alone; means over devices."""
+
+  def local(params, carry, batch, index, visit, progress):
+    # Varying parameters have gradients of this device, not their sum.
+    params = jax.lax.pcast(params, "data", to="varying")
+    (loss, (carry, value)), gradients = of_batch(
+      params, carry, batch, index, visit, progress
+    )
+    loss, stats, value, gradients = jax.tree.map(
+      lambda x: (
+        jax.lax.pmean(x, "data") if jnp.issubdtype(x.dtype, jnp.floating) else x
+      ),
+      (loss, carry.batch_stats, value, gradients),
+    )
+    return (loss, (carry._replace(batch_stats=stats), value)), gradients
+
+  carries = Carry(P(), P(), P("data"))
+  outer = jax.sharding.get_abstract_mesh()
+  return jax.shard_map(
+    local,
+    mesh=layout.mesh if outer.empty else outer,
+    in_specs=(P(), carries, P("data"), P(), P(), P()),
+    out_specs=((P(), (carries, P())), P()),
+    axis_names={"data"},
+  )
+
+
+def _taught(parts, carry, batch, answers, visit, axis):
+  """The memory and the teacher's logits that a visit's loss is given."""
+  scheme, labels = parts.distillation, batch["label"]
+  if axis is not None:
+    if not parts.distillation.exchanges:
+      return carry.memory, jnp.zeros_like(answers)
+    # A gather, but as a sum: its result is the same on every device.
+    mine = jnp.arange(parts.visits)[:, None, None] == visit
+    every = jax.lax.psum(jnp.where(mine, answers, 0), axis)
+    memory = scheme.learn(carry.memory, every[0], labels)
+    teacher = 0 if scheme.teacher == "first" else jnp.maximum(visit - 1, 0)
+    return memory, every[teacher]
+  learned = scheme.learn(carry.memory, answers, labels)
+  memory = jax.tree.map(
+    lambda new, old: jnp.where(visit == 0, new, old), learned, carry.memory
+  )
+  return memory, carry.teacher
+
+
+def _handed(parts, carry, answers, visit, axis):
+  """The teacher's logits for the next visit, if there is one."""
+  teacher = parts.distillation.teacher
+  if teacher is None or axis is not None:
+    return ()
+  if teacher == "previous":
+    return answers
+  if isinstance(visit, int):
+    return carry.teacher if visit else answers
+  return jnp.where(visit == 0, answers, carry.teacher)
+
+
+def _progress(parts, state):
+  """How much of the run is done with this step, in (0, 1]."""
+  if parts.steps is None:
+    return jnp.float32(1)
+  return (state.step + 1).astype(jnp.float32) / parts.steps
+
+
+def _at(table, index):
+  """The entry of a table of bit-widths; the mean where layers differ."""
+  return jnp.asarray(table)[jnp.asarray(index)].mean()
+
+
+def apply_gradients(parts, state, gradients):
+  """Returns the state after one optimizer update, at the same step number."""
+  directions, opt_state = parts.optimizer.update(
+    gradients.params, state.opt_state, state.params
+  )
+  rate = -jnp.float32(parts.learning_rate(state.step))
+  params = jax.tree.map(
+    lambda p, d: p + (rate * d).astype(p.dtype), state.params, directions
+  )
+  if jax.tree.leaves(gradients.total):
+    old, direction = (
+      scales_of(parts, tree) for tree in (state.params, directions)
+    )
+    scales = jax.tree.map(
+      _update_scale(rate), old, direction, gradients.weighted, gradients.total
+    )
+    params = _replace_scales(parts, params, scales)
+  return state._replace(params=params, opt_state=opt_state)
+
+
+def _update_scale(rate):
+  def update(scale, direction, weighted, total):
+    factor = jnp.where(total > 0, weighted / jnp.maximum(total, 1e-37), 0)
+    new = scale + rate * factor * direction
+    # Quantizers clamp what they read; the raw parameter must not drift away,
+    # nor be lost to one overflowing gradient.
+    new = jnp.clip(new, SCALE_MIN, SCALE_MAX)
+    return jnp.where(jnp.isnan(new), scale, new)
+
+  return update
+
+
+def scales_of(parts, tree):
+  """The leaves that are learned scales, as a flat list."""
+  kinds = jax.tree.leaves(parts.network.kinds)
+  pairs = zip(jax.tree.leaves(tree), kinds, strict=True)
+  return [leaf for leaf, kind in pairs if kind == "scale"]
+
+
+def _replace_scales(parts, params, scales):
+  leaves, treedef = jax.tree.flatten(params)
+  kinds = jax.tree.leaves(parts.network.kinds)
+  scales = iter(scales)
+  return treedef.unflatten(
+    [
+      next(scales) if kind == "scale" else leaf
+      for leaf, kind in zip(leaves, kinds, strict=True)
+    ]
+  )

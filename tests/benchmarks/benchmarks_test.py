@@ -1,0 +1,381 @@
+"""Benchmarks of named networks and of scaling; what they time is not tested."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dr_jax.benchmarks import (
+  concurrent_load,
+  images,
+  loopback,
+  network,
+  scaling,
+  throughput,
+)
+from dr_jax.benchmarks.peak import peak, share_of_peak
+from dr_jax.checkpoint.checkpoints import Checkpoints
+from dr_jax.data import batching
+from dr_jax.runtime import sharding
+from dr_jax.runtime.metrics import MetricsWriter
+from dr_jax.train import loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = network.Setting("resnet8", image_size=8, bits=(4, 2))
+# One column across: stem, head; three stages of 6 convolutions each, but two
+# of them begin with half the channels and have a shortcut of one pixel.
+RESNET20_MACS = (
+  32 * 32 * 9 * 3 * 16
+  + 6 * 32 * 32 * 9 * 16 * 16
+  + 16 * 16 * (16 * 32 * (9 + 1) + 5 * 9 * 32 * 32)
+  + 8 * 8 * (32 * 64 * (9 + 1) + 5 * 9 * 64 * 64)
+  + 64 * 10
+)
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Training runs as users run it."""
+  yield
+
+
+def printed(table):
+  file = io.StringIO()
+  Console(file=file, width=200).print(table)
+  return file.getvalue()
+
+
+def cells(text, name):
+  """The cells of the row of that name."""
+  rows = [
+    [cell.strip() for cell in line.strip("│").split("│")]
+    for line in text.splitlines()
+    if "│" in line
+  ]
+  (found,) = [row[1:] for row in rows if row[0] == name]
+  return found
+
+
+@pytest.mark.parametrize(
+  ("kind", "dtype", "tera"),
+  [
+    ("NVIDIA A100-SXM4-40GB", "bfloat16", 312),
+    ("NVIDIA A100 80GB PCIe", "float32", 156),
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+    ("NVIDIA H100 80GB HBM3", "float32", 495),
+    ("NVIDIA H100 PCIe", "bfloat16", 756),
+    ("NVIDIA H100 NVL", "float32", 418),
+    ("NVIDIA H200", "bfloat16", 989),
+    ("NVIDIA L4", "bfloat16", 121),
+    ("Tesla T4", "float32", 8.1),
+    ("TPU v4", "bfloat16", 275),
+    ("TPU v5 lite", "bfloat16", 197),
+    ("TPU v5", "bfloat16", 459),
+    ("TPU v5p", "float32", 459),
+    ("TPU v6 lite", "bfloat16", 918),
+  ],
+)
+def test_peaks_of_devices_are_found_by_their_names(kind, dtype, tera):
+  assert peak(kind, dtype) == pytest.approx(tera * 1e12)
+
+
+@pytest.mark.parametrize(
+  ("kind", "dtype"),
+  [
+    ("cpu", "float32"),
+    ("NVIDIA L40S", "bfloat16"),
+    ("NVIDIA A1000", "bfloat16"),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16"),
+    ("Tesla T4", "bfloat16"),
+    ("TPU v7x", "bfloat16"),
+  ],
+)
+def test_devices_that_are_not_in_the_table_have_no_known_peak(kind, dtype):
+  assert peak(kind, dtype) is None
+
+
+def test_a_share_of_the_peak_counts_three_passes_at_every_bit_width():
+  # 2 operations x 3 passes x 4 bit-widths x 10^9 x 100 per second = 2.4e12.
+  assert share_of_peak(10**9, 100.0, 4, 1e13) == pytest.approx(0.24)
+
+
+def test_every_layer_counts_in_the_products_of_a_network():
+  assert network.Setting("resnet20").macs() == RESNET20_MACS
+
+
+@pytest.mark.parametrize(
+  ("model", "size", "classes"),
+  [("resnet8", 32, 10), ("resnet50", 224, 1000), ("mobilenetv2", 224, 1000)],
+)
+def test_networks_have_images_and_classes_of_their_own(model, size, classes):
+  setting = network.Setting(model)
+  assert (setting.size, setting.classes) == (size, classes)
+  batch = network.Setting(model, 16).batch(3)
+  assert batch["image"].shape == (3, 16, 16, 3)
+  assert batch["image"].dtype == np.float32
+
+
+def test_computation_has_the_type_that_was_asked_for():
+  half = SMALL._replace(dtype="bfloat16").floating()
+  assert half.stem.dtype == "bfloat16"
+
+
+def test_modes_are_all_or_those_that_are_named():
+  assert throughput.modes([]) == list(throughput.MODES)
+  assert throughput.modes([], quick=True, vmap=False) == [
+    ("alternate", "sequential"),
+    ("accumulate", "sequential"),
+  ]
+  assert throughput.modes(["accumulate/vmap"], quick=True, vmap=False) == [
+    ("accumulate", "vmap")
+  ]
+  with pytest.raises(ValueError, match="modes=fast: unknown; allowed are"):
+    throughput.modes(["fast"])
+
+
+def test_a_network_is_timed_on_all_devices():
+  layout = sharding.layout()
+  assert layout.data == 4  # by conftest
+  measured = throughput.measure(
+    SMALL, layout, 8, [("alternate", "sequential")], rounds=2, steps=3
+  )
+  assert [row.name for row in measured] == [
+    "float",
+    "joint alternate sequential",
+  ]
+  assert [row.visits for row in measured] == [1, 2]
+  for row in measured:
+    assert len(row.seconds) == 2
+    assert 0 < min(row.seconds) < row.first_seconds  # which compiled
+  text = printed(throughput.table(SMALL, layout, 8, measured))
+  assert "4 x cpu, float32" in text
+  assert "peak" not in text
+  speed = 8 / np.median(measured[0].seconds)
+  assert float(cells(text, "float")[0]) == pytest.approx(speed, abs=0.5)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+  with pytest.raises(ValueError, match="batch_size=6: .* multiples of 4"):
+    throughput.measure(SMALL, sharding.layout(), 6, [], rounds=1, steps=1)
+
+
+def fake(kind):
+  """A layout of two devices of a kind."""
+  device = types.SimpleNamespace(platform="gpu", device_kind=kind)
+  devices = np.array([device, device])
+  return types.SimpleNamespace(mesh=types.SimpleNamespace(devices=devices))
+
+
+MEASURED = [
+  throughput.Measured("float", 1, [0.01, 0.02, 0.03], 5.0),
+  throughput.Measured("joint", 4, [0.08], 5.0),
+  throughput.Measured("large", 4, [], 0.0),
+]
+
+
+def test_shares_of_the_peak_are_those_of_all_devices():
+  setting = network.Setting("resnet20", dtype="bfloat16")
+  layout = fake("NVIDIA L4")
+  text = printed(throughput.table(setting, layout, 20_000, MEASURED))
+  # 20,000 images in 0.02 s, and 20,000 at four bit-widths in 0.08 s.
+  share = 6 * RESNET20_MACS * 1e6 / (2 * 121e12)
+  assert cells(text, "float")[-1] == f"{100 * share:.1f} %"
+  assert cells(text, "joint")[-1] == f"{100 * share:.1f} %"
+  assert cells(text, "large")[0] == "out of memory"
+  assert "242 TFLOP/s" in text
+
+
+def test_a_device_without_a_published_peak_is_said_to_have_none():
+  layout = fake("NVIDIA L40S")
+  text = printed(throughput.table(SMALL, layout, 8, MEASURED))
+  assert "unknown peak" in text
+  assert "of peak" not in text
+
+
+def test_a_step_that_does_not_fit_in_memory_is_no_error():
+  def fails(message):
+    def run(count):
+      raise jax.errors.JaxRuntimeError(message)
+
+    return run
+
+  full = fails("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
+  assert throughput._until_ready(full) is None
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    throughput._until_ready(fails("INTERNAL: broken"))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_scaling_trains_equally_many_images_on_every_device(devices):
+  layout = sharding.layout(devices=jax.devices()[:devices])
+  speed = scaling.measure(SMALL, layout, 3, 2)
+  images = speed.images_per_second * speed.step_seconds
+  assert images == pytest.approx(3 * devices)
+  assert (speed.sum_seconds > 0) == (devices > 1)
+
+
+def test_efficiency_is_the_share_of_the_first_speed_of_each():
+  speeds = [scaling.Speed(100, 0.16, 0), scaling.Speed(150, 0.21, 0.0314)]
+  text = printed(scaling.table(SMALL, 16, "processes", [1, 2], speeds))
+  assert cells(text, "1") == ["100.0", "100.0", "1.00", "0.160", ""]
+  assert cells(text, "2") == ["150.0", "75.0", "0.75", "0.210", "0.031"]
+
+
+@pytest.mark.parametrize("text", ["0", "two", "-1"])
+def test_counts_are_whole_numbers_from_one(text):
+  assert scaling.numbers("processes", ["1", "4"]) == [1, 4]
+  with pytest.raises(ValueError, match=f"processes={text}: .*allowed are"):
+    scaling.numbers("processes", ["1", text])
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+  """Writes a module that processes can run; returns its name."""
+
+  def write(source):
+    (tmp_path / "program.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "program"
+
+  return write
+
+
+def test_every_process_has_a_core_and_knows_the_others(program):
+  name = program(
+    "import json, os, sys, time\n"
+    "names = 'JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID'\n"
+    "told = [os.environ[name] for name in names.split()]\n"
+    "cores = sorted(os.sched_getaffinity(0))\n"
+    "open(sys.argv[1] + told[2], 'w').write(json.dumps([told, cores]))\n"
+    "print('number', told[2])\n"
+  )
+  folder = pathlib.Path(os.environ["PYTHONPATH"])
+  before = loopback.cores()
+  count = len(before) + 1
+  assert loopback.run(name, [f"{folder}/"], count) == "number 0\n"
+  assert loopback.cores() == before
+  found = [json.loads((folder / str(n)).read_text()) for n in range(count)]
+  assert [told[1:] for told, _ in found] == [
+    [str(count), str(n)] for n in range(count)
+  ]
+  assert len({told[0] for told, _ in found}) == 1
+  assert [cores for _, cores in found] == [[c] for c in (*before, before[0])]
+
+
+def test_a_single_process_is_told_of_no_others(program, monkeypatch):
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
+  name = program("import os; print(repr(os.environ['JAX_NUM_PROCESSES']))")
+  assert loopback.run(name, [], 1) == "''\n"
+
+
+def test_when_one_process_fails_the_others_are_ended(program, tmp_path):
+  name = program(
+    "import os, pathlib, sys, time\n"
+    "here = pathlib.Path(__file__).parent / 'pid'\n"
+    "if os.environ['JAX_PROCESS_ID'] == '0':\n"
+    "  (here.parent / 'part').write_text(str(os.getpid()))\n"
+    "  (here.parent / 'part').rename(here)\n"
+    "  time.sleep(600)\n"
+    "while not here.exists(): time.sleep(0.01)\n"
+    "sys.exit('first\\nno room')\n"
+  )
+  with pytest.raises(ValueError, match="processes=2: .* code 1 .*: no room$"):
+    loopback.run(name, [], 2)
+  with pytest.raises(ProcessLookupError):
+    os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+  root = tmp_path_factory.mktemp("photographs")
+  assert len(images.write(root)) == images.COUNT
+  return root
+
+
+@pytest.fixture(scope="module")
+def trained(photographs):
+  """With all its programs compiled."""
+  network = concurrent_load.Trained(SMALL, batch_size=2, workers=1)
+  network.looped(1, concurrent_load.KINDS[-1], photographs)
+  return network
+
+
+@pytest.mark.parametrize(
+  ("kind", "owner", "method", "delay"),
+  [
+    (0, loop._Losses, "_take", 0.2),
+    (1, MetricsWriter, "write", 0.1),
+    (2, Checkpoints, "save", 2.0),
+    (3, batching.Batches, "stream", 0.25),
+  ],
+)
+def test_a_step_that_waits_is_seen_to_wait(
+  trained, photographs, monkeypatch, kind, owner, method, delay
+):
+  """Of eight timed steps, the second is saved; one writes three numbers."""
+  before = trained.looped(8, concurrent_load.KINDS[kind], photographs)
+  plain = getattr(owner, method)
+
+  def slow(*args, **kwargs):
+    result = plain(*args, **kwargs)
+    if method == "stream":
+      return (time.sleep(delay) or batch for batch in result)
+    time.sleep(delay)
+    return result
+
+  monkeypatch.setattr(owner, method, slow)
+  assert (
+    trained.looped(8, concurrent_load.KINDS[kind], photographs) > before + 0.15
+  )
+
+
+def test_ratios_are_of_the_same_round():
+  shown = printed(
+    concurrent_load.table({"alone": [1.0, 2.0], "loop": [2.0, 2.0]}, "title")
+  )
+  assert cells(shown, "loop") == ["2000.0", "1.50"]
+
+
+def command(name, *arguments):
+  return subprocess.run(
+    [sys.executable, "-m", f"dr_jax.benchmarks.{name}", *arguments],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.slow
+def test_processes_meet_and_their_speeds_are_printed():
+  ended = command(
+    *("scaling", "--processes=2", "--steps=1", "--image-size=8"),
+    "--batch-size=2",
+  )
+  assert ended.returncode == 0, ended.stderr
+  assert cells(ended.stdout, "2")[2] == "1.00"
+  assert all(float(cell) > 0 for cell in cells(ended.stdout, "2"))
+  assert "warning" not in ended.stderr or len(loopback.cores()) < 2
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("scaling", "--devices=2"), "error: devices=2: too many; allowed are 1"),
+    (("joint_step", "--model=resnet20", "--torch"), "error: torch=True: not"),
+  ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, message):
+  ended = command(*arguments)
+  assert ended.returncode == 2
+  assert ended.stderr.startswith(message)
+  assert len(ended.stderr.splitlines()) == 1

@@ -1,0 +1,257 @@
+"""Tests of the command as a user starts it: real processes, real signals.
+
+Kills, full disks and damage are in nothing_lost_test, other ways to end in
+main_ends_test.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dr_jax import deploy, nn
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHORT = (
+  "--config.model.options.widths=(4,6,8)",
+  "--config.quant.bits=(8,2)",
+  "--config.pretrain.epochs=2",
+  "--config.train.epochs=6",
+  "--config.train.vectorize=sequential",
+  "--config.checkpoint_every=10",
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """Starts the command on a short job; compiled programs are shared."""
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+    "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
+  }
+
+  def command(workdir, *flags):
+    # A second value for a tuple would be appended to the first.
+    given = {flag.split("=")[0] for flag in flags}
+    short = [flag for flag in SHORT if flag.split("=")[0] not in given]
+    return subprocess.Popen(
+      [
+        sys.executable,
+        "-m",
+        "dr_jax.main",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        *short,
+        *flags,
+      ],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  return command
+
+
+@pytest.fixture(scope="module")
+def finished(start, tmp_path_factory):
+  """A directory in which the short job ran to its end, and what it printed."""
+  workdir = tmp_path_factory.mktemp("run") / "whole"
+  process = start(workdir)
+  out, err = process.communicate(timeout=500)
+  assert process.returncode == 0, err
+  return workdir, out, err
+
+
+def _final_arrays(workdir, stage="multi_precision"):
+  """All bytes of the last checkpoint of a stage, by Orbax's own manifest."""
+  steps = [
+    int(p.name) for p in (workdir / stage / "checkpoints").glob("[0-9]*")
+  ]
+  last = workdir / stage / "checkpoints" / str(max(steps))
+  (manifest,) = last.glob("manifest/*.json")
+  return max(steps), manifest.read_text()
+
+
+def test_the_job_prints_a_table_and_writes_what_it_showed(finished):
+  workdir, out, err = finished
+  summary = json.loads((workdir / "summary.json").read_text())
+  export = summary["stages"]["export"]["scores"]
+  for bits in ("8", "2"):
+    assert f"{export[bits]['accuracy']:.2f}" in out
+  assert summary["environment"]["jax"]
+  assert "images/s" in err and "left" in err
+  names = {json.loads(x)["name"] for x in (workdir / "metrics.jsonl").open()}
+  assert names == {
+    "loss",
+    "images_per_second",
+    "test_accuracy",
+    "test_loss",
+  }
+
+
+def test_the_artifact_reaches_exactly_the_accuracy_of_the_trained_model(
+  finished,
+):
+  stages = json.loads((finished[0] / "summary.json").read_text())["stages"]
+  for bits in ("8", "2"):
+    trained = stages["multi_precision"]["scores"][bits]["accuracy"]
+    assert stages["export"]["scores"][bits]["accuracy"] == trained
+  # Not the accuracies alone: every last bit of the cross-entropies.
+  assert stages["export"]["scores"] == stages["multi_precision"]["scores"]
+  model = deploy.load(finished[0] / "export" / "model", bits=2)
+  assert {row.bits for row in nn.layer_table(model)} == {2}
+
+
+def test_a_second_start_finds_everything_done(finished, start):
+  workdir, out, _ = finished
+  before = (workdir / "metrics.jsonl").read_bytes()
+  process = start(workdir)
+  again, err = process.communicate(timeout=200)
+  assert process.returncode == 0, err
+  assert again == out
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def _steps(workdir, stage):
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    return 0
+  records = [
+    json.loads(line)
+    for line in path.read_text().splitlines(keepends=True)
+    if line.endswith("\n")
+  ]
+  return max((r["step"] for r in records if r["stage"] == stage), default=0)
+
+
+def test_a_second_process_in_the_same_directory_is_turned_away(
+  start, finished, tmp_path
+):
+  workdir = tmp_path / "shared"
+  first = start(workdir)
+  while _steps(workdir, "pretrain") < 1:
+    assert first.poll() is None, first.communicate()[1]
+    time.sleep(0.01)
+  second = start(workdir)
+  _, err = second.communicate(timeout=100)
+  first.kill()
+  first.communicate()
+  assert second.returncode == 2
+  assert "another process is at work in it" in err
+  assert len(err.strip().splitlines()) == 1
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
+  workdir = tmp_path / "stopped"
+  # Without the flag it is 0: see nothing_lost_test.
+  process = start(workdir, "--preempted_exit_code=75")
+  while _steps(workdir, "multi_precision") < 10:
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 75
+  assert "SIGTERM at step" in err and "Traceback" not in err
+  process = start(workdir)
+  _, err = process.communicate(timeout=500)
+  assert process.returncode == 0, err
+  assert _final_arrays(workdir) == _final_arrays(finished[0])
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    (
+      "--config.train.epohcs=5",
+      "no field 'epohcs'; allowed are alrs, curriculum",
+    ),
+    ("--config.trian.epochs=5", "no field 'trian'; allowed are check"),
+    ("--config.train.epohcs=5 --bogus=1", "no field 'epohcs'; allowed are"),
+    ("--config.train.epochs.x=5", "'x' is below a plain value"),
+    ("--config.train.epochs=many", "epochs=many: invalid literal for int"),
+    ("--config.quant.bits=(8,9)", r"quant.bits=\(8, 9\): allowed are"),
+    ("--config.quant.bits=(2,8)", r"quant.bits=\(2, 8\): allowed are"),
+    ("--config.quant.bits=(8,1)", r"quant.bits=\(8, 1\): allowed are"),
+    ("--config.data.batch_size=5000", "data.batch_size is 5000.*1257"),
+    ("--config.data.name=mnist", "data.name='mnist': allowed are digits"),
+    ("--config.model.name=vgg", "model.name='vgg': allowed are"),
+    ("--config.model.options.depth=9", "depth=9: allowed are"),
+    ("--config.train.alrs=fast", "train.alrs='fast': allowed are"),
+    ("--config.train.vectorize=vmap", "train.vectorize='vmap': allowed with"),
+    ("--config.quant.weight=dorefa", "quant.weight='dorefa': allowed are"),
+    (
+      "--config.quant.weight=lsq_activation",
+      "quant.weight='lsq_activation': i",
+    ),
+    (
+      "--config.quant.activation=lsq",
+      "quant.activation='lsq': is of kind Weight",
+    ),
+    ("--config.quant.norm=swichable", "quant.norm='swichable': allowed are"),
+    ("--config.model.options.widths=(4,6)", r"widths=\(4, 6\): allowed are"),
+    ("--config=configs/digits.py:4x2", "digits.py:4x2: allowed are"),
+    ("--config.seed=3", "seed is 0 there, 3 here"),
+    ("--workdir=/dev/null/run", "^error: workdir=/dev/null/run: cannot be wr"),
+    ("--preempted_exit_code=256", "preempted_exit_code=256.*\\[0, 255\\]"),
+    ("--confg=3", "confg"),
+    ("--config=configs/nothing.py", "nothing.py"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(finished, start, flag, message):
+  import re
+
+  workdir = finished[0]
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+  process = start(workdir, *flag.split(" "))
+  out, err = process.communicate(timeout=200)
+  assert process.returncode == 2, err
+  assert out == ""
+  lines = err.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), err
+  assert re.search(message, lines[0]), err
+  after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+  assert after == before
+
+
+def test_a_damaged_artifact_is_named_and_left_alone(finished, start, tmp_path):
+  import shutil
+
+  workdir = tmp_path / "damaged"
+  shutil.copytree(finished[0], workdir)
+  path = workdir / "export" / "model" / "model.safetensors"
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  process = start(workdir)
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == 2
+  assert err.count("\n") == 1 and "model.safetensors: damaged" in err
+  assert path.read_bytes() == data
+  shutil.rmtree(path.parent)
+  process = start(workdir)
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == 2 and "No such file" in err
+
+
+def test_a_directory_that_is_no_run_is_left_alone(start, tmp_path):
+  (tmp_path / "thesis.txt").write_text("precious")
+  process = start(tmp_path)
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == 2 and "is not empty and holds no run" in err
+  assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_bits_of_the_final_state_are_finite(finished):
+  _, tensors = deploy.read(finished[0] / "export" / "model")
+  for name, value in tensors.items():
+    assert np.isfinite(value.astype(np.float32)).all(), name

@@ -1,0 +1,199 @@
+"""The configuration files: every one of them can be run, as it says."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from flax import nnx
+
+from dr_jax import models
+from dr_jax.config import from_dict
+
+ROOT = pathlib.Path(__file__).parents[2]
+IMAGENET = ("resnet18", "resnet50", "mobilenetv2")
+MIXED = ("resnet18_mixed", "resnet50_mixed")
+PAPER = (*IMAGENET, *MIXED, "resnet20_cifar10")
+
+
+def load(name):
+  path = ROOT / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def config(name, arg=None):
+  return from_dict(load(name).get_config(arg).to_dict())
+
+
+def test_every_configuration_file_of_one_network_is_tested_here():
+  files = {path.stem for path in (ROOT / "configs").glob("*.py")}
+  assert files == {*PAPER, "digits", "digits_mixed", "compare"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("arg", [None, "432", "8642", "smoke", "432,smoke"])
+def test_a_configuration_is_one_that_the_library_accepts(name, arg):
+  wanted = config(name, arg)
+  digits = (arg or "").partition(",")[0]
+  if digits.isdecimal():
+    assert wanted.quant.bits == tuple(map(int, digits))
+  elif name in MIXED:
+    assert wanted.quant.bits == (4, 3, 2)
+  else:
+    assert wanted.quant.bits == (8, 6, 4, 2)
+  # Only different names make different directories.
+  assert wanted.name == "_".join(filter(None, (name, *(arg or "").split(","))))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_joint_recipe_is_the_papers(name):
+  wanted = config(name)
+  recipe, cifar = wanted.train, name == "resnet20_cifar10"
+  assert wanted.method == "double_rounding"
+  assert recipe.optimizer == "adam"
+  assert (recipe.learning_rate, recipe.weight_decay) == (5e-4, 5e-5)
+  assert recipe.epochs == (200 if cifar else 90)
+  assert wanted.data.batch_size == (128 if cifar else 256)
+  assert wanted.quant.norm == "switchable"
+  assert wanted.data.name == "tfds"
+  assert wanted.data.dataset == ("cifar10" if cifar else "imagenet2012")
+  assert wanted.data.augment == (
+    "pad_and_crop" if cifar else "random_resized_crop"
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "epochs", "learning_rate", "weight_decay"),
+  [
+    ("resnet18", 90, 0.1, 1e-4),
+    ("resnet50", 90, 0.1, 1e-4),
+    ("resnet18_mixed", 90, 0.1, 1e-4),
+    ("resnet50_mixed", 90, 0.1, 1e-4),
+    ("mobilenetv2", 300, 0.045, 4e-5),
+    ("resnet20_cifar10", 200, 0.1, 1e-4),
+  ],
+)
+def test_the_float_recipe_is_the_one_that_the_file_names(
+  name, epochs, learning_rate, weight_decay
+):
+  recipe = config(name).pretrain
+  assert recipe.optimizer == "sgd" and recipe.momentum == 0.9
+  assert recipe.epochs == epochs
+  assert recipe.learning_rate == learning_rate
+  assert recipe.weight_decay == weight_decay
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_precision_is_as_in_the_paper(name):
+  wanted = config(name)
+  assert wanted.search.costs == ("sum_bits",)
+  assert wanted.search.budgets == (3.0,)
+  assert config(name, "8642").search.budgets == (5.0,)
+  assert wanted.hasb.sigma == 0.5
+  # The first 10 of 90 epochs.
+  assert wanted.hasb.warmup * wanted.supernet.epochs == pytest.approx(10)
+  assert "hessian_ilp" in wanted.search.strategies
+  assert wanted.stages.index("supernet") < wanted.stages.index("search")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_smoke_run_has_the_same_network_and_stages_on_generated_images(name):
+  whole, smoke = config(name), config(name, "smoke")
+  assert smoke.stages == whole.stages
+  assert smoke.model == whole.model and smoke.quant == whole.quant
+  assert smoke.data.name == "generated"
+  assert smoke.train.epochs == 1
+  assert name not in MIXED or smoke.supernet.epochs == 1
+
+
+@pytest.mark.parametrize(
+  ("name", "parameters"),
+  [
+    # Pre-activation: 11,689,512 and 25,557,032 less some norms.
+    ("resnet18", 11_687_720),
+    ("resnet50", 25_549_352),
+    ("mobilenetv2", 3_504_872),
+  ],
+)
+def test_the_network_is_the_one_that_the_paper_trains(name, parameters):
+  model = config(name).model
+  built = nnx.eval_shape(
+    lambda: models.build(model.name, rngs=nnx.Rngs(0), **model.options)
+  )
+  leaves = jax.tree.leaves(nnx.state(built, nnx.Param))
+  assert sum(leaf.size for leaf in leaves) == parameters
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, *MIXED])
+def test_float_weights_of_torchvision_go_into_a_network_that_has_them(name):
+  wanted = config(name, "torchvision")
+  assert wanted.model.weights == f"{wanted.model.name}.safetensors"
+  assert wanted.pretrain.epochs == 0
+  assert not wanted.model.options.get("preactivation", False)
+  assert wanted.train == config(name).train
+
+
+@pytest.mark.parametrize(
+  ("name", "arg"),
+  [
+    *((name, "smok") for name in PAPER),
+    ("resnet18", "smoke,torchvision"),
+    ("resnet18", "smoke,432"),
+    ("resnet20_cifar10", "torchvision"),
+  ],
+)
+def test_another_argument_is_an_error_that_says_what_is_allowed(name, arg):
+  with pytest.raises(ValueError, match=f"argument '{arg}'.*allowed are bit-wi"):
+    load(name).get_config(arg)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_its_text_has_the_command_the_targets_and_calls_an_estimate_one(name):
+  text = load(name).__doc__
+  assert f"python -m dr_jax.main --config=configs/{name}.py" in text
+  assert "arXiv 2502.01199" in text
+  flat = " ".join(text.split())
+  assert "reproduced here" in flat
+  assert "Time, an estimate and not a measurement" in flat
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    # Compilation of the larger ones takes minutes.
+    name
+    if name == "resnet20_cifar10"
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in PAPER
+  ],
+)
+def test_a_smoke_run_ends_with_a_table_and_an_artifact(name, tmp_path):
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "dr_jax.main",
+      f"--config=configs/{name}.py:smoke",
+      f"--workdir={tmp_path / 'run'}",
+    ],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  wanted = config(name, "smoke")
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  stages = [stage for stage in wanted.stages if stage != "report"]
+  assert list(summary["stages"]) == stages
+  scores = summary["stages"]["export"]["scores"]
+  assert list(scores) == [str(bits) for bits in wanted.quant.bits]
+  for bits, score in scores.items():
+    assert f"{score['accuracy']:.2f}" in done.stdout, bits

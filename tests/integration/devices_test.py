@@ -1,0 +1,221 @@
+"""Runs on four simulated devices, in this process."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dr_jax import models, nn, pipeline, quant, train
+from dr_jax.checkpoint.checkpoints import Checkpoints
+from dr_jax.config import ConfigError, from_dict
+from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.workdir import Workdir
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Training runs as users run it."""
+  yield
+
+
+def config(dtype="float32", vectorize="auto", **devices):
+  return from_dict(
+    {
+      "stages": ("pretrain", "multi_precision", "export"),
+      "model": {
+        "name": "resnet",
+        "options": {"depth": 8, "widths": (4, 8, 32)},
+        "dtype": dtype,
+      },
+      "quant": {"bits": (8, 4)},
+      "devices": devices,
+      "pretrain": {"epochs": 1, "optimizer": "sgd", "learning_rate": 0.05},
+      "train": {
+        "epochs": 1,
+        "schedule": "accumulate",
+        "vectorize": vectorize,
+      },
+      "checkpoint_every": 3,
+      "log_every": 1,
+    }
+  )
+
+
+def losses(workdir, stage):
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return np.array(
+    [x["value"] for x in lines if (x["stage"], x["name"]) == (stage, "loss")]
+  )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  pipeline.run(config(data=1), workdir)
+  return workdir
+
+
+def stopping_after(count):
+  calls = iter(range(10**6))
+  return lambda: "SIGTERM" if next(calls) + 1 == count else None
+
+
+@pytest.mark.parametrize("parameters", ["replicated", "sharded"])
+def test_a_run_goes_on_with_another_number_of_devices(
+  alone, tmp_path, parameters
+):
+  workdir = tmp_path / "run"
+  with pytest.raises(train.InterruptedRun):
+    pipeline.run(
+      config(data=4, parameters=parameters),
+      workdir,
+      interrupted=stopping_after(5),
+    )
+  # What one number of devices saved, another reads, bit for bit.
+  directory = workdir / "pretrain" / "checkpoints"
+  before = restored(directory, config(data=4, parameters=parameters), workdir)
+  after = restored(directory, config(data=2), workdir)
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  summary = pipeline.run(config(data=2), workdir)
+  assert summary["stages"]["export"]["scores"]
+  # Sums in another order; a last bit can move a value to the next code.
+  for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
+    expected = losses(alone, stage)
+    found = losses(workdir, stage)
+    assert len(found) == len(expected) > 5
+    np.testing.assert_allclose(found, expected, rtol=bound)
+
+
+def restored(directory, config, workdir):
+  """The latest checkpoint, where a run on these devices has it."""
+  run = Run(config, workdir, lambda: None)
+  network = nn.functional(run._model())
+  optimizer = train.make_optimizer(
+    "sgd", kinds=network.kinds, weight_decay=5e-5, momentum=0.9
+  )
+  state = train.init_state(network, optimizer, jax.random.key(0))
+  state = train.place(run.layout, state)
+  with Checkpoints(directory) as checkpoints:
+    state = checkpoints.restore(like=state)
+  assert int(state.step) == 5
+  leaves = jax.tree.leaves(state.params)
+  for leaf in leaves:
+    assert leaf.sharding.device_set == set(run.layout.mesh.devices.flat)
+  spread = not all(leaf.sharding.is_fully_replicated for leaf in leaves)
+  assert spread == (config.devices.parameters == "sharded")
+  return state.params, state.opt_state, state.batch_stats
+
+
+def test_bit_widths_spread_over_devices_train_as_one_after_the_other(
+  alone, tmp_path
+):
+  """The float stage, which has none, has all devices along the axis data."""
+  workdir = tmp_path / "run"
+  pipeline.run(config(data=2, bits=2, vectorize="vmap"), workdir)
+  for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
+    found = losses(workdir, stage)
+    np.testing.assert_allclose(found, losses(alone, stage), rtol=bound)
+
+
+def test_what_changes_nothing_may_change_before_a_run_goes_on(alone, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(alone, workdir)
+  values = dataclasses.asdict(config(data=1))
+  values["data"]["path"] = "elsewhere"
+  values |= {"checkpoint_every": 9, "log_every": 7}
+  Workdir(workdir)._check(from_dict(values))
+  values["data"]["batch_size"] = 64
+  with pytest.raises(ConfigError, match=r"data\.batch_size is 128 there"):
+    Workdir(workdir)._check(from_dict(values))
+
+
+def test_norms_per_device_are_a_configuration_of_their_own(alone, tmp_path):
+  workdir = tmp_path / "run"
+  pipeline.run(config(data=2, norm="per_device"), workdir)
+  assert not np.allclose(
+    losses(workdir, "pretrain"), losses(alone, "pretrain"), rtol=1e-3
+  )
+  with pytest.raises(ConfigError, match=r"devices\.norm is 'per_device' there"):
+    pipeline.run(config(data=2), workdir)
+  with pytest.raises(ConfigError, match=r"devices\.data is 2 there, 4 here"):
+    pipeline.run(config(data=4, norm="per_device"), workdir)
+
+
+@pytest.mark.parametrize(
+  ("devices", "message"),
+  [
+    (
+      {"data": 5},
+      r"devices\.data=5: .*4 devices in all; allowed are 0, .* to 4",
+    ),
+    ({"bits": 2}, r"devices\.bits=2: allowed with train\.vectorize='auto' is"),
+    ({"norm": "per_device"}, r"devices\.norm='per_device': with .*data=0"),
+    ({"data": 3}, r"data\.batch_size=128: allowed are multiples of 3"),
+    ({"parameters": "split"}, r"devices\.parameters='split': allowed are repl"),
+    ({"norm": "local"}, r"devices\.norm='local': allowed are global, per_dev"),
+    ({"data": -1}, r"devices\.data=-1: .*allowed are 0, for as many"),
+  ],
+)
+def test_devices_that_cannot_be_are_named(tmp_path, devices, message):
+  with pytest.raises(ConfigError, match=message):
+    pipeline.run(config(**devices), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_bfloat16_computes_and_float32_remembers(tmp_path):
+  """Scales, statistics, parameters and losses stay float32."""
+  bits = (8, 4)
+  model = models.build(
+    "resnet",
+    rngs=nnx.Rngs(0),
+    depth=8,
+    widths=(4, 8, 16),
+    num_classes=10,
+    channels=1,
+    dtype="bfloat16",
+  )
+  image = jax.random.uniform(jax.random.key(0), (8, 8, 8, 1))
+  network = nn.functional(
+    nn.quantize(
+      model,
+      weight=quant.double_rounding(bits),
+      activation=quant.lsq_activation(bits),
+      sample=image,
+    )
+  )
+  optimizer = train.make_optimizer("adam", kinds=network.kinds)
+  step = train.make_step(
+    network, bits, optimizer, optax.constant_schedule(1e-3)
+  )
+  state = train.init_state(network, optimizer, jax.random.key(0))
+  batch = {"image": image, "label": jnp.arange(8)}
+  text = jax.jit(network.apply, static_argnames="train").lower(
+    state.params, state.batch_stats, 0, image, train=True
+  )
+  convolutions = [
+    line for line in text.as_text().splitlines() if "convolution" in line
+  ]
+  assert len(convolutions) == 9
+  assert all("xbf16>" in line and "xf32>" not in line for line in convolutions)
+  state, losses = step(state, batch)
+  assert losses.dtype == jnp.float32 and np.isfinite(losses).all()
+  for leaf in jax.tree.leaves((state.params, state.batch_stats)):
+    assert leaf.dtype == jnp.float32
+  logits, _ = network.apply(state.params, state.batch_stats, 0, image)
+  assert logits.dtype == jnp.float32
+
+
+def test_a_bfloat16_run_is_served_as_it_was_trained(tmp_path):
+  workdir = tmp_path / "run"
+  summary = pipeline.run(config("bfloat16", data=2), workdir)
+  stages = summary["stages"]
+  # Export itself compares; here that it did, and that training learned.
+  assert stages["export"]["scores"] == stages["multi_precision"]["scores"]
+  assert losses(workdir, "pretrain")[-1] < losses(workdir, "pretrain")[0]

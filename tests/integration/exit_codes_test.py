@@ -1,0 +1,239 @@
+"""How the command ends, in this process: exit codes and what it says.
+
+Real processes and real signals are in main_test and processes_test.
+"""
+
+import os
+import signal
+import sys
+import time
+import types
+import warnings
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from dr_jax import main
+from dr_jax.checkpoint.checkpoints import CheckpointError
+from dr_jax.runtime.processes import FirstProcessError
+from dr_jax.train import InterruptedRun, NonFiniteError
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+  """Runs `main` here, with a run that raises; returns the exit code."""
+
+  def run(raised, preempted=0):
+    def raises(values):
+      raise raised
+
+    config = types.SimpleNamespace(value=ConfigDict())
+    monkeypatch.setattr(main, "_CONFIG", config)
+    code = types.SimpleNamespace(value=preempted)
+    monkeypatch.setattr(main, "_PREEMPTED", code)
+    alone = types.SimpleNamespace(value=False)
+    monkeypatch.setattr(main, "_DISTRIBUTED", alone)
+    monkeypatch.setattr(main, "_run", raises)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    return main.main(["main"])
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("raised", "preempted", "code"),
+  [
+    (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 0, 0),
+    (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 143, 143),
+    (InterruptedRun("SIGINT at step 3", "SIGINT"), 0, 130),
+    (KeyboardInterrupt(), 0, 130),
+    (CheckpointError("a checkpoint could\n not be saved"), 0, 2),
+    (OSError("No space left"), 0, 2),
+    (NonFiniteError("loss is nan"), 0, 1),
+    (FirstProcessError("No space left", None), 0, 2),
+    (FirstProcessError("SIGTERM at step 3", signal.SIGTERM), 0, 0),
+    (FirstProcessError("SIGTERM at step 3", signal.SIGTERM), 75, 75),
+    (FirstProcessError("SIGINT at step 3", signal.SIGINT), 75, 130),
+  ],
+)
+def test_however_a_run_ends_it_says_so_in_one_line(
+  in_process, capsys, raised, preempted, code
+):
+  assert in_process(raised, preempted) == code
+  out, err = capsys.readouterr()
+  assert out == "" and err.count("\n") == 1
+  assert " ".join(str(raised).split()) in err
+
+
+@pytest.fixture
+def played(monkeypatch):
+  """Makes this process one of two; returns the codes it left at once with."""
+  left = []
+
+  def as_process(number):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    # All who meet the same error need the first one to say so.
+    monkeypatch.setattr(time, "sleep", lambda s: left.append("waited"))
+    monkeypatch.setattr(os, "_exit", left.append)
+    return left
+
+  return as_process
+
+
+def told(error):
+  error.told = True
+  return error
+
+
+@pytest.mark.parametrize(
+  ("number", "raised", "code", "left"),
+  [
+    (0, ValueError("mine"), 2, ["waited", 2]),
+    (1, ValueError("mine"), 2, [2]),
+    (0, told(ValueError("ours")), 2, []),
+    (1, FirstProcessError("ours", None), 2, []),
+    (1, KeyboardInterrupt(), 130, [130]),
+    (1, NonFiniteError("loss is nan"), 1, []),
+    (1, InterruptedRun("SIGTERM at step 3", "SIGTERM"), 0, []),
+    (1, jax.errors.JaxRuntimeError("Gloo: reset"), 3, [3]),
+  ],
+)
+def test_a_process_waits_for_no_other_that_knows_nothing_of_its_error(
+  in_process, played, capsys, number, raised, code, left
+):
+  seen = played(number)
+  assert in_process(raised) == code
+  assert seen == left
+  assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("raised", "message", "code"),
+  [
+    ("UNAVAILABLE: x", "error: another process has ended, or cannot be rea", 3),
+    ("INTERNAL: x", "error: INTERNAL: x\n", 1),
+  ],
+)
+def test_an_error_of_the_network_is_said_to_be_one(
+  in_process, played, capsys, raised, message, code
+):
+  played(1)
+  assert in_process(jax.errors.JaxRuntimeError(raised)) == code
+  assert capsys.readouterr().err.startswith(message)
+
+
+def test_what_nobody_thought_of_ends_one_of_several_with_its_traceback(
+  in_process, played, capsys
+):
+  seen = played(1)
+  assert in_process(AttributeError("nobody")) == 1
+  assert seen == [1]
+  assert "AttributeError: nobody" in capsys.readouterr().err
+
+
+def test_an_error_of_the_compiler_has_its_traceback(in_process):
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    in_process(jax.errors.JaxRuntimeError("UNAVAILABLE: x"))
+
+
+def test_only_the_first_process_shows_the_results(
+  in_process, played, capsys, monkeypatch
+):
+  # Calling `in_process` has set all else; now the run ends well.
+  in_process(NonFiniteError("loss is nan"))
+  wide = "a table" * 20
+  monkeypatch.setattr(main, "_run", lambda values: ([wide], "runs/x"))
+  capsys.readouterr()
+  played(1)
+  assert main.main(["main"]) == 0
+  assert capsys.readouterr() == ("", "")
+  played(0)
+  assert main.main(["main"]) == 0
+  assert capsys.readouterr() == (f"{wide}\nworkdir: runs/x\n", "")
+
+
+def test_what_is_no_flag_and_no_configuration_are_named(
+  in_process, capsys, monkeypatch
+):
+  in_process(NonFiniteError("loss is nan"))
+  capsys.readouterr()
+  assert main.main(["main", "digits"]) == 2
+  assert capsys.readouterr().err == "error: argument 'digits': allowed are " + (
+    "--flags\n"
+  )
+  monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
+  assert main.main(["main"]) == 2
+  assert "error: --config: missing; allowed" in capsys.readouterr().err
+
+
+def test_a_comparison_takes_one_process(played, monkeypatch):
+  monkeypatch.setattr(main.compilation, "cache_on_disk", lambda: None)
+  played(0)
+  with pytest.raises(ValueError, match="methods: a comparison; allowed is one"):
+    main._run({"methods": ("adabits",)})
+
+
+@pytest.mark.parametrize(
+  ("given", "workdir"), [(None, "runs/mine"), ("there", "there")]
+)
+def test_a_run_is_in_its_own_directory_unless_told(monkeypatch, given, workdir):
+  def run(config, workdir, interrupted):
+    return {"name": config.name, "bits": (), "stages": {}}
+
+  monkeypatch.setattr(main.compilation, "cache_on_disk", lambda: None)
+  monkeypatch.setattr(main.pipeline, "run", run)
+  monkeypatch.setattr(main, "_on_signals", lambda: None)
+  monkeypatch.setattr(main, "_WORKDIR", types.SimpleNamespace(value=given))
+  assert main._run({"name": "mine"})[1] == workdir
+
+
+def test_an_error_without_words_has_its_name(in_process, capsys):
+  assert in_process(OSError()) == 2
+  assert capsys.readouterr().err == "error: OSError\n"
+
+
+def test_a_warning_is_one_line(capsys):
+  main._warn("an image\n is torn", UserWarning, "file.py", 3)
+  assert capsys.readouterr() == ("", "warning: an image is torn\n")
+
+
+def test_writes_that_were_abandoned_say_nothing_but_all_else_does(
+  in_process, capsys
+):
+  assert in_process(OSError("No space left")) == 2
+  capsys.readouterr()
+
+  class Raises:
+    def __init__(self, text):
+      self.text = text
+
+    def __del__(self):
+      raise RuntimeError(self.text)
+
+  Raises("Event loop is closed")
+  assert capsys.readouterr().err == ""
+  Raises("something else")
+  assert "RuntimeError: something else" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_does_not_wait_but_a_second_sigterm_does():
+  before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    received = main._on_signals()
+    assert received() is None
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert received() == "SIGTERM"
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    # Once a signal is named, the answer stays.
+    received = main._on_signals()
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert received() == "SIGINT"
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -1,0 +1,147 @@
+"""Training spread over processes: as by one, and what ends it."""
+
+import functools
+import json
+import signal
+import time
+
+import jax
+import loopback
+import numpy as np
+import pytest
+
+from dr_jax import nn
+from dr_jax.config import from_dict
+from dr_jax.pipeline.context import Run
+
+finish, losses = loopback.finish, loopback.losses
+
+STAGES = ("pretrain", "multi_precision")
+FLAGS = (
+  "--config=configs/digits.py",
+  f"--config.stages={STAGES}",
+  "--config.model.options.widths=(4, 4, 4)",
+  "--config.pretrain.epochs=4",
+  "--config.train.epochs=1",
+  "--config.train.vectorize=sequential",
+  "--config.checkpoint_every=6",
+)
+STEPS = 36  # 4 epochs of 1,257 images in batches of 128, and a part.
+
+
+def started(count, workdir, cache, *flags, last=()):
+  """The processes of one run; `last` are flags of the last process alone."""
+  command = ("-m", "dr_jax.main", *FLAGS, *flags, f"--workdir={workdir}")
+  commands = [command] * (count - 1) + [(*command, *last)]
+  return loopback.started(commands, cache)
+
+
+def trained(workdir):
+  """The parameters of both stages, as the last checkpoints hold them."""
+  values = json.loads((workdir / "config.json").read_text())
+  run = Run(
+    from_dict({**values, "devices": {"data": 1}}), workdir, lambda: None
+  )
+  networks = [run.float_network(), run.multi_precision_network()]
+  return [nn.functional(network).params for network in networks]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+  """Uninterrupted runs, when asked for: number of processes -> workdir."""
+  place = tmp_path_factory.mktemp("whole")
+
+  @functools.cache
+  def run(count):
+    with started(count, place / str(count), cache) as running:
+      codes, said = finish(running)
+    assert codes == [0] * count, said
+    assert sum("accuracy %" in text for text in said) == 1
+    return place / str(count)
+
+  return run
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_train_to_the_parameters_of_one(whole, count):
+  """Shares of a batch are summed in another order: float32, 36 steps."""
+  alone, together = trained(whole(1))[0], trained(whole(count))[0]
+  for a, b in zip(
+    jax.tree.leaves(alone), jax.tree.leaves(together), strict=True
+  ):
+    np.testing.assert_allclose(b, a, rtol=2e-3, atol=2e-4)
+  # A last bit can move a value to the next code.
+  for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
+    expected = losses(whole(1), stage)
+    assert len(expected) > 3
+    np.testing.assert_allclose(
+      losses(whole(count), stage), expected, rtol=bound
+    )
+
+
+def wait_for(path, running, timeout=120):
+  deadline = time.monotonic() + timeout
+  while not path.exists():
+    assert time.monotonic() < deadline, f"no {path}"
+    assert all(process.poll() is None for process in running)
+    time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_others_end_with_a_message_and_a_restart_ends_the_same(
+  whole, tmp_path, cache, victim
+):
+  workdir = tmp_path / "run"
+  with started(2, workdir, cache) as running:
+    wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
+    running[victim].kill()
+    killed = time.monotonic()
+    said, _ = running[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert running[1 - victim].returncode not in (0, None)
+    # Whichever notices first: a collective, or JAX's heartbeat to the first.
+    messages = ("another process has ended", "another task died")
+    assert any(message in said for message in messages)
+    assert "Traceback" not in said
+  assert not (workdir / "pretrain" / "result.json").exists()
+  with started(2, workdir, cache) as running:
+    codes, said = finish(running)
+  assert codes == [0, 0], said
+  for a, b in zip(
+    jax.tree.leaves(trained(whole(2))),
+    jax.tree.leaves(trained(workdir)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(b, a)
+
+
+def test_an_error_of_one_process_alone_ends_all(tmp_path, cache):
+  last = ("--config.seed=-1",)
+  with started(2, tmp_path / "run", cache, last=last) as running:
+    codes, said = finish(running, timeout=90)
+  assert codes[1] == 2
+  assert "error: seed=-1: allowed is 0 or more" in said[1]
+  assert codes[0] not in (0, None)
+
+
+def test_an_error_of_the_first_process_reaches_all(tmp_path, cache):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "mine").write_text("")
+  with started(2, tmp_path / "run", cache) as running:
+    codes, said = finish(running, timeout=90)
+  assert codes == [2, 2]
+  for text in said:
+    assert "is not empty and holds no run" in text
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, cache):
+  workdir = tmp_path / "run"
+  with started(2, workdir, cache, "--config.pretrain.epochs=400") as running:
+    wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
+    running[1].send_signal(signal.SIGTERM)
+    codes, said = finish(running, timeout=60)
+  lines = [text.strip().splitlines()[-1] for text in said]
+  assert lines[0] == lines[1]
+  assert "pretrain: SIGTERM at step" in lines[0]
+  assert codes == [0, 0]

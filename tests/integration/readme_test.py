@@ -1,0 +1,149 @@
+"""The README's examples, run as they stand there."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dr_jax import config, data, deploy, models, nn, pipeline, quant
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Overrides the strict promotion: a user's file has none."""
+  yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def method():
+  """Runs the block of the section on own methods; returns its source."""
+  source = block("Your own method")
+  exec(compile(source, "fixed_point.py", "exec"), {})
+  return source
+
+
+def block(title):
+  """The first Python block of a section."""
+  text = README.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+  return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_it_is_ten_to_twenty_lines_beside_imports_and_space(method):
+  lines = [x for x in method.splitlines() if x and "import" not in x]
+  assert 10 <= len(lines) <= 20
+
+
+def test_the_training_example_lowers_the_loss_at_every_bit_width():
+  bits = (8, 4)
+  stream = data.batches(data.load("digits").train, batch_size=128, seed=0)
+  model = models.ResNet(
+    8, num_classes=10, widths=(4, 4, 4), channels=1, rngs=nnx.Rngs(0)
+  )
+  network = nn.quantize(
+    model,
+    weight=quant.double_rounding(bits),
+    activation=quant.lsq_activation(bits),
+    sample=stream[0]["image"],
+  )
+  names, seen = {"nn": nn, "network": network, "bits": bits}, []
+
+  def batches():
+    for number in range(20):
+      yield stream[number]
+      seen.append(names["losses"])
+
+  # The section on devices trains it anew, from where this one ends.
+  for section in ("Training", "Devices"):
+    seen.clear()
+    names["batches"] = batches()
+    exec(compile(block(section), f"{section}.py", "exec"), names)
+    assert (np.mean(seen[-5:], 0) < np.mean(seen[:5], 0)).all()
+    names["network_of"] = nn.functional(network)
+  kernel = names["params"]["stage1"]["block0"]["conv1"]["kernel"]
+  assert (kernel != network.stage1.block0.conv1.kernel[...]).any()
+
+
+def test_the_mixed_precision_example_finds_and_sets_an_allocation(capsys):
+  bits = (8, 4, 2)
+  stream = data.batches(data.load("digits").train, batch_size=64, seed=0)
+  float_network = models.ResNet(
+    8, num_classes=10, widths=(2, 3, 4), channels=1, rngs=nnx.Rngs(0)
+  )
+  network = nn.quantize(
+    float_network,
+    weight=quant.double_rounding(bits),
+    activation=quant.lsq_activation(bits),
+    sample=stream[0]["image"],
+  )
+  names = {
+    "float_network": float_network,
+    "network": network,
+    "bits": bits,
+    "batches": [stream[0], stream[1]],
+    "images": stream[2]["image"],
+    "labels": stream[2]["label"],
+  }
+  # Enough for an example: many probes make an error bar smaller.
+  source = block("Mixed precision")
+  assert "  select=" in source
+  source = source.replace("  select=", "  max_probes=8, select=")
+  exec(compile(source, "mixed.py", "exec"), names)
+  table = nn.layer_table(network)
+  parameters = [row.parameters for row in table]
+  stored = sum(
+    row.bits * size for row, size in zip(table, parameters, strict=True)
+  )
+  assert stored == names["solution"].usage["bits"] <= 4 * sum(parameters)
+  assert {row.name: row.bits for row in table} == dict(names["allocation"])
+  # Traces come in the order of names, layers in that of calls.
+  paths = [f"params/{row.name}/kernel" for row in table]
+  assert list(names["traces"]) != paths
+  for row, path, line in zip(
+    table, paths, names["tables"]["bits"], strict=True
+  ):
+    mean = max(names["traces"][path].mean, 0) / row.parameters
+    np.testing.assert_allclose(line, [-mean * b for b in bits])
+  at = names["front"].at(4 * sum(parameters))
+  assert at.objective == names["solution"].objective
+  result = names["found"]
+  assert result.cost["bits"] <= 4 * sum(parameters)
+  assert result.evaluations > len(parameters)
+  assert table[0].name in capsys.readouterr().out
+
+
+def test_it_keeps_the_laws_of_the_interface():
+  w = np.random.default_rng(0).normal(size=(3, 3, 4, 8)).astype("f4") / 2
+  quantizer = quant.get("fixed_point")
+  encoded = quantizer.encode({}, w)
+  packed = quantizer.storage.pack(encoded)
+  assert 8 * packed["codes"].nbytes == quantizer.stored_bits * w.size
+  for index, bits in enumerate(quantizer.bits):
+    w_hat = quantizer.fake_quantize({}, w, index)
+    traced = jax.jit(quantizer.fake_quantize)({}, w, jnp.int32(index))
+    np.testing.assert_array_equal(traced, w_hat)
+    np.testing.assert_array_equal(quantizer.decode(encoded, index), w_hat)
+    assert len(np.unique(w_hat)) <= 2**bits
+    inside = np.abs(w) < 0.9
+    assert np.abs(w_hat - w)[inside].max() <= 2.0 ** (1 - bits) * 1.01
+
+
+def test_a_run_trains_and_exports_it(tmp_path):
+  values = {
+    "name": "own",
+    "model": {"name": "resnet", "options": {"depth": 8, "widths": (4, 4, 4)}},
+    "quant": {"weight": "fixed_point", "bits": (8, 4)},
+    "train": {"epochs": 1, "vectorize": "sequential"},
+    "pretrain": {"epochs": 1},
+  }
+  summary = pipeline.run(config.from_dict(values), tmp_path)
+  export = summary["stages"]["export"]
+  assert export["scores"] == summary["stages"]["multi_precision"]["scores"]
+  network = deploy.load(tmp_path / "export" / "model", bits=4)
+  assert nn.layer_table(network)[0].bits == 4
+  assert isinstance(network, models.ResNet) and isinstance(network, nnx.Module)

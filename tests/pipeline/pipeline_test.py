@@ -1,0 +1,223 @@
+"""Tests of the stages, in this process, on the smallest job there is."""
+
+import collections
+import dataclasses
+import json
+import shutil
+import types
+
+import jax
+import pytest
+
+from dr_jax import pipeline
+from dr_jax.config import ConfigError, from_dict
+from dr_jax.deploy import ArtifactError
+from dr_jax.main import table
+from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.workdir import Workdir
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  """Training runs as users run it."""
+  yield
+
+
+_STAGES = ("pretrain", "multi_precision", "separate", "export")
+
+
+def _config(stages=_STAGES, epochs=1):
+  return from_dict(
+    {
+      "stages": stages,
+      "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 3, 4)}},
+      "quant": {"bits": (8, 2)},
+      "devices": {"data": 1},
+      "pretrain": {"epochs": epochs, "optimizer": "sgd", "learning_rate": 0.1},
+      "train": {"epochs": epochs, "vectorize": "sequential"},
+    }
+  )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run") / "whole"
+  return workdir, pipeline.run(_config(), workdir)
+
+
+def test_separate_trains_one_network_per_bit_width_beside_the_joint_one(
+  finished,
+):
+  workdir, summary = finished
+  stages = summary["stages"]
+  assert set(stages) == {
+    "pretrain", "multi_precision", "separate/8", "separate/2", "export"
+  }  # fmt: skip
+  for bits in ("8", "2"):
+    assert list(stages[f"separate/{bits}"]["scores"]) == [bits]
+  records = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
+  seen = {(r["stage"], r["bits"]) for r in records if r["name"] == "loss"}
+  assert seen == {
+    ("pretrain", None),
+    ("multi_precision", 8),
+    ("multi_precision", 2),
+    ("separate/8", 8),
+    ("separate/2", 2),
+  }
+
+
+@pytest.fixture
+def compiled():
+  """Counts the programs that are compiled, or read from the disk, by name."""
+  counts = collections.Counter()
+
+  def count(event, seconds, **about):
+    if event == "/jax/core/compile/backend_compile_duration":
+      counts[about["fun_name"]] += 1
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  yield counts
+  jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_compiles_its_steps_once_however_many_there_are(
+  tmp_path, compiled, epochs
+):
+  config = _config(stages=("pretrain", "multi_precision"), epochs=epochs)
+  pipeline.run(config, tmp_path)
+  records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  steps = max(r["step"] for r in records if r["stage"] == "multi_precision")
+  assert steps == epochs * 1257 // 128
+  # The float network's, and one that serves both bit-widths.
+  assert compiled["jit(step)"] == 1
+  assert compiled["jit(visit_once)"] == 1
+  # One per network that is scored.
+  assert compiled["jit(counts)"] == 2
+
+
+def test_a_full_disk_is_an_error_before_anything_is_trained(
+  tmp_path, monkeypatch
+):
+  usage = types.SimpleNamespace(free=100_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  message = (
+    "its disk has 0.1 MiB free, but pretrain, multi_precision, separate, "
+    "export may take"
+  )
+  with pytest.raises(ConfigError, match=message):
+    pipeline.run(_config(), tmp_path)
+  files = {path.name for path in tmp_path.iterdir()}
+  assert files == {"config.json", "lock"}
+
+
+def test_a_disk_that_was_filled_since_is_an_error_before_a_stage_is_trained(
+  tmp_path, monkeypatch
+):
+  free = iter([2**40, 100_000])
+  monkeypatch.setattr(
+    shutil, "disk_usage", lambda path: types.SimpleNamespace(free=next(free))
+  )
+  with pytest.raises(ConfigError, match="0.1 MiB free, but pretrain may take"):
+    pipeline.run(_config(), tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """Bytes that were asked for, by stage."""
+  sizes = {}
+  monkeypatch.setattr(
+    Workdir, "check_space", lambda self, wanted: sizes.update(wanted)
+  )
+  return sizes
+
+
+def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
+  def sizes(**train):
+    config = _config()
+    recipe = dataclasses.replace(config.train, **train)
+    config = dataclasses.replace(config, train=recipe)
+    Run(config, tmp_path, lambda: None).check_space()
+    return dict(asked)
+
+  plain = sizes()
+  assert plain["separate"] == 2 * plain["multi_precision"]
+  # Adam has two numbers for each parameter, momentum one.
+  assert plain["multi_precision"] > plain["pretrain"]
+  phases = sizes(curriculum="bit_mixer", sampling="random")
+  assert phases["multi_precision"] == 3 * plain["multi_precision"]
+  untrained = sizes(curriculum="post_training")
+  assert untrained["multi_precision"] == 0
+
+
+def test_a_run_takes_no_more_disk_than_it_asked_for(finished, asked):
+  workdir, _ = finished
+  Run(_config(), workdir, lambda: None).check_space()
+  assert set(asked) == {"pretrain", "multi_precision", "separate", "export"}
+  for stage, size in asked.items():
+    files = (workdir / stage).rglob("*")
+    written = sum(path.stat().st_size for path in files if path.is_file())
+    # Of three checkpoints asked for, two are there; the rest is small here.
+    assert 0 < written < size, stage
+
+
+def test_the_table_shows_separate_runs_also_without_a_joint_one(finished):
+  _, summary = finished
+  column = table(summary).columns[-1]
+  scores = [
+    summary["stages"][f"separate/{b}"]["scores"][b]["accuracy"]
+    for b in ("8", "2")
+  ]
+  assert list(column.cells)[1:] == [f"{score:.2f}" for score in scores]
+  del summary["stages"]["multi_precision"], summary["stages"]["export"]
+  assert list(table(summary).columns[-1].cells)[1:] == [
+    f"{score:.2f}" for score in scores
+  ]
+
+
+def test_a_kill_between_the_last_number_and_the_result_repeats_nothing(
+  finished,
+):
+  workdir, _ = finished
+  result = workdir / "separate" / "2" / "result.json"
+  before = json.loads(result.read_text())["scores"]
+  numbers = sorted((workdir / "metrics.jsonl").read_text().splitlines())
+  result.unlink()
+  pipeline.run(_config(), workdir)
+  assert json.loads(result.read_text())["scores"] == before
+  again = sorted((workdir / "metrics.jsonl").read_text().splitlines())
+  assert again == numbers
+
+
+def test_an_artifact_that_scores_otherwise_than_the_network_is_an_error(
+  finished,
+):
+  workdir, _ = finished
+  trained = workdir / "multi_precision" / "result.json"
+  before = trained.read_text()
+  other = json.loads(before)
+  other["scores"]["2"]["loss"] += 1e-6
+  trained.write_text(json.dumps(other))
+  (workdir / "export" / "result.json").unlink()
+  with pytest.raises(ArtifactError, match="export/model: scores .* but the tr"):
+    pipeline.run(_config(), workdir)
+  assert not (workdir / "export" / "result.json").exists()
+  trained.write_text(before)
+  pipeline.run(_config(), workdir)
+
+
+def test_a_kill_while_the_configuration_is_written_leaves_a_usable_directory(
+  tmp_path,
+):
+  (tmp_path / "config.json.partial").write_text("{")
+  job = Workdir(tmp_path)
+  with job.claim(_config()):
+    pass
+  assert json.loads((tmp_path / "config.json").read_text())["name"] == "run"
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(ConfigError, match="config.json: damaged, no JSON"):
+    pipeline.run(_config(), tmp_path)

@@ -1,0 +1,226 @@
+"""Tests of a run's directory: refused before training, or safe to write in."""
+
+import collections
+import dataclasses
+import errno
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from dr_jax.config import Config, ConfigError, from_dict
+from dr_jax.pipeline.workdir import Workdir, read_json, write_json
+
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize(
+  ("below", "reason"),
+  [("", "File exists"), ("run", "Not a directory"), ("a/b", "Not a directory")],
+)
+def test_a_directory_at_or_below_a_file_cannot_be_written_to(
+  tmp_path, below, reason
+):
+  file = tmp_path / "file"
+  file.write_text("precious")
+  message = rf"^workdir={file / below}: cannot be written to \(.*{reason}.*"
+  with pytest.raises(ConfigError, match=message + "allowed is a directory"):
+    with Workdir(file / below).claim(Config()):
+      pass
+  assert file.read_text() == "precious"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
+def test_a_place_where_nothing_can_be_created_is_refused():
+  path = "/proc/no_such_mount/run"
+  with pytest.raises(ConfigError, match=f"^workdir={path}: cannot be written"):
+    with Workdir(path).claim(Config()):
+      pass
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_directory_that_is_there_but_takes_no_file_is_refused(
+  tmp_path, monkeypatch, code
+):
+  # Tests may run as root, for whom permissions do not count.
+  def refuse(path, *args, **options):
+    raise OSError(code, os.strerror(code), str(path))
+
+  monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+  with pytest.raises(ConfigError, match=rf"written to \(.*{os.strerror(code)}"):
+    with Workdir(tmp_path).claim(Config()):
+      raise AssertionError("nothing may start")
+
+
+def test_what_fails_inside_a_claim_is_not_taken_for_its_own(tmp_path):
+  with pytest.raises(OSError, match="^inside$"):
+    with Workdir(tmp_path).claim(Config()):
+      raise OSError("inside")
+  # And the directory is free again.
+  with Workdir(tmp_path).claim(Config()):
+    pass
+
+
+def _with_free(monkeypatch, megabytes):
+  usage = Usage(0, 0, megabytes * 2**20)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_too_little_room_is_an_error_that_says_how_much_is_needed(
+  tmp_path, monkeypatch
+):
+  _with_free(monkeypatch, 5)
+  workdir = Workdir(tmp_path)
+  workdir.check_space({"pretrain": 2 * 2**20, "export": 3 * 2**20})
+  message = (
+    f"^workdir={tmp_path}: its disk has 5.0 MiB free, but pretrain, export may "
+    "take 6.0 MiB more; allowed is a directory with as much space$"
+  )
+  with pytest.raises(ConfigError, match=message):
+    workdir.check_space({"pretrain": 2 * 2**20, "export": 4 * 2**20})
+  with pytest.raises(ConfigError, match="take 5.0 MiB more"):
+    workdir.check_space({"pretrain": 2 * 2**20, "export": 3 * 2**20 + 1})
+
+
+def test_finished_stages_and_what_is_written_already_need_no_more_room(
+  tmp_path, monkeypatch
+):
+  _with_free(monkeypatch, 5)
+  workdir = Workdir(tmp_path)
+  write_json(tmp_path / "pretrain" / "result.json", {})
+  workdir.check_space({"pretrain": 90 * 2**20, "export": 5 * 2**20})
+  with pytest.raises(ConfigError, match="take 6.0 MiB more"):
+    workdir.check_space({"export": 6 * 2**20})
+  (tmp_path / "export" / "model").mkdir(parents=True)
+  (tmp_path / "export" / "model" / "half").write_bytes(bytes(2**20))
+  workdir.check_space({"export": 6 * 2**20})
+  # What one stage has too much of is no room for another.
+  with pytest.raises(ConfigError, match="take 6.0 MiB more"):
+    workdir.check_space({"export": 0, "supernet": 6 * 2**20})
+
+
+def claim(path, values):
+  with Workdir(path).claim(from_dict(values)):
+    pass
+
+
+VMAP = {"schedule": "accumulate", "vectorize": "vmap"}
+
+
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [
+    ({}, {"search": {"prefer": "accuracy"}}),
+    ({}, {"checkpoint_every": 7, "log_every": 3}),
+    ({}, {"devices": {"data": 2, "parameters": "sharded"}}),
+    ({"train": VMAP}, {"train": VMAP, "devices": {"bits": 2}}),
+    (
+      {"data": {"name": "generated"}},
+      {"data": {"name": "generated", "path": "elsewhere", "workers": 2}},
+    ),
+  ],
+)
+def test_a_run_goes_on_with_what_changes_nothing_of_what_is_trained(
+  tmp_path, before, after
+):
+  claim(tmp_path, before)
+  claim(tmp_path, after)
+
+
+@pytest.mark.parametrize(
+  ("before", "after", "difference"),
+  [
+    (
+      {"devices": {"data": 1}},
+      {"devices": {"data": 1, "norm": "per_device"}},
+      "devices.norm is 'global' there, 'per_device' here",
+    ),
+    (
+      {"devices": {"data": 1, "norm": "per_device"}},
+      {"devices": {"data": 2, "norm": "per_device"}},
+      "devices.data is 1 there, 2 here",
+    ),
+    ({}, {"data": {"batch_size": 64}}, "data.batch_size is 128 there, 64 here"),
+  ],
+)
+def test_a_run_does_not_go_on_as_another_one(
+  tmp_path, before, after, difference
+):
+  claim(tmp_path, before)
+  with pytest.raises(ConfigError, match=rf"configuration \({difference}\)"):
+    claim(tmp_path, after)
+
+
+def test_a_configuration_that_lacks_a_group_is_another_one(tmp_path):
+  with Workdir(tmp_path).claim(Config()):
+    pass
+  path = tmp_path / "config.json"
+  held = read_json(path)
+  del held["devices"]
+  write_json(path, held)
+  with pytest.raises(ConfigError, match="devices is None there, {.* here"):
+    with Workdir(tmp_path).claim(Config()):
+      pass
+
+
+def test_a_directory_takes_one_at_a_time(tmp_path):
+  with Workdir(tmp_path).claim(Config()):
+    with pytest.raises(ConfigError, match="another process is at work in it"):
+      with Workdir(tmp_path).claim(Config()):
+        pass
+
+
+def test_a_run_that_came_and_went_just_now_is_seen(tmp_path, monkeypatch):
+  other = dataclasses.asdict(Config(seed=3))
+  lock = Workdir._lock
+
+  def after_another(self, file):
+    write_json(tmp_path / "config.json", other)
+    lock(self, file)
+
+  monkeypatch.setattr(Workdir, "_lock", after_another)
+  with pytest.raises(ConfigError, match="seed is 3 there, 0 here"):
+    with Workdir(tmp_path).claim(Config()):
+      pass
+  assert read_json(tmp_path / "config.json")["seed"] == 3
+
+
+def test_nothing_is_left_in_a_directory_that_is_refused(tmp_path):
+  (tmp_path / "thesis.txt").write_text("precious")
+  with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    with Workdir(tmp_path).claim(Config()):
+      pass
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
+  path = tmp_path / "result.json"
+  write_json(path, {"old": 1})
+
+  def torn(self, text):
+    self.open("w").write(text[: len(text) // 2])
+    raise OSError(errno.ENOSPC, "full")
+
+  monkeypatch.setattr(pathlib.Path, "write_text", torn)
+  with pytest.raises(OSError, match="full"):
+    write_json(path, {"new": 2})
+  assert read_json(path) == {"old": 1}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_file_that_holds_no_object_is_damaged(tmp_path, content):
+  path = tmp_path / "result.json"
+  path.write_text(content)
+  with pytest.raises(ConfigError, match="result.json: damaged, no JSON; all"):
+    read_json(path)
+
+
+def test_checkpoints_of_another_network_are_refused(tmp_path):
+  workdir = Workdir(tmp_path)
+  workdir.tell("pretrain", {"bits": (None,), "layers": ["a"]})
+  workdir.tell("pretrain", {"bits": (None,), "layers": ["a"]})
+  with pytest.raises(
+    ConfigError, match=r"another network \(layers is \['a'\] "
+  ):
+    workdir.tell("pretrain", {"bits": (None,), "layers": ["b"]})

@@ -1,0 +1,46 @@
+"""Tests of where compiled programs are kept."""
+
+import jax
+import pytest
+
+from dr_jax.runtime import compilation
+
+
+@pytest.fixture
+def told(monkeypatch):
+  """What JAX is told, in place of telling it."""
+  options = {}
+  monkeypatch.setattr(jax.config, "update", options.__setitem__)
+  return options
+
+
+@pytest.fixture
+def nothing_known():
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_every_program_is_kept_below_the_users_cache(
+  nothing_known, told, monkeypatch
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+  compilation.cache_on_disk()
+  assert told == {
+    "jax_compilation_cache_dir": "/somewhere/dr_jax/jax",
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+
+
+def test_what_the_user_told_jax_is_left_alone(nothing_known, told, monkeypatch):
+  name = "jax_persistent_cache_min_compile_time_secs"
+  monkeypatch.setenv(name.upper(), "2")
+  compilation.cache_on_disk()
+  assert list(told) == ["jax_compilation_cache_dir"]
+
+
+def test_a_directory_that_jax_was_told_is_kept(told):
+  assert jax.config.jax_compilation_cache_dir is not None  # by conftest
+  compilation.cache_on_disk()
+  assert told == {}
