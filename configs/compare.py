@@ -3,7 +3,7 @@
   python -m dr_jax.main --config=configs/compare.py [--workdir=DIR]
   python -m dr_jax.main --config=configs/compare.py:lsq,adabits
 
-Each method trains with what belongs to it (`train.RECIPES`: schedule, sampling,
+Each method trains with what belongs to it (`quant.RECIPES`: schedule, sampling,
 distillation, activations, curriculum) and shares the rest: Adam, learning rate,
 epochs, seeds. The network is narrow on purpose, a pre-activation ResNet8 of 4,
 8 and 16 channels: wide ones reach 99 % at every bit-width and show nothing. 540
@@ -16,32 +16,14 @@ import dataclasses
 import ml_collections
 from ml_collections import config_dict
 
+from dr_jax import quant
 from dr_jax.config import DataConfig, DevicesConfig
 
 BITS = (8, 6, 4, 2)
-# Methods that serve all bit-widths from one network.
-METHODS = (
-  "double_rounding",
-  "double_rounding_unshared",
-  "lsq",
-  "lsq_plus",
-  "adabits",
-  "adabits_centered",
-  "adabits_original",
-  "any_precision",
-  "bit_mixer",
-  "multiquant",
-  "multiquant_highest",
-  "truncquant",
-  "matquant",
-  "multi_resolution",
-  "term_quantization",
-  "bitwave",
-)
-# Methods with a bit-width of their own, and LSQ and LSQ+ alone at each.
-SINGLE = {
-  "ternary": (2,),
-  "binary": (1,),
+# Methods that serve any bit-widths from one network; those with a bit-width of
+# their own; and LSQ and LSQ+ trained separately at each.
+METHODS = {
+  **{name: recipe.bits or BITS for name, recipe in quant.RECIPES.items()},
   **{f"separate_lsq_{b}": (b,) for b in BITS},
   **{f"separate_lsq_plus_{b}": (b,) for b in BITS},
 }
@@ -49,11 +31,11 @@ SINGLE = {
 
 def get_config(arg=None):
   """Returns the comparison; the argument names methods, by default all."""
-  known = (*METHODS, *SINGLE)
-  chosen = arg.split(",") if arg else known
+  chosen = arg.split(",") if arg else list(METHODS)
   for name in chosen:
-    if name not in known:
-      raise ValueError(f"compare.py:{name}: allowed are {', '.join(known)}")
+    if name not in METHODS:
+      known = ", ".join(METHODS)
+      raise ValueError(f"methods must be of {known}, got {name!r}")
   config = ml_collections.ConfigDict()
   config.name = "compare"
   config.seeds = (0, 1, 2)
@@ -99,8 +81,8 @@ def get_config(arg=None):
     if name.startswith("separate"):
       method.row = name.rpartition("_")[0].replace("_", " ")
       method.method = method.row.removeprefix("separate ").replace(" ", "_")
-    if name in SINGLE:
+    if METHODS[name] != BITS:
       method.quant = ml_collections.ConfigDict()
-      method.quant.bits = SINGLE[name]
+      method.quant.bits = METHODS[name]
     config.methods[name] = method
   return config

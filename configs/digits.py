@@ -6,7 +6,7 @@
 pre-activation ResNet8 of 0.38 M parameters: float training, joint training at
 four bit-widths, and one integer artifact that serves them all.
 
-`--config.method=adabits` (any of train.RECIPES) trains another method instead.
+`--config.method=adabits` (any of quant.RECIPES) trains another method instead.
 Add the stage "separate" to train LSQ at each bit-width for comparison;
 `python -m dr_jax.benchmarks.digits` gives means over seeds. Recipe after arXiv
 2502.01199, section 4 (Adam, cosine, weight decay 5e-5), with a larger learning
@@ -18,6 +18,7 @@ import dataclasses
 import ml_collections
 from ml_collections import config_dict
 
+from dr_jax import quant
 from dr_jax.config import DataConfig, DevicesConfig
 
 
@@ -51,28 +52,14 @@ def get_config(arg=None):
   config.model.options.depth = 8
   config.model.options.widths = (16, 64, 160)
 
-  # What the method leaves open here is its own; see train.RECIPES.
+  # What the method leaves open here is its own; see quant.RECIPES.
   config.method = "double_rounding"
   config.quant = ml_collections.ConfigDict()
   config.quant.bits = tuple(map(int, arg)) if arg else (8, 6, 4, 2)
   config.quant.weight = config_dict.placeholder(str)
-  config.quant.weight_options = _left_open(
-    rounding=str,
-    per_channel=bool,
-    shared=bool,
-    scheme=str,
-    rescale=bool,
-    signed=bool,
-    extra_precision=bool,
-    budgets=tuple,
-    group=int,
-    weight_bits=int,
-    magnitude_bits=int,
-  )
+  config.quant.weight_options = _left_open(quant.options_of("weight"))
   config.quant.activation = config_dict.placeholder(str)
-  config.quant.activation_options = _left_open(
-    scheme=str, initial=float, terms=tuple, data_bits=int
-  )
+  config.quant.activation_options = _left_open(quant.options_of("activation"))
   config.quant.norm = config_dict.placeholder(str)
 
   config.pretrain = ml_collections.ConfigDict()
@@ -98,7 +85,7 @@ def get_config(arg=None):
   return config
 
 
-def _left_open(**types):
+def _left_open(types):
   """Fields that a flag can set; until then they are the method's own."""
   fields = {name: config_dict.placeholder(t) for name, t in types.items()}
   return ml_collections.ConfigDict(fields)

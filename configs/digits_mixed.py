@@ -77,8 +77,8 @@ def get_config(arg=None):
   )
   config.search.costs = ("stored_bits",)
   config.search.budgets = (2.5, 3.0, 4.0, 5.0, 6.0, 7.0)
-  config.search.judge = "both"
-  config.search.prefer = "loss"
+  config.search.eval_split = "both"
+  config.search.metric = "loss"
   config.search.options = ml_collections.ConfigDict()
   config.search.latency = ""
   return config

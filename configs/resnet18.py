@@ -96,7 +96,7 @@ def imagenet_config(model, arg, *, bits="8642", preactivation=True):
   config.data.mean = (0.485, 0.456, 0.406)
   config.data.std = (0.229, 0.224, 0.225)
   config.data.workers = 32
-  config.data.damaged = "raise"
+  config.data.on_decode_error = "raise"
 
   config.model = ml_collections.ConfigDict()
   config.model.name = model

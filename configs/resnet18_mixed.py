@@ -90,8 +90,8 @@ def mixed_config(model, arg):
   config.search.costs = ("sum_bits",)
   bits = config.quant.bits
   config.search.budgets = (sum(bits) / len(bits),)
-  config.search.judge = "held_out"
-  config.search.prefer = "accuracy"
+  config.search.eval_split = "held_out"
+  config.search.metric = "accuracy"
   config.search.options = ml_collections.ConfigDict()
   if config.data.name == "generated":
     config.data.holdout = 0.25

@@ -24,11 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dr_jax import pipeline, report
-from dr_jax.checkpoint.checkpoints import CheckpointError
 from dr_jax.config import from_dict
 from dr_jax.pipeline import comparison
 from dr_jax.runtime import compilation, processes
-from dr_jax.train import InterruptedRun, NonFiniteError
+from dr_jax.train import NonFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="What to run.")
 _WORKDIR = flags.DEFINE_string(
@@ -56,48 +55,24 @@ def main(argv: list[str]) -> int:
   --preempted_exit_code). 1: training diverged. 2: bad input, or files that
   cannot be read or written. 3: another process has ended. 130: stopped by
   Ctrl-C, after saving unless it came twice. Whatever the code, the same command
-  goes on from the last checkpoint.
+  resumes from the last checkpoint.
   """
-  # Orbax tells every file at INFO, and at ERROR, with a traceback, what it
+  # Orbax logs every file at INFO, and at ERROR, with a traceback, what it
   # raises as well.
   logging.set_verbosity(logging.FATAL)
   warnings.showwarning = _warn
   sys.unraisablehook = _unraisable
   try:
     if len(argv) > 1:
-      raise ValueError(f"argument {argv[1]!r}: allowed are --flags")
+      raise ValueError(
+        f"arguments must be flags, --name=value, got {argv[1]!r}"
+      )
     if _CONFIG.value is None:
-      raise ValueError("--config: missing; allowed is a configuration file")
+      raise ValueError("--config must name a configuration file")
     processes.initialize(detect=_DISTRIBUTED.value)
     tables, workdir = _run(_CONFIG.value.to_dict())
-  except processes.FirstProcessError as error:
-    return _fail(error, _stopped_by(error.signal) if error.signal else 2)
-  except (ValueError, OSError, CheckpointError) as error:
-    return _leave(error, 2)
-  except NonFiniteError as error:
-    return _fail(error, 1)
-  except InterruptedRun as error:
-    print(error, file=sys.stderr)
-    return _stopped_by(error.signal)
-  except KeyboardInterrupt:
-    print(
-      "stopped at once; the same command goes on from the last checkpoint",
-      file=sys.stderr,
-    )
-    return _leave(None, 128 + signal.SIGINT)
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    words = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-    if not any(word in str(error) for word in words):
-      return _leave(error, 1)
-    text = f"another process has ended, or cannot be reached: {error}"
-    return _leave(text, 3)
-  except Exception:
-    if jax.process_count() == 1:
-      raise
-    traceback.print_exc()
-    return _leave(None, 1)
+  except (Exception, KeyboardInterrupt) as error:
+    return _end(error)
   if not processes.is_first():
     return 0
   # A file has no width; a table must not be cut there.
@@ -108,12 +83,44 @@ def main(argv: list[str]) -> int:
   return 0
 
 
+def _end(error: BaseException) -> int:
+  """Reports how a run ended in one line; returns the exit code.
+
+  What nobody expected has its traceback.
+  """
+  several = jax.process_count() > 1
+  code = processes.exit_code(error)
+  if isinstance(error, KeyboardInterrupt):
+    print("stopped at once; rerun the same command to resume", file=sys.stderr)
+    return _leave(128 + signal.SIGINT)
+  if number := getattr(error, "signal", None):
+    print(f"{error}; rerun the same command to resume", file=sys.stderr)
+    preempted = number == signal.SIGTERM
+    return _PREEMPTED.value if preempted else 128 + number
+  if processes.is_lost_peer(error):
+    _report(f"another process has ended, or cannot be reached: {error}")
+    return _leave(3)
+  if isinstance(error, processes.SharedError | NonFiniteError):
+    # All processes have it, and end alike.
+    if code == 1 and error.__cause__ is not None:
+      traceback.print_exception(error.__cause__)
+    _report(error)
+    return code
+  if code == 2 or (several and isinstance(error, jax.errors.JaxRuntimeError)):
+    _report(error)
+    return _leave(code)
+  if not several:
+    raise error
+  traceback.print_exception(error)
+  return _leave(code)
+
+
 def _run(values):
   """Runs a configuration, or a comparison; returns tables and directory."""
   compilation.cache_on_disk()
   if "methods" in values:
     if jax.process_count() > 1:
-      raise ValueError("methods: a comparison; allowed is one process")
+      raise ValueError("methods: a comparison must run in one process")
     compared = comparison.from_values(values)
     workdir = _WORKDIR.value or os.path.join("runs", compared.base.name)
     results = comparison.run(compared, workdir, interrupted=_on_signals())
@@ -172,16 +179,14 @@ def _row(name, score, size, whole):
   ]
 
 
-def _leave(error, code):
+def _leave(code):
   """Ends with an error that other processes may know nothing of.
 
-  The usual goodbye waits for them, who wait for this one; without it they
-  notice. Where all have the same error, the first leaves last: it is their
-  only way to each other.
+  The usual shutdown waits for them, who wait for this one; without it they
+  notice. Where all have the same error, the first one leaves last: it is their
+  only connection to each other.
   """
-  if error is not None:
-    _fail(error, code)
-  if jax.process_count() > 1 and not getattr(error, "told", False):
+  if jax.process_count() > 1:
     sys.stdout.flush()
     sys.stderr.flush()
     if processes.is_first():
@@ -190,15 +195,8 @@ def _leave(error, code):
   return code
 
 
-def _stopped_by(number):
-  if number == signal.SIGTERM:
-    return _PREEMPTED.value
-  return 128 + number
-
-
-def _fail(error, code):
+def _report(error):
   print(f"error: {_one_line(error)}", file=sys.stderr)
-  return code
 
 
 def _warn(message, category, filename, lineno, file=None, line=None):
@@ -208,7 +206,7 @@ def _warn(message, category, filename, lineno, file=None, line=None):
 def _unraisable(unraisable):
   """Leaves out the writes that Orbax abandons when another one has failed.
 
-  Each ends with a traceback of its own, some time later.
+  Each would end with a traceback, some time later.
   """
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
@@ -241,11 +239,16 @@ def _parse(argv):
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
-    sys.exit(_fail(_unknown_field(argv) or error, 2))
+    _exit(_unknown_field(argv) or error)
   except (flags.Error, TypeError, ValueError) as error:
-    sys.exit(_fail(_own_words(error), 2))
+    _exit(_own_words(error))
   except (OSError, ImportError) as error:
-    sys.exit(_fail(f"--config: {error}", 2))
+    _exit(f"--config: {error}")
+
+
+def _exit(error):
+  _report(error)
+  sys.exit(2)
 
 
 def _own_words(error):
@@ -266,9 +269,13 @@ def _unknown_field(argv):
     node = _CONFIG.value
     for key in override.partition("=")[0].split(".")[1:]:
       if not isinstance(node, config_dict.ConfigDict):
-        return f"{override}: {key!r} is below a plain value; allowed is a field"
+        return (
+          f"{override}: {key!r} must be a field, but is below a plain value"
+        )
       if key not in node:
-        return f"{override}: no field {key!r}; allowed are {', '.join(node)}"
+        return (
+          f"{override}: field must be one of {', '.join(node)}, got {key!r}"
+        )
       node = node[key]
   return None
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dr_jax.allocate.problem import integer
+from dr_jax.runtime import files
 
 
 class Allocation(Mapping[str, int]):
@@ -115,17 +115,7 @@ class Allocation(Mapping[str, int]):
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes a file that `load` reads; it appears complete or not at all."""
-    path = pathlib.Path(path)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-      with os.fdopen(handle, "wb") as file:
-        file.write(self.to_json().encode())
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(draft, path)
-    except BaseException:
-      pathlib.Path(draft).unlink(missing_ok=True)
-      raise
+    files.write_text(path, self.to_json())
 
   def check(self, layers: Iterable[str], bits: Sequence[int]) -> None:
     """Checks that it fits a network.

@@ -63,9 +63,8 @@ class Trained:
       workers: processes that decode them, where they are decoded.
     """
     recipe = TrainConfig(alrs="eta")
-    self.step, self._first = network.trainer(
-      setting.quantized(), setting.bits, recipe
-    )
+    trainer, self._first = network.trainer(setting.quantized(), recipe)
+    self.step = trainer.step
     self._bits, self._batch = setting.bits, setting.batch(batch_size)
     self._size, self._workers = setting.size, workers
 
@@ -119,7 +118,7 @@ class Trained:
         # Asked once a step, after it was sent to the device; what the last
         # step alone does, a save that is waited for, comes later.
         interrupted=lambda: times.append(time.perf_counter()),
-        shows=False,
+        show_progress=False,
       ).run(self._start())
     return (times[-1] - times[_WARMUP - 1]) / steps
 

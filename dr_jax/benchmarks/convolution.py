@@ -25,7 +25,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax.pipeline.pipeline import environment
+from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import compilation
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images.")

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dr_jax import hessian, models, nn
-from dr_jax.pipeline.pipeline import environment
+from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import compilation
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per gradient.")
@@ -71,7 +71,7 @@ def _network():
   model = models.ResNet(_DEPTH.value, num_classes=10, rngs=nnx.Rngs(0))
   network = nn.functional(model)
   leaves, structure = jax.tree.flatten(network.params)
-  kinds = jax.tree.leaves(network.kinds)
+  kinds = jax.tree.leaves(network.param_labels)
   kernels, vectors = {}, {}
   for number, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
     (kernels if kind == "weight" else vectors)[str(number)] = leaf

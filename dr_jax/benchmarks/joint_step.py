@@ -5,7 +5,7 @@
   python -m dr_jax.benchmarks.joint_step --model=resnet50 [--dtype=bfloat16]
       [--batch-size=256] [--image-size=224] [--modes=alternate/unroll,...]
 
-The second form times the steps of methods (`train.RECIPES`, "all" for every
+The second form times the steps of methods (`quant.RECIPES`, "all" for every
 one) beside Double Rounding's: the visits that a step of the method makes, with
 its schedule and distillation.
 
@@ -35,7 +35,7 @@ from dr_jax import models, nn, quant, train
 from dr_jax.benchmarks import network, throughput
 from dr_jax.benchmarks.throughput import MODES
 from dr_jax.config import TrainConfig, from_dict, quantizers
-from dr_jax.pipeline.pipeline import environment
+from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import compilation, sharding
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
@@ -100,13 +100,13 @@ def main(argv):
   if _METHODS.value:
     _methods(bits)
     return
-  rows = [_jax("float", (32,), None, "alternate", "unroll")]
+  rows = [_jax("float", None, "alternate", "unroll")]
   for b in bits:
-    rows.append(_jax(f"single {b}", (b,), (b,), "alternate", "unroll"))
+    rows.append(_jax(f"single {b}", (b,), "alternate", "unroll"))
   for schedule, vectorize in MODES:
     if vectorize != "vmap" or _VMAP.value:
       rows.append(
-        _jax(f"joint {schedule} {vectorize}", bits, bits, schedule, vectorize)
+        _jax(f"joint {schedule} {vectorize}", bits, schedule, vectorize)
       )
   if _TORCH.value:
     rows += _torch(bits)
@@ -147,7 +147,7 @@ def _network(bits):
 
 def _methods(bits):
   """Times the steps of methods beside Double Rounding's, and prints ratios."""
-  names = train.RECIPES if _METHODS.value == ["all"] else _METHODS.value
+  names = quant.RECIPES if _METHODS.value == ["all"] else _METHODS.value
   rows = [_method(name, bits) for name in dict.fromkeys([_OURS, *names])]
   _time(rows)
   table = Table(title=_title(bits))
@@ -168,8 +168,8 @@ def _methods(bits):
 
 def _method(name, bits) -> Timed:
   """A step of a method, in the last phase of its curriculum."""
-  single = {"binary": (1,), "ternary": (2,)}
-  values = {"method": name, "quant": {"bits": single.get(name, bits)}}
+  own = quant.RECIPES[name].bits
+  values = {"method": name, "quant": {"bits": own or bits}}
   config = from_dict(values)
   weight, activation = quantizers(config.quant)
   recipe, norm = config.train, config.quant.norm
@@ -184,10 +184,10 @@ def _method(name, bits) -> Timed:
     sample=_batch()["image"],
     norm=norm,
   )
-  return _timed(name, model, weight.bits, recipe)
+  return _timed(name, model, recipe)
 
 
-def _jax(name, bits, candidates, schedule, vectorize) -> Timed:
+def _jax(name, candidates, schedule, vectorize) -> Timed:
   """A step of Double Rounding, or of the float network."""
   model = models.ResNet(_DEPTH.value, num_classes=10, rngs=nnx.Rngs(0))
   recipe = TrainConfig(schedule=schedule, vectorize=vectorize)
@@ -199,7 +199,7 @@ def _jax(name, bits, candidates, schedule, vectorize) -> Timed:
       sample=_batch()["image"],
     )
     recipe = dataclasses.replace(recipe, alrs="relative")
-  return _timed(name, model, bits, recipe)
+  return _timed(name, model, recipe)
 
 
 def _batch():
@@ -212,14 +212,14 @@ def _batch():
   }
 
 
-def _timed(name, model, bits, recipe: TrainConfig) -> Timed:
+def _timed(name, model, recipe: TrainConfig) -> Timed:
   """Builds a step, and measures its compilation and its memory."""
   batch = _batch()
-  step, start = network.trainer(model, bits, recipe)
+  trainer, start = network.trainer(model, recipe)
   state = [start]
 
   def run():
-    state[0], losses = step(state[0], batch)
+    state[0], losses = trainer.step(state[0], batch)
     jax.block_until_ready((state[0], losses))
 
   compilations = []
@@ -230,23 +230,13 @@ def _timed(name, model, bits, recipe: TrainConfig) -> Timed:
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   started = time.perf_counter()
-  memory = _temporary_bytes(step, state[0], batch)
+  compiled = trainer.lower(state[0], batch).compile()
+  memory = compiled.memory_analysis().temp_size_in_bytes
   first = time.perf_counter() - started
   run()
   run()
   jax.monitoring.unregister_event_duration_listener(listen)
   return Timed(name, run, [], first, len(compilations), memory)
-
-
-def _temporary_bytes(step, state, batch) -> int | None:
-  """Peak temporary memory of the largest program of a step."""
-  if hasattr(step, "lower"):
-    compiled = step.lower(state, batch).compile()
-  elif hasattr(step, "lower_per_visit"):
-    compiled = step.lower_per_visit(state, batch).compile()
-  else:
-    return None
-  return compiled.memory_analysis().temp_size_in_bytes
 
 
 def _torch(bits) -> list[Timed]:

@@ -1,7 +1,7 @@
 """Mixed precision over several seeds: SuperNet, and every search by budget.
 
   python -m dr_jax.benchmarks.mixed --workdir=DIR [--seeds=3]
-      [--config=configs/digits_mixed.py] [--config.search.prefer=accuracy ...]
+      [--config=configs/digits_mixed.py] [--config.search.metric=accuracy ...]
 
 Runs the configuration through the pipeline once per seed, and prints test
 accuracy and cross-entropy as mean and standard error over seeds. Finished runs

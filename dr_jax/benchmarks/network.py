@@ -93,25 +93,22 @@ class Setting(NamedTuple):
 
 def trainer(
   model: nnx.Module,
-  bits: tuple[int, ...],
   recipe: TrainConfig,
   layout: Layout | None = None,
-) -> tuple[train.Step, train.TrainState]:
-  """Returns the step of a network, and its first state.
+) -> tuple[train.Trainer, train.TrainState]:
+  """Returns the trainer of a network, and its first state.
 
   Args:
     model: float or quantized; left unchanged.
-    bits: its candidate bit-widths, any single one of a float network.
     recipe: how a step is made; the optimizer is SGD.
     layout: where states and batches live; None leaves it to JAX.
   """
   network = nn.functional(model)
   optimizer = train.make_optimizer(
-    "sgd", kinds=network.kinds, weight_decay=5e-5
+    "sgd", param_labels=network.param_labels, weight_decay=5e-5
   )
-  step = train.make_step(
+  made = train.make_trainer(
     network,
-    bits,
     optimizer,
     optax.constant_schedule(1e-4),
     schedule=recipe.schedule,
@@ -121,12 +118,6 @@ def trainer(
     distillation=recipe.distillation,
     loss_weights=recipe.loss_weights,
     layout=layout,
-  )
-  state = train.init_state(
-    network,
-    optimizer,
-    jax.random.key(0),
-    distillation=recipe.distillation,
     num_classes=model.head.out_features,
   )
-  return step, state if layout is None else train.place(layout, state)
+  return made, made.init(jax.random.key(0))

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from dr_jax.benchmarks import concurrent_load, images, loopback, network
-from dr_jax.pipeline.pipeline import environment
+from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import compilation
 
 _MODEL = flags.DEFINE_enum("model", "resnet8", network.NAMES, "Network.")

@@ -35,7 +35,7 @@ from rich.table import Table
 from dr_jax import train
 from dr_jax.benchmarks import loopback, network
 from dr_jax.config import TrainConfig
-from dr_jax.pipeline.pipeline import environment
+from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import compilation, processes, sharding
 
 _PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes, on CPU.")
@@ -132,9 +132,7 @@ def measure(setting, layout, batch_size, steps) -> Speed:
   cpu = jax.default_backend() == "cpu"
   # On a CPU, what compiles in a quarter of the time.
   recipe = TrainConfig(vectorize="sequential" if cpu else "auto", alrs="eta")
-  step, state = network.trainer(
-    setting.quantized(), setting.bits, recipe, layout
-  )
+  trainer, state = network.trainer(setting.quantized(), recipe, layout)
   interrupted = processes.agreed(lambda: None)
 
   def trained(state, until):
@@ -142,11 +140,11 @@ def measure(setting, layout, batch_size, steps) -> Speed:
       stage="scaling",
       steps=until,
       labels=setting.bits,
-      step=step,
+      step=trainer.step,
       batches=[batch] * until,
       interrupted=interrupted,
       put=layout.put,
-      shows=False,
+      show_progress=False,
     )
     return jax.block_until_ready(loop.run(state))
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dr_jax import quant
-from dr_jax.pipeline.pipeline import environment
+from dr_jax.pipeline.summary import environment
 
 _WEIGHTS = flags.DEFINE_integer("weights", 25_000_000, "Number of weights.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each budget.")

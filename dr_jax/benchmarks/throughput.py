@@ -96,15 +96,16 @@ def measure(
     )
   batch = layout.put(setting.batch(batch_size))
   quantized = setting.quantized()
-  models = [("float", setting.floating(), (32,), MODES[0])]
+  models = [("float", setting.floating(), MODES[0])]
   for mode in modes:
-    models.append((f"joint {' '.join(mode)}", quantized, setting.bits, mode))
+    models.append((f"joint {' '.join(mode)}", quantized, mode))
   measured, programs = [], []
-  for name, model, bits, (schedule, vectorize) in models:
+  for name, model, (schedule, vectorize) in models:
     recipe = TrainConfig(schedule=schedule, vectorize=vectorize, alrs="eta")
-    run = _program(*trainer(model, bits, recipe, layout), batch)
+    made, state = trainer(model, recipe, layout)
+    run = _program(made.step, state, batch)
     seconds = _until_ready(run)
-    measured.append(Measured(name, len(bits), [], seconds or 0.0))
+    measured.append(Measured(name, len(made.labels), [], seconds or 0.0))
     programs.append(run if seconds is not None else None)
     if seconds is not None:
       run(1)  # Its inputs are where a step leaves them: the last compilation.

@@ -35,7 +35,6 @@ from dr_jax.checkpoint.snapshot import (
   checksums,
   difference,
   key_data,
-  named_leaves,
   unsealed,
 )
 from dr_jax.runtime.processes import all_agree, on_first
@@ -44,15 +43,17 @@ from dr_jax.runtime.processes import all_agree, on_first
 class CheckpointError(Exception):
   """A checkpoint is missing, damaged, or of another state."""
 
+  exit_code = 2
+
 
 class _DamagedError(CheckpointError):
   """What is on disk is not what was saved."""
 
 
-# How many checkpoints a run keeps: one to go on from, one if it is damaged.
+# How many checkpoints a run keeps: one to resume from, one if it is damaged.
 KEEP = 2
 
-# Orbax's flag: processes meet by way of the coordinator.
+# Orbax's flag: barrier through the coordination service.
 _BARRIER = "experimental_orbax_use_distributed_barrier"
 
 
@@ -96,13 +97,13 @@ class Checkpoints:
     )
     self._keep, self._failed = keep, []
     handlers = ocp.handlers.local_registry(include_global_registry=False)
-    handlers.add(_telling(self._failed), checkpointable_name="state")
-    # Without being told, Orbax stores a dictionary of numbers as arrays.
+    handlers.add(_recording(self._failed), checkpointable_name="state")
+    # By default, Orbax stores a dictionary of numbers as arrays.
     handlers.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
     context = ocp.Context()
     if jax.process_count() > 1:
-      # Neither may wait for the devices, where steps are under way: how
-      # processes meet, and cutting arrays into a part for each of them.
+      # Neither may wait for the devices, where steps are under way: barriers,
+      # and slicing arrays into a part for each process.
       if _BARRIER in flags.FLAGS:
         flags.FLAGS[_BARRIER].value = True
       context.array.saving.use_replica_parallel = False
@@ -123,7 +124,7 @@ class Checkpoints:
 
   def _clean(self):
     """Removes what is half-written; returns the steps that there are."""
-    # Orbax's own cleanup goes on in a thread that nobody waits for.
+    # Orbax's own cleanup runs in a thread that nobody waits for.
     for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
       path.rmtree()
     return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
@@ -143,7 +144,7 @@ class Checkpoints:
       blocking: whether to return only when the checkpoint is on disk.
 
     Raises:
-      TypeError: if a leaf is no `jax.Array`.
+      TypeError: if a leaf is not a `jax.Array`.
       ValueError: if two leaves have the same path.
       CheckpointError: if this save or the one before it fails; the latest
         complete checkpoint is unharmed.
@@ -309,11 +310,11 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _failures(self):
-    """Says in one line what Orbax could not write, whatever it raises."""
+    """Reports in one line what Orbax could not write, whatever it raises."""
     try:
       yield
     except Exception as error:
-      # Another process has ended: that is no matter of checkpoints.
+      # Another process has ended: that does not concern checkpoints.
       lost = isinstance(error, jax.errors.JaxRuntimeError)
       if lost and jax.process_count() > 1:
         raise
@@ -327,7 +328,7 @@ class Checkpoints:
       ) from error
 
 
-def _telling(failed):
+def _recording(failed):
   """A handler that tells at once what this process cannot write.
 
   Orbax raises it when all processes have come to their end, and those that can
@@ -341,14 +342,14 @@ def _telling(failed):
     async def save(self, directory, checkpointable):
       written = await super().save(directory, checkpointable)
 
-      async def told():
+      async def recorded():
         try:
           await written
         except Exception as error:
           failed.append(error)
           raise
 
-      return told()
+      return recorded()
 
   return Arrays
 
@@ -369,7 +370,7 @@ def _quiet():
   """Keeps what goes wrong to the one exception that says it.
 
   When one array of many cannot be read, Orbax raises and abandons the other
-  reads; each of them then prints a traceback of its own.
+  reads; each of them then prints a traceback.
   """
   asyncio_logger = logging.getLogger("asyncio")
   disabled, hook = asyncio_logger.disabled, sys.unraisablehook

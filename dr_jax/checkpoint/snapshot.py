@@ -12,6 +12,8 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from dr_jax.runtime.tree import named_leaves
+
 
 class Snapshot:
   """A copy of a state on its devices, which can be saved later.
@@ -29,7 +31,7 @@ class Snapshot:
         `jax.Array`s, typed PRNG keys among them.
 
     Raises:
-      TypeError: if a leaf is no `jax.Array`.
+      TypeError: if a leaf is not a `jax.Array`.
       ValueError: if two leaves have the same path.
     """
     leaves = named_leaves(state)
@@ -60,22 +62,6 @@ class Snapshot:
     )
 
 
-def named_leaves(tree):
-  """Returns {slash path: leaf}, in the order of the leaves.
-
-  Raises:
-    ValueError: if two leaves have the same path.
-  """
-  leaves = jax.tree.leaves_with_path(tree)
-  named = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in leaves
-  }
-  if len(named) < len(leaves):
-    raise ValueError("two leaves have the same path: a key contains '/'")
-  return named
-
-
 def _seal(leaves):
   """Returns the manifest: what it says of each leaf, and its own checksum."""
   text = json.dumps(leaves, sort_keys=True)
@@ -91,7 +77,7 @@ def unsealed(manifest):
 
 
 def difference(saved, wanted):
-  """Returns what tells a saved state from a wanted one, in words, or None.
+  """Describes the first difference of a saved state from a wanted one, or None.
 
   Args:
     saved: what a manifest says of each leaf.
@@ -178,7 +164,7 @@ def _sum(array):
   width = min(array.dtype.itemsize, 4)
   words = jax.lax.bitcast_convert_type(array, f"uint{8 * width}")
   total = jnp.zeros(words.shape, jnp.uint32)
-  # Odd factors, different for neighbours: no two elements may change places.
+  # Odd factors, different for neighbors: no two elements may change places.
   for axis, size in enumerate(words.shape):
     shape = [size if a == axis else 1 for a in range(words.ndim)]
     position = jnp.arange(size, dtype=jnp.uint32).reshape(shape)

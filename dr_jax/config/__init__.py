@@ -1,4 +1,4 @@
-"""What a run can be told.
+"""The configuration of a run.
 
 Configuration files are ml_collections ConfigDicts; they end in `main`. Here a
 plain nested dict becomes a `Config`, or one line says which field is wrong.
@@ -17,6 +17,7 @@ from dr_jax.config.fields import (
   QuantConfig,
   SearchConfig,
   TrainConfig,
+  prefixed,
 )
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
   "SearchConfig",
   "TrainConfig",
   "from_dict",
+  "prefixed",
   "quantizers",
 ]

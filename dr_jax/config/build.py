@@ -9,7 +9,8 @@ from typing import Any
 
 from dr_jax.config.checks import check, one_of
 from dr_jax.config.fields import Config, ConfigError
-from dr_jax.train import RECIPES
+from dr_jax.quant import RECIPES
+from dr_jax.search import SEARCHES
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -19,20 +20,30 @@ def from_dict(values: Mapping[str, Any]) -> Config:
   else their default.
 
   Raises:
-    ConfigError: for an unknown field, a wrong type, or a value that is not
-      allowed, naming the field, the value and what is allowed.
+    ConfigError: for an unknown field, a wrong type, or a value that a field
+      does not allow, naming the field, the value and what it must be.
   """
-  config = _with_recipe(_build(Config, values, ""), values)
+  config = _with_searches(_with_recipe(_build(Config, values, ""), values))
   check(config)
   return config
+
+
+def _with_searches(config):
+  """Strategies that are left open are all there are."""
+  if config.search.strategies or "search" not in config.stages:
+    return config
+  every = dataclasses.replace(config.search, strategies=tuple(SEARCHES))
+  return dataclasses.replace(config, search=every)
 
 
 def _with_recipe(config, values):
   """Fills fields of `quant` and `train` that were left to the method."""
   one_of("method", config.method, RECIPES)
   recipe = RECIPES[config.method]
-  bits = config.quant.bits
-  left = {"loss_weights": recipe.loss_weights(bits)} | recipe._asdict()
+  own = {k: v for k, v in recipe._asdict().items() if v is not None}
+  given_bits = (values.get("quant") or {}).get("bits")
+  bits = config.quant.bits if given_bits else own.get("bits", config.quant.bits)
+  left = own | {"loss_weights": recipe.loss_weights(bits)}
   filled = {}
   for group in ("quant", "train"):
     given = values.get(group) or {}
@@ -62,14 +73,15 @@ def _options(role, given, left):
 
 def _build(kind, values, prefix):
   if not isinstance(values, Mapping):
-    raise ConfigError(f"{prefix[:-1]}={values!r}: allowed is a group of fields")
+    raise ConfigError(
+      f"{prefix[:-1]} must be a group of fields, got {values!r}"
+    )
   types = typing.get_type_hints(kind)
   filled = {}
   for name, value in values.items():
     if name not in types:
       raise ConfigError(
-        f"{prefix}{name}={value!r}: unknown field; allowed are "
-        f"{', '.join(types)}"
+        f"{prefix}{name} is not a field; it must be one of {', '.join(types)}"
       )
     if value is None:
       continue
@@ -89,7 +101,7 @@ def _typed(name, value, kind):
     value = dict(value)
   if type(value) is not kind:
     raise ConfigError(
-      f"{name}={value!r}: has type {type(value).__name__}; allowed is "
-      f"{kind.__name__}"
+      f"{name} must be of type {kind.__name__}, got {value!r} of type "
+      f"{type(value).__name__}"
     )
   return value

@@ -1,75 +1,97 @@
-"""What the fields of a configuration allow, each and together.
+"""Checks of a configuration: every field by its constraints, then in pairs.
 
-How many devices there are, and what is on disk, is not known here: `Run` asks.
+How many devices there are, and what is on disk, is not known here: the run
+checks that.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from dr_jax import data, models, nn, quant, search
+from dr_jax import quant, search, train
 from dr_jax.config.fields import (
-  DTYPES,
-  STAGES,
   Config,
   ConfigError,
   DataConfig,
   QuantConfig,
   TrainConfig,
 )
-from dr_jax.train import (
-  CURRICULA,
-  DISTILLATIONS,
-  OPTIMIZERS,
-  SAMPLINGS,
-  SCHEDULES,
-  VECTORIZE,
-  alrs,
-  resolve_vectorize,
-)
-
-# What a stage needs to come before it.
-_NEEDS = {
-  "export": ("multi_precision",),
-  "hessian": ("pretrain", "multi_precision"),
-  "supernet": ("hessian",),
-  "search": ("supernet",),
-}
 
 
 def check(config: Config) -> None:
   """Checks a configuration.
 
   Raises:
-    ConfigError: for a value that is not allowed, naming the field, the value
-      and what is allowed.
+    ConfigError: naming the first field that is wrong, its value and what it
+      must be.
   """
+  check_fields(config)
   quantizers(config.quant)
-  one_of("quant.norm", config.quant.norm, nn.NORMS)
-  one_of("model.name", config.model.name, models.NAMES)
-  one_of("model.dtype", config.model.dtype, DTYPES)
-  _check_stages(config.stages, bool(config.model.weights))
-  for name in ("checkpoint_every", "log_every"):
-    _at_least(name, getattr(config, name), 1)
-  _at_least("seed", config.seed, 0)
   _check_data(config.data)
   _check_devices(config)
-  for name in ("pretrain", "train", "supernet"):
-    trained = name != "pretrain" or not config.model.weights
-    _at_least(f"{name}.epochs", getattr(config, name).epochs, int(trained))
-    _check_recipe(name, getattr(config, name))
+  _check_training(config)
   _check_pretrain(config.pretrain)
   _check_curriculum(config)
   _check_mixed(config)
-  count = len(config.quant.bits)
-  for name in ("train", "supernet"):
-    weights = getattr(config, name).loss_weights
-    if weights and len(weights) != count:
+
+
+def check_fields(group: Any, prefix: str = "") -> None:
+  """Checks every field of a group, and of the groups in it, by its constraints.
+
+  Raises:
+    ConfigError: for a value that its field does not allow.
+  """
+  for field in dataclasses.fields(group):
+    value, name = getattr(group, field.name), f"{prefix}{field.name}"
+    if dataclasses.is_dataclass(value):
+      check_fields(value, f"{name}.")
+    elif isinstance(value, tuple):
+      for entry in value:
+        _check_value(name, entry, field.metadata)
+    else:
+      _check_value(name, value, field.metadata)
+
+
+def _check_value(name, value, constraints):
+  kinds = constraints.get("each")
+  if kinds and (isinstance(value, bool) or not isinstance(value, kinds)):
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    words = " or ".join(kind.__name__ for kind in kinds)
+    raise ConfigError(f"{name} must be a tuple of {words}, got {value!r} in it")
+  if "one_of" in constraints:
+    one_of(name, value, _allowed(constraints["one_of"]))
+  bounds = {
+    ">= {}": ("at_least", lambda bound: value >= bound),
+    "> {}": ("above", lambda bound: value > bound),
+    "<= {}": ("at_most", lambda bound: value <= bound),
+  }
+  for text, (key, holds) in bounds.items():
+    # Written so that NaN fails too.
+    if key in constraints and not holds(constraints[key]):
       raise ConfigError(
-        f"{name}.loss_weights={weights!r}: allowed are {count} numbers, one "
-        f"for each of quant.bits={config.quant.bits}"
+        f"{name} must be {text.format(constraints[key])}, got {value!r}"
       )
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ConfigError(f"{name} must be finite, got {value!r}")
+
+
+def _allowed(names):
+  """The values of a constraint "module:NAME", or those given."""
+  if not isinstance(names, str):
+    return names
+  module, _, attribute = names.partition(":")
+  return getattr(importlib.import_module(module), attribute)
+
+
+def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
+  """Raises ConfigError unless a value is one of those allowed."""
+  if value not in allowed:
+    known = ", ".join(map(str, allowed))
+    raise ConfigError(f"{name} must be one of {known}, got {value!r}")
 
 
 def quantizers(
@@ -95,181 +117,123 @@ def _quantizer(config, field, role):
   try:
     quantizer = quant.get(name, bits=config.bits, **chosen)
   except (TypeError, ValueError) as error:
-    where = "" if str(error).startswith("bits=") else f"{field}_options: "
-    raise ConfigError(f"quant.{where}{error}") from None
+    group = "" if str(error).startswith("bits ") else f"{field}_options."
+    raise ConfigError(f"quant.{group}{error}") from None
   if not isinstance(quantizer, role):
     raise ConfigError(
-      f"quant.{field}={name!r}: is of kind {type(quantizer).__name__}; "
-      f"allowed is {role.__name__}"
+      f"quant.{field} must name a {role.__name__}, got {name!r}, which is a "
+      f"{type(quantizer).__name__}"
     )
   return quantizer
 
 
 def _check_data(config):
-  one_of("data.name", config.name, data.NAMES)
-  for field, least in (
-    ("batch_size", 1),
-    ("image_size", 0),
-    ("workers", 0),
-    ("classes", 1),
-    ("examples", 1),
-  ):
-    _at_least(f"data.{field}", getattr(config, field), least)
-  one_of("data.augment", config.augment, data.AUGMENT)
-  one_of("data.damaged", config.damaged, ("raise", "skip"))
-  if config.channels not in (1, 3):
-    raise ConfigError(f"data.channels={config.channels!r}: allowed are 1, 3")
   if config.augment == "random_resized_crop" and not config.image_size:
     raise ConfigError(
-      "data.image_size=0: allowed with data.augment='random_resized_crop' is "
-      "1 or more"
+      "data.image_size must be >= 1 with data.augment='random_resized_crop', "
+      "got 0"
     )
-  for field in ("mean", "std"):
-    values = getattr(config, field)
-    if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-      raise ConfigError(f"data.{field}={values!r}: allowed are finite numbers")
-  for value in config.std:
-    _above("data.std", value, 0)
   if config.name == "digits":
     plain = DataConfig()
     for field in ("augment", "image_size", "mean", "std", "workers"):
-      value, allowed = getattr(config, field), getattr(plain, field)
-      if value != allowed:
+      value, only = getattr(config, field), getattr(plain, field)
+      if value != only:
         raise ConfigError(
-          f"data.{field}={value!r}: allowed with data.name='digits' is "
-          f"{allowed!r}"
+          f"data.{field} must be {only!r} with data.name='digits', got "
+          f"{value!r}"
         )
 
 
-def _check_recipe(name, recipe):
-  for field in ("learning_rate", "weight_decay", "momentum"):
-    _at_least(f"{name}.{field}", getattr(recipe, field), 0)
-  one_of(f"{name}.optimizer", recipe.optimizer, OPTIMIZERS)
-  one_of(f"{name}.schedule", recipe.schedule, SCHEDULES)
-  one_of(f"{name}.vectorize", recipe.vectorize, VECTORIZE)
-  try:
-    resolve_vectorize(recipe.vectorize, recipe.schedule)
-  except ValueError as error:
-    raise ConfigError(f"{name}.{error}") from None
-  one_of(f"{name}.alrs", recipe.alrs, alrs.MODES)
-  one_of(f"{name}.sampling", recipe.sampling, SAMPLINGS)
-  one_of(f"{name}.distillation", recipe.distillation, DISTILLATIONS)
-  one_of(f"{name}.curriculum", recipe.curriculum, CURRICULA)
-  for weight in recipe.loss_weights:
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
+def _check_training(config):
+  """What each recipe needs of its own fields together."""
+  for name in ("pretrain", "train", "supernet"):
+    recipe = getattr(config, name)
+    if not recipe.epochs and (name != "pretrain" or not config.model.weights):
+      raise ConfigError(f"{name}.epochs must be >= 1, got {recipe.epochs}")
+    try:
+      train.resolve_vectorize(recipe.vectorize, recipe.schedule)
+    except ValueError as error:
+      raise ConfigError(f"{name}.{error}") from None
+  count = len(config.quant.bits)
+  for name in ("train", "supernet"):
+    weights = getattr(config, name).loss_weights
+    if weights and len(weights) != count:
       raise ConfigError(
-        f"{name}.loss_weights={recipe.loss_weights!r}: allowed are numbers"
+        f"{name}.loss_weights must be {count} numbers, one for each of "
+        f"quant.bits={config.quant.bits}, got {weights!r}"
       )
-    _at_least(f"{name}.loss_weights", weight, 0)
-    if math.isinf(weight):
-      raise ConfigError(
-        f"{name}.loss_weights={recipe.loss_weights!r}: allowed are finite "
-        "numbers"
-      )
-
-
-def _check_stages(stages, has_weights):
-  for number, stage in enumerate(stages):
-    one_of("stages", stage, STAGES)
-    for needed in _NEEDS.get(stage, ()):
-      if needed == "pretrain" and has_weights:
-        continue
-      if needed not in stages[:number]:
-        raise ConfigError(f"stages: {stage} is allowed after {needed} only")
 
 
 def _check_mixed(config):
-  """What the stages hessian, supernet and search are told."""
+  """What the stages hessian, supernet and search need."""
   traces = config.hessian
-  for name, least in (("images", 1), ("batch_size", 1), ("min_probes", 2)):
-    _at_least(f"hessian.{name}", getattr(traces, name), least)
-  _at_least("hessian.max_probes", traces.max_probes, traces.min_probes)
-  _above("hessian.rel_stderr", traces.rel_stderr, 0)
-  for name in ("sigma", "warmup"):
-    _share(f"hasb.{name}", getattr(config.hasb, name))
-  _share("data.holdout", config.data.holdout)
+  if traces.max_probes < traces.min_probes:
+    raise ConfigError(
+      f"hessian.max_probes must be >= hessian.min_probes={traces.min_probes}, "
+      f"got {traces.max_probes}"
+    )
   recipe = config.supernet
-  for field, allowed in (("sampling", "all"), ("curriculum", "none")):
-    if getattr(recipe, field) != allowed:
+  for field, only in (("sampling", "all"), ("curriculum", "none")):
+    if getattr(recipe, field) != only:
       raise ConfigError(
-        f"supernet.{field}={getattr(recipe, field)!r}: allowed is {allowed!r};"
-        " bits are drawn as `hasb` says"
+        f"supernet.{field} must be {only!r}, since `hasb` draws the bits, got "
+        f"{getattr(recipe, field)!r}"
       )
   if "supernet" in config.stages and config.quant.norm == "shared":
     raise ConfigError(
-      "quant.norm='shared': allowed with the stage supernet are switchable, "
-      "transitional"
+      "quant.norm must be switchable or transitional with the stage supernet, "
+      "got 'shared'"
     )
   if "search" in config.stages:
     _check_search(config.search, config.data.holdout)
 
 
-def _check_search(wanted, holdout):
-  one_of("search.judge", wanted.judge, ("held_out", "train", "both"))
-  if wanted.judge != "train" and not 0 < holdout < 1:
+def _check_search(config, holdout):
+  if config.eval_split != "train" and not 0 < holdout < 1:
     raise ConfigError(
-      f"data.holdout={holdout!r}: allowed with search.judge={wanted.judge!r} "
-      "are shares above 0 and below 1"
+      f"data.holdout must be > 0 and < 1 with search.eval_split="
+      f"{config.eval_split!r}, got {holdout!r}"
     )
-  for strategy in wanted.strategies:
-    one_of("search.strategies", strategy, search.SEARCHES)
-  for strategy, options in wanted.options.items():
+  for strategy, options in config.options.items():
     one_of("search.options", strategy, search.SEARCHES)
     if not isinstance(options, Mapping):
       raise ConfigError(
-        f"search.options.{strategy}={options!r}: allowed is a group of options"
+        f"search.options.{strategy} must be a group of options, got {options!r}"
       )
-  for group in wanted.ties:
-    if not isinstance(group, list | tuple):
-      raise ConfigError(
-        f"search.ties={wanted.ties!r}: allowed are groups of layer names, as "
-        "(('conv1', 'conv2'),)"
-      )
-  costs = ("stored_bits", "bops", "sum_bits", "latency")
-  for cost in wanted.costs:
-    one_of("search.costs", cost, costs)
   for field in ("strategies", "costs", "budgets"):
-    if not getattr(wanted, field):
-      raise ConfigError(f"search.{field}=(): allowed is at least one")
-  if "latency" in wanted.costs and not wanted.latency:
+    if not getattr(config, field):
+      raise ConfigError(f"search.{field} must not be empty, got ()")
+  if "latency" in config.costs and not config.latency:
     raise ConfigError(
-      "search.latency='': allowed with the cost latency is a JSON file of "
-      "{layer: {bits: seconds}}"
+      "search.latency must be a JSON file of {layer: {bits: seconds}} with the "
+      "cost latency, got ''"
     )
-  for budget in wanted.budgets:
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-      raise ConfigError(
-        f"search.budgets={wanted.budgets!r}: allowed are mean bit-widths"
-      )
-    _above("search.budgets", budget, 0)
-    if math.isinf(budget):
-      raise ConfigError("search.budgets=inf: allowed are finite numbers")
-  one_of("search.prefer", wanted.prefer, ("loss", "accuracy"))
   # Both name files.
   for field, shown in (("strategies", str), ("budgets", "{:g}".format)):
-    names = list(map(shown, getattr(wanted, field)))
+    names = list(map(shown, getattr(config, field)))
     for name in names:
       if names.count(name) > 1:
         raise ConfigError(
-          f"search.{field}: {name} is there {names.count(name)} times; allowed "
-          "is once"
+          f"search.{field} must be different, got {name} {names.count(name)} "
+          "times"
         )
 
 
 def _check_devices(config):
-  """What an axis of bit-widths, or norms of single devices, go with."""
-  wanted = config.devices
-  if wanted.bits > 1 and config.train.vectorize != "vmap":
+  """What an axis of bit-widths, or norms of single devices, need."""
+  devices = config.devices
+  if devices.bits > 1 and config.train.vectorize != "vmap":
     raise ConfigError(
-      f"devices.bits={wanted.bits}: allowed with train.vectorize="
-      f"{config.train.vectorize!r} is 1; spreading bit-widths over devices "
-      "takes train.schedule='accumulate' and train.vectorize='vmap'"
+      "devices.bits must be 1 with train.vectorize="
+      f"{config.train.vectorize!r}, got {devices.bits}: spreading bit-widths "
+      "over devices takes "
+      "train.schedule='accumulate' and train.vectorize='vmap'"
     )
-  if wanted.norm == "per_device" and not (wanted.data and wanted.bits == 1):
+  if devices.norm == "per_device" and not (devices.data and devices.bits == 1):
     raise ConfigError(
-      f"devices.norm='per_device': with devices.data={wanted.data} and "
-      f"devices.bits={wanted.bits}; allowed are a number of devices, which "
-      "decides what is trained, and bits=1"
+      "devices.norm='per_device' needs a number of devices in devices.data, "
+      "which decides what is trained, and devices.bits=1, got devices.data="
+      f"{devices.data} and devices.bits={devices.bits}"
     )
 
 
@@ -277,49 +241,26 @@ def _check_pretrain(recipe):
   """A float network has no bit-widths to draw, teach or weigh."""
   plain = TrainConfig()
   for field in ("sampling", "distillation", "loss_weights", "curriculum"):
-    value, allowed = getattr(recipe, field), getattr(plain, field)
-    if value != allowed:
+    value, only = getattr(recipe, field), getattr(plain, field)
+    if value != only:
       raise ConfigError(
-        f"pretrain.{field}={value!r}: allowed is {allowed!r}, the network "
-        "being float"
+        f"pretrain.{field} must be {only!r} for a float network, got {value!r}"
       )
 
 
 def _check_curriculum(config):
   """Phases that the norms or the distillation do not fit."""
   recipe, norm, bits = config.train, config.quant.norm, config.quant.bits
-  for phase in CURRICULA[recipe.curriculum].phases:
+  for phase in train.CURRICULA[recipe.curriculum].phases:
     if phase.norm and norm not in ("switchable", phase.norm):
       raise ConfigError(
-        f"quant.norm={norm!r}: allowed with train.curriculum="
-        f"{recipe.curriculum!r} are switchable, {phase.norm}"
+        f"quant.norm must be switchable or {phase.norm} with train.curriculum="
+        f"{recipe.curriculum!r}, got {norm!r}"
       )
     sampling = phase.sampling or recipe.sampling
-    visits = len(SAMPLINGS[sampling].labels(bits))
-    if visits == 1 and len(bits) > 1 and recipe.distillation != "none":
+    passes = len(train.SAMPLINGS[sampling].labels(bits))
+    if passes == 1 and len(bits) > 1 and recipe.distillation != "none":
       raise ConfigError(
-        f"train.distillation={recipe.distillation!r}: allowed with sampling "
-        f"{sampling!r}, which visits one bit-width a step, is none"
+        f"train.distillation must be none with sampling {sampling!r}, which "
+        f"trains one bit-width a step, got {recipe.distillation!r}"
       )
-
-
-def one_of(name, value, allowed):
-  if value not in allowed:
-    raise ConfigError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
-
-
-def _above(name, value, bound):
-  # Written so that NaN fails too.
-  if not value > bound:
-    raise ConfigError(f"{name}={value!r}: allowed is more than {bound}")
-
-
-def _share(name, value):
-  if not 0 <= value <= 1:
-    raise ConfigError(f"{name}={value!r}: allowed are 0 to 1")
-
-
-def _at_least(name, value, least):
-  # Written so that NaN fails too.
-  if not value >= least:
-    raise ConfigError(f"{name}={value!r}: allowed is {least} or more")

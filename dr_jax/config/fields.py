@@ -1,54 +1,99 @@
-"""The fields of a configuration, as frozen dataclasses."""
+"""The fields of a configuration: frozen dataclasses with their constraints.
+
+A constraint is said once, in the metadata of its field, and checked by
+`checks.check_fields`. Names are looked up when they are checked
+("dr_jax.models:NAMES"), so that this file imports nothing of the library.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-
-from dr_jax import search
-from dr_jax.train import hasb
-
-STAGES = (
-  "pretrain",
-  "multi_precision",
-  "separate",
-  "hessian",
-  "supernet",
-  "search",
-  "export",
-  "report",
-)
-DTYPES = ("float32", "bfloat16")
+from collections.abc import Sequence
+from typing import Any
 
 
 class ConfigError(ValueError):
   """A field of the configuration is wrong: one line with field and value."""
+
+  exit_code = 2
+
+
+def prefixed(group: str, error: ValueError) -> ConfigError:
+  """The library's error about an argument, as one about a field.
+
+  A message that starts with the name of a field of the group gets the group's
+  name in front, as "data." in front of "batch_size must be >= 1, got 0".
+  """
+  kind = next(f.type for f in dataclasses.fields(Config) if f.name == group)
+  names = {f.name for f in dataclasses.fields(globals()[kind])}
+  first = str(error).split(" ")[0]
+  prefix = f"{group}." if first in names else ""
+  return ConfigError(f"{prefix}{error}")
+
+
+def field(
+  default: Any,
+  *,
+  one_of: str | Sequence[Any] | None = None,
+  at_least: float | None = None,
+  above: float | None = None,
+  at_most: float | None = None,
+  each: type | tuple[type, ...] | None = None,
+) -> Any:
+  """A field with constraints on its value, or on the entries of a tuple.
+
+  Args:
+    default: its default.
+    one_of: values, or "module:NAME" of a collection of them.
+    at_least, above, at_most: bounds, which NaN and infinities do not keep.
+    each: type of the entries of a tuple.
+  """
+  constraints = {
+    "one_of": one_of,
+    "at_least": at_least,
+    "above": above,
+    "at_most": at_most,
+    "each": each,
+  }
+  return dataclasses.field(
+    default=default,
+    metadata={k: v for k, v in constraints.items() if v is not None},
+  )
+
+
+def mapping() -> Any:
+  """A field that is a dict, empty by default."""
+  return dataclasses.field(default_factory=dict)
+
+
+_NUMBER = (int, float)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Which data, and how many examples a step sees; see `data.load`.
 
-  `holdout` is the share of the training examples that no training sees and
-  searches are judged on, `workers` the number of processes that decode images;
+  `holdout` is the fraction of the training examples that no training sees and
+  searches are scored on, `workers` the number of processes that decode images;
   0 decodes between the steps.
   """
 
-  name: str = "digits"
-  batch_size: int = 128
-  holdout: float = 0.0
+  name: str = field("digits", one_of="dr_jax.data:NAMES")
+  batch_size: int = field(128, at_least=1)
+  holdout: float = field(0.0, at_least=0, at_most=1)
   path: str = ""
   dataset: str = ""
   train_split: str = "train"
   test_split: str = "test"
-  augment: str = "none"
-  image_size: int = 0
-  mean: tuple = ()
-  std: tuple = ()
-  workers: int = 0
-  damaged: str = "raise"
-  classes: int = 10
-  examples: int = 64
-  channels: int = 3
+  augment: str = field("none", one_of="dr_jax.data:AUGMENT")
+  image_size: int = field(0, at_least=0)
+  mean: tuple = field((), each=_NUMBER)
+  std: tuple = field((), each=_NUMBER, above=0)
+  workers: int = field(0, at_least=0)
+  on_decode_error: str = field("raise", one_of=("raise", "skip"))
+  classes: int = field(10, at_least=1)
+  examples: int = field(64, at_least=1)
+  channels: int = field(3, one_of=(1, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +106,10 @@ class ModelConfig:
   type in which the network computes; its parameters are float32.
   """
 
-  name: str = "resnet20"
-  options: dict = dataclasses.field(default_factory=dict)
+  name: str = field("resnet20", one_of="dr_jax.models:NAMES")
+  options: dict = mapping()
   weights: str = ""
-  dtype: str = "float32"
+  dtype: str = field("float32", one_of=("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +122,10 @@ class QuantConfig:
 
   bits: tuple = (8, 6, 4, 2)
   weight: str = "double_rounding"
-  weight_options: dict = dataclasses.field(default_factory=dict)
+  weight_options: dict = mapping()
   activation: str = "lsq_activation"
-  activation_options: dict = dataclasses.field(default_factory=dict)
-  norm: str = "switchable"
+  activation_options: dict = mapping()
+  norm: str = field("switchable", one_of="dr_jax.nn:NORMS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,18 +135,18 @@ class TrainConfig:
   For `Config.train`, `from_dict` takes what is not set from the method.
   """
 
-  epochs: int = 10
-  optimizer: str = "adam"
-  learning_rate: float = 5e-4
-  weight_decay: float = 5e-5
-  momentum: float = 0.9
-  schedule: str = "alternate"
-  vectorize: str = "auto"
-  alrs: str = "none"
-  sampling: str = "all"
-  distillation: str = "none"
-  loss_weights: tuple = ()
-  curriculum: str = "none"
+  epochs: int = field(10, at_least=0)
+  optimizer: str = field("adam", one_of="dr_jax.train:OPTIMIZERS")
+  learning_rate: float = field(5e-4, at_least=0)
+  weight_decay: float = field(5e-5, at_least=0)
+  momentum: float = field(0.9, at_least=0)
+  schedule: str = field("alternate", one_of="dr_jax.train:SCHEDULES")
+  vectorize: str = field("auto", one_of="dr_jax.train:VECTORIZE")
+  alrs: str = field("none", one_of="dr_jax.train.alrs:MODES")
+  sampling: str = field("all", one_of="dr_jax.train:SAMPLINGS")
+  distillation: str = field("none", one_of="dr_jax.train:DISTILLATIONS")
+  loss_weights: tuple = field((), each=_NUMBER, at_least=0)
+  curriculum: str = field("none", one_of="dr_jax.train:CURRICULA")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +156,19 @@ class HessianConfig:
   `images` of the training set are used, or all if there are fewer.
   """
 
-  images: int = 1024
-  batch_size: int = 256
-  rel_stderr: float = 0.05
-  min_probes: int = 8
-  max_probes: int = 512
+  images: int = field(1024, at_least=1)
+  batch_size: int = field(256, at_least=1)
+  rel_stderr: float = field(0.05, above=0)
+  min_probes: int = field(8, at_least=2)
+  max_probes: int = field(512, at_least=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class HasbConfig:
   """Stochastic bit-switching of the SuperNet; see `train.hasb.sampling`."""
 
-  sigma: float = 0.5
-  warmup: float = hasb.WARMUP
+  sigma: float = field(0.5, at_least=0, at_most=1)
+  warmup: float = field(1 / 9, at_least=0, at_most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,26 +178,31 @@ class SearchConfig:
   A budget is a mean bit-width: the network may cost what it would with that
   bit-width everywhere, in each of `costs` ("stored_bits", "bops", "sum_bits",
   or "latency", with a table {layer: {bits: seconds}} in a JSON file).
-  `options` are keyword arguments by strategy, `ties` groups of layer names
-  that share a bit-width, `pinned` bit-widths by layer name. `judge` says which
-  images assignments are scored on: "held_out" (`data.holdout`), "train", or
-  "both"; never the test set.
+  `strategies` are those of `search.SEARCHES`, all if empty, `options` their
+  keyword arguments by strategy, `ties` groups of layer names that share a
+  bit-width, `pinned` bit-widths by layer name. `eval_split` says which images
+  assignments are scored on: "held_out" (`data.holdout`), "train", or "both";
+  never the test set. `metric` decides between them.
   """
 
-  strategies: tuple = tuple(search.SEARCHES)
-  costs: tuple = ("stored_bits",)
-  budgets: tuple = (3.0, 4.0, 5.0, 6.0)
-  options: dict = dataclasses.field(default_factory=dict)
-  judge: str = "held_out"
-  prefer: str = "loss"
+  strategies: tuple = field((), each=str, one_of="dr_jax.search:SEARCHES")
+  costs: tuple = field(
+    ("stored_bits",),
+    each=str,
+    one_of=("stored_bits", "bops", "sum_bits", "latency"),
+  )
+  budgets: tuple = field((3.0, 4.0, 5.0, 6.0), each=_NUMBER, above=0)
+  options: dict = mapping()
+  eval_split: str = field("held_out", one_of=("held_out", "train", "both"))
+  metric: str = field("loss", one_of=("loss", "accuracy"))
   latency: str = ""
-  ties: tuple = ()
-  pinned: dict = dataclasses.field(default_factory=dict)
+  ties: tuple = field((), each=(list, tuple))
+  pinned: dict = mapping()
 
 
 @dataclasses.dataclass(frozen=True)
 class DevicesConfig:
-  """How training is spread over devices; see `sharding.Layout`.
+  """How training is spread over devices; see `runtime.sharding.Layout`.
 
   `data` devices along the axis "data", 0 for all there are; `bits` along the
   axis "bits" (for `vectorize="vmap"`); `parameters` "replicated" or "sharded";
@@ -169,13 +219,13 @@ class DevicesConfig:
 class Config:
   """A run.
 
-  `method` names a recipe of `train.RECIPES`, from which `from_dict` takes the
+  `method` names a recipe of `quant.RECIPES`, from which `from_dict` takes the
   fields of `quant` and `train` that are not set.
   """
 
   name: str = "run"
-  method: str = "double_rounding"
-  seed: int = 0
+  method: str = field("double_rounding", one_of="dr_jax.quant:RECIPES")
+  seed: int = field(0, at_least=0)
   stages: tuple = ("pretrain", "multi_precision", "export", "report")
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
@@ -187,5 +237,5 @@ class Config:
   hasb: HasbConfig = HasbConfig()
   search: SearchConfig = SearchConfig()
   devices: DevicesConfig = DevicesConfig()
-  checkpoint_every: int = 100
-  log_every: int = 10
+  checkpoint_every: int = field(100, at_least=1)
+  log_every: int = field(10, at_least=1)

@@ -112,7 +112,7 @@ def epoch(source, *, batch_size, process_index=0, process_count=1, workers=0):
   All batches have the same shape, so that one compiled program serves them:
   the last one is filled up with copies of its first example, and a mask tells
   which examples count. Every process gets equally many. An image that cannot
-  be read, where the source goes on, does not count.
+  be read, where the source skips it, does not count.
 
   Args:
     source: a `Source`.
@@ -198,15 +198,15 @@ def _gather(source, indices):
 def _share(batch_size, process_count):
   if batch_size % process_count:
     raise ValueError(
-      f"data.batch_size is {batch_size}, but must be divisible by the number"
-      f" of processes, {process_count}"
+      f"batch_size must be divisible by the number of processes, "
+      f"{process_count}, got {batch_size}"
     )
   return batch_size // process_count
 
 
-def _check_batch_size(batch_size, allowed, limit=None):
+def _check_batch_size(batch_size, constraint, limit=None):
   if batch_size < 1 or (limit is not None and batch_size > limit):
     bound = "" if limit is None else f", {limit}"
     raise ValueError(
-      f"data.batch_size is {batch_size}, but must be {allowed}{bound}"
+      f"batch_size must be {constraint}{bound}, got {batch_size}"
     )

@@ -64,15 +64,15 @@ def scan(path, split):
     if not pathlib.Path(path).is_dir():
       wrong = "does not exist"
     if not path:
-      wrong = "missing"
+      wrong = "is missing"
     raise ValueError(
-      f"data.path={str(path)!r}: {wrong}; allowed is a directory of images as "
-      f"{split}/CLASS/NAME.png or .jpg"
+      f"path must be a directory of images as {split}/CLASS/NAME.png or .jpg, "
+      f"got {str(path)!r}, which {wrong}"
     )
   classes = _sorted(directory, os.DirEntry.is_dir)
   if not classes:
     raise ValueError(
-      f"{directory}: has no directories; allowed is one per class"
+      f"{directory} must have one directory per class, but has none"
     )
   files, labels = [], []
   for label, name in enumerate(classes):
@@ -83,7 +83,8 @@ def scan(path, split):
     ]
     if not found:
       raise ValueError(
-        f"{directory / name}: has no images; allowed are {', '.join(_SUFFIXES)}"
+        f"{directory / name} must have images "
+        f"({', '.join(_SUFFIXES)}), but has none"
       )
     files += [os.fsencode(os.path.join(name, file)) for file in found]
     labels += [label] * len(found)
@@ -101,8 +102,8 @@ def check_same_classes(train, test):
     if missing:
       more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
       raise ValueError(
-        f"{there.path}: lacks the classes {', '.join(missing[:3])}{more} of "
-        f"{here.path}; allowed are the same classes in both"
+        f"{there.path} must have the classes of {here.path}, but lacks "
+        f"{', '.join(missing[:3])}{more}"
       )
 
 

@@ -63,8 +63,8 @@ class ImageSource:
     image_shape: (height, width, channels) of every transformed image; height
       0: not known yet.
     num_classes: labels are below it.
-    damaged: "raise" stops at an image that cannot be read; "skip" takes the
-      next one that can.
+    on_decode_error: "raise" stops at an image that cannot be read; "skip" takes
+      the next one that can.
     unreadable: how often each unreadable image was to be drawn, by name.
   """
 
@@ -72,7 +72,7 @@ class ImageSource:
   transform: transforms.Transform
   image_shape: tuple[int, int, int]
   num_classes: int
-  damaged: str = "raise"
+  on_decode_error: str = "raise"
   unreadable: collections.Counter = dataclasses.field(
     default_factory=collections.Counter, compare=False
   )
@@ -158,28 +158,27 @@ class ImageSource:
         encoded, label = self.examples.read(taken)
         image = transforms.decode(encoded, self.image_shape[-1])
       except transforms.UnreadableImage as error:
-        if self.damaged == "raise":
+        if self.on_decode_error == "raise":
           raise transforms.UnreadableImage(
-            f"{self.examples.name(taken)}: cannot be read ({error}); allowed "
-            "are whole images, or data.damaged='skip'"
+            f"{self.examples.name(taken)} cannot be read ({error}); repair it, "
+            "or set on_decode_error='skip'"
           ) from None
         continue
       return self._checked(transform(image), label, taken), label, moved > 0
     raise transforms.UnreadableImage(
-      f"{self.examples.name(index)}: cannot be read, nor can any other "
-      "example; allowed is at least one whole image"
+      f"{self.examples.name(index)} cannot be read, nor can any other example"
     )
 
   def _checked(self, pixels, label, index):
     if self.image_shape[0] and pixels.shape != self.image_shape:
       raise ValueError(
-        f"{self.examples.name(index)}: has shape {pixels.shape}, others "
-        f"{self.image_shape}; allowed with data.image_size=0 is one shape"
+        f"{self.examples.name(index)} must have the shape of the others, "
+        f"{self.image_shape}, with image_size=0, got {pixels.shape}"
       )
     if not 0 <= label < self.num_classes:
       raise ValueError(
-        f"{self.examples.name(index)}: has label {label}; allowed are 0 to "
-        f"{self.num_classes - 1}"
+        f"{self.examples.name(index)} must have a label in "
+        f"0..{self.num_classes - 1}, got {label}"
       )
     return pixels
 

@@ -92,25 +92,25 @@ class ArraySubset(Subset):
     return self.source.gather(self.indices[indices])
 
 
-def hold_out(source, share, *, seed=0):
+def hold_out(source, fraction, *, seed=0):
   """Splits a source in two at random, for what must not see all of it.
 
   Args:
     source: a `Source`.
-    share: of the examples to hold out, above 0 and below 1.
-    seed: draws the split; as for `load`, no training seed.
+    fraction: of the examples to hold out, above 0 and below 1.
+    seed: draws the split; as for `load`, not a training seed.
 
   Returns:
     (kept, held out), two `Source`s with at least one example each.
 
   Raises:
-    ValueError: for another share, or one that leaves either side empty.
+    ValueError: for another fraction, or one that leaves either side empty.
   """
-  size = round(share * len(source)) if 0 < share < 1 else 0
+  size = round(fraction * len(source)) if 0 < fraction < 1 else 0
   if not 0 < size < len(source):
     raise ValueError(
-      f"data.holdout={share!r}: of {len(source)} examples; allowed are shares "
-      "above 0 and below 1 that leave examples on both sides"
+      "holdout must be > 0 and < 1 and leave examples on both sides of "
+      f"{len(source)}, got {fraction!r}"
     )
   words = np.random.Philox(np.random.SeedSequence([seed, len(source)]))
   order = np.argsort(words.random_raw(len(source)), kind="stable")
@@ -132,7 +132,7 @@ def load(
   image_size=0,
   mean=(),
   std=(),
-  damaged="raise",
+  on_decode_error="raise",
   classes=10,
   examples=64,
   channels=3,
@@ -143,8 +143,8 @@ def load(
     name: one of `NAMES`: "digits"; "folder", see `folder.scan`; "tfds", see
       `tfds.open_splits`; "generated", see `synthetic.generate`.
     seed: draws the split into train and test where a data set has none of its
-      own, and generated images. It is no training seed: runs that are to be
-      compared, or resumed, share it.
+      own, and generated images. It is not a training seed: runs that are to
+      be compared, or resumed, share it.
     path: of a folder the directory that holds one directory per split; of
       "tfds" its data directory, "" for TFDS's default.
     dataset: name in TFDS.
@@ -155,8 +155,8 @@ def load(
       as they are ("generated": 32).
     mean: per channel, of images in [0, 1]; () for 0.
     std: per channel; () for 1.
-    damaged: at an image that cannot be read, "raise" stops, "skip" takes the
-      next one.
+    on_decode_error: at an image that cannot be read, "raise" stops, "skip"
+      takes the next one.
     classes: of "generated".
     examples: of "generated", in either split.
     channels: of "generated".
@@ -171,9 +171,7 @@ def load(
       that cannot be read.
   """
   if name not in NAMES:
-    raise ValueError(
-      f"data.name is {name!r}, but must be one of {', '.join(NAMES)}"
-    )
+    raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
   if name == "digits":
     return _digits(seed)
   if name == "folder":
@@ -200,8 +198,8 @@ def load(
   for field, values in (("mean", mean), ("std", std)):
     if values and len(values) != channels:
       raise ValueError(
-        f"data.{field}={values!r}: allowed are {channels} numbers, one for "
-        "each channel of the images"
+        f"{field} must be {channels} numbers, one for each channel of the "
+        f"images, got {values!r}"
       )
   source = ImageSource(
     examples=splits[0],
@@ -210,7 +208,7 @@ def load(
     ),
     image_shape=(image_size, image_size, channels),
     num_classes=num_classes,
-    damaged=damaged,
+    on_decode_error=on_decode_error,
   ).shaped()
   test = dataclasses.replace(
     source, examples=splits[1], unreadable=collections.Counter()

@@ -68,8 +68,8 @@ def open_splits(dataset, path, splits):
     prepared = found.is_prepared()
   if not prepared:
     raise ValueError(
-      f"data.dataset={dataset!r}: is not prepared in {found.data_path}; "
-      f"allowed is after: {_command(dataset, path)}"
+      f"dataset {dataset!r} is not prepared in {found.data_path}; prepare it: "
+      f"{_command(dataset, path)}"
     )
   # The files alone: worker processes need not import what prepared them.
   builder = tfds.builder_from_directory(found.data_path)
@@ -79,13 +79,13 @@ def open_splits(dataset, path, splits):
     label, tfds.features.ClassLabel
   ):
     raise ValueError(
-      f"data.dataset={dataset!r}: has the features {', '.join(features)}; "
-      "allowed are data sets of an image and a class label"
+      "dataset must have an image and a class label, but "
+      f"{dataset!r} has the features {', '.join(features)}"
     )
   channels = image.shape[-1]
   if channels not in (1, 3):
     raise ValueError(
-      f"data.dataset={dataset!r}: has {channels} channels; allowed are 1, 3"
+      f"dataset must have 1 or 3 channels, but {dataset!r} has {channels}"
     )
   records = [_open(tfds, builder, dataset, split, path) for split in splits]
   return records, label.num_classes, channels
@@ -112,8 +112,8 @@ def _find(tfds, dataset, path):
     unknown = isinstance(error, tfds.core.DatasetNotFoundError)
     what = "is unknown" if unknown else str(error).splitlines()[0]
     raise ValueError(
-      f"data.dataset={dataset!r}: {what}; allowed are names of TFDS{hint}, or "
-      "of what is prepared in data.path"
+      f"dataset must be a name of TFDS{hint}, or of what is prepared in path, "
+      f"but {dataset!r} {what}"
     ) from None
 
 
@@ -121,8 +121,8 @@ def _open(tfds, builder, dataset, split, path):
   name = split.split("[")[0]
   if name not in builder.info.splits:
     raise ValueError(
-      f"data.dataset={dataset!r}: has no split {split!r}; allowed are "
-      f"{', '.join(builder.info.splits)}"
+      f"split of {dataset!r} must be one of "
+      f"{', '.join(builder.info.splits)}, got {split!r}"
     )
   try:
     source = builder.as_data_source(
@@ -130,8 +130,8 @@ def _open(tfds, builder, dataset, split, path):
     )
   except NotImplementedError:
     raise ValueError(
-      f"data.dataset={dataset!r}: is prepared in another file format; allowed "
-      f"is after: {_command(dataset, path)}, with --overwrite"
+      f"dataset {dataset!r} is prepared in another file format; prepare it "
+      f"again: {_command(dataset, path)}, with --overwrite"
     ) from None
   return Records(source, split)
 

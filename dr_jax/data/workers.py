@@ -53,9 +53,8 @@ def read(batch, count, *, start=0, workers=0):
     yield from iterator
   except RuntimeError as error:
     raise WorkerError(
-      f"data.workers={workers}: {error} (out of memory, or of shared memory "
-      "in /dev/shm); allowed is what the machine can hold, about four batches "
-      "for each"
+      f"workers={workers} failed: {error} (out of memory, or of shared memory "
+      "in /dev/shm, of which each needs about four batches)"
     ) from None
   except (ValueError, OSError) as error:
     raise error.with_traceback(None) from None

@@ -1,21 +1,6 @@
 """One integer file for every bit-width."""
 
-from dr_jax.deploy.artifact import (
-  ArtifactError,
-  layer_sizes,
-  load,
-  read,
-  save,
-  size,
-  sizes,
-)
+from dr_jax.deploy.artifact import Artifact, ArtifactError, load, open
+from dr_jax.deploy.writer import save
 
-__all__ = [
-  "ArtifactError",
-  "layer_sizes",
-  "load",
-  "read",
-  "save",
-  "size",
-  "sizes",
-]
+__all__ = ["Artifact", "ArtifactError", "load", "open", "save"]

@@ -1,4 +1,4 @@
-"""The integer artifact: packed codes and scales, and a manifest.
+"""The integer artifact, opened: manifest, tensors, sizes, the network.
 
 An artifact is a directory:
 
@@ -15,12 +15,12 @@ pickled, and nothing is used before its checksum was verified.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,111 +30,161 @@ import safetensors.numpy
 from flax import nnx
 
 from dr_jax import allocate, models, nn, quant
-from dr_jax.nn.layers import Place
+from dr_jax.nn import deployed
 
 FORMAT = "dr_jax"
 VERSION = 2
-_TENSORS, _MANIFEST = "model.safetensors", "manifest.json"
+TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 
 
 class ArtifactError(ValueError):
   """An artifact is missing, damaged, or of another format or network."""
 
 
-def save(
-  path: str | os.PathLike,
-  model: nnx.Module,
-  *,
-  architecture: tuple[str, dict[str, Any]] | None = None,
-) -> None:
-  """Writes the integer artifact of a quantized network.
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+  """An artifact in memory, verified.
 
-  The directory appears complete or not at all.
-
-  Args:
-    path: directory to create.
-    model: what `nn.quantize` returned, trained.
-    architecture: (name, options) of `models.build`, so that `load` can build
-      the network by itself; without it `load` must be given the network.
-
-  Raises:
-    FileExistsError: if the path exists; nothing is overwritten.
-    ValueError: if the model is not quantized, or its method is in no registry.
+  Attributes:
+    path: its directory.
+    manifest: what manifest.json says, without its own checksum.
+    tensors: arrays by name, as stored.
   """
-  path = pathlib.Path(path)
-  if path.exists():
-    raise FileExistsError(f"{path}: exists; allowed is a new path")
-  frozen = nn.freeze(model)
-  tensors, layers = {}, []
-  for name, part in frozen.layers.items():
-    packed = part.weight.storage.pack(part.encoded)
-    layers.append(_describe(part, packed))
-    for key, value in packed.items():
-      tensors[f"{name}/{key}"] = value
-    for key, value in part.input_params.items():
-      tensors[f"{name}/input/{key}"] = value
-  for name, part in frozen.norms.items():
-    tensors[f"{name}/gain"], tensors[f"{name}/offset"] = part.gain, part.offset
-  for name, value in frozen.floats.items():
-    tensors[f"float/{name}"] = value
-  arrays = {name: np.asarray(value) for name, value in tensors.items()}
-  # safetensors reads no bfloat16 into numpy: its bits travel as uint16.
-  halves = [name for name, a in arrays.items() if a.dtype == jnp.bfloat16]
-  data = safetensors.numpy.save(
-    arrays | {name: arrays[name].view(np.uint16) for name in halves}
-  )
-  first = next(iter(frozen.layers.values()))
-  manifest = {
-    "format": FORMAT,
-    "version": VERSION,
-    "method": _spec(first.weight),
-    "activation": _spec(first.activation),
-    "architecture": architecture,
-    "layers": layers,
-    "norms": {name: part.orders for name, part in frozen.norms.items()},
-    "bfloat16": halves,
-    "sha256": hashlib.sha256(data).hexdigest(),
-  }
-  manifest["manifest_sha256"] = _digest(manifest)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = pathlib.Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
-  try:
-    (draft / _TENSORS).write_bytes(data)
-    (draft / _MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")))
-    draft.chmod(0o755)
-    draft.rename(path)
-  except BaseException:
-    shutil.rmtree(draft)
-    raise
+
+  path: pathlib.Path
+  manifest: dict[str, Any]
+  tensors: dict[str, np.ndarray]
+
+  @functools.cached_property
+  def weight(self) -> quant.WeightQuantizer:
+    """The weight quantizer of all layers."""
+    return _quantizer(self.manifest["method"])
+
+  @property
+  def bits(self) -> tuple[int, ...]:
+    """Candidate bit-widths, highest first."""
+    return self.weight.bits
+
+  @property
+  def tensor_bytes(self) -> int:
+    """Bytes of all tensors, without names and manifest."""
+    return sum(tensor.nbytes for tensor in self.tensors.values())
+
+  @property
+  def stored_bytes(self) -> int:
+    """Bytes of the files on disk."""
+    return sum(file.stat().st_size for file in self.path.iterdir())
+
+  def load(
+    self,
+    *,
+    bits: int | Mapping[str, int] | None = None,
+    model: nnx.Module | None = None,
+  ) -> nnx.Module:
+    """Builds the network; see `deploy.load`."""
+    if model is None:
+      if self.manifest["architecture"] is None:
+        raise ArtifactError(
+          f"{self.path} names no architecture: pass the float network, "
+          "load(path, model=network)"
+        )
+      name, options = self.manifest["architecture"]
+      model = models.build(name, rngs=nnx.Rngs(0), **options)
+    try:
+      network = nn.thaw(model, self._parts())
+    except (KeyError, ValueError) as error:
+      raise ArtifactError(f"{self.path}: {error}") from error
+    if bits is not None:
+      nn.set_bits(network, bits)
+    return network
+
+  @functools.cached_property
+  def layer_bytes(self) -> dict[str, dict[int | str, int]]:
+    """Bytes of each quantized weight: {layer: {"stored": n, 8: n, ...}}."""
+    found = {}
+    for layer in self.manifest["layers"]:
+      packed = self._packed(layer)
+      encoded = self.weight.storage.unpack(packed, tuple(layer["shape"]))
+      sizes = {
+        b: self.weight.storage.size(encoded, i) for i, b in enumerate(self.bits)
+      }
+      stored = sum(array.nbytes for array in packed.values())
+      found[layer["name"]] = {"stored": stored, **sizes}
+    return found
+
+  def bytes_at(self, bits: int | Mapping[str, int]) -> int:
+    """Bytes of a copy whose weights serve one assignment and no other.
+
+    Of each quantized weight what its bit-width needs, by its method's
+    `storage.size`, and everything else as it is.
+
+    Args:
+      bits: one bit-width, or {layer: bits}.
+
+    Raises:
+      ValueError: if the layers or bits are not the artifact's.
+    """
+    layers = self.layer_bytes
+    if isinstance(bits, int):
+      bits = dict.fromkeys(layers, bits)
+    allocate.Allocation(bits).check(layers, self.bits)
+    return self.tensor_bytes + sum(
+      layer[bits[name]] - layer["stored"] for name, layer in layers.items()
+    )
+
+  def _packed(self, layer):
+    name = layer["name"]
+    return {key: self.tensors[f"{name}/{key}"] for key in layer["packed"]}
+
+  def _parts(self) -> deployed.Frozen:
+    activation = self.manifest["activation"]
+    activation = activation and _quantizer(activation)
+    layers = {}
+    for layer in self.manifest["layers"]:
+      name, shape = layer["name"], tuple(layer["shape"])
+      layers[name] = deployed.StoredLayer(
+        place=nn.layers.Place(name, layer["order"], layer["macs"]),
+        shape=shape,
+        weight=self.weight,
+        activation=activation and activation.with_sign(layer["signed"]),
+        input_params={
+          key: jnp.asarray(self.tensors[f"{name}/input/{key}"])
+          for key in layer["input"]
+        },
+        encoded=self.weight.storage.unpack(self._packed(layer), shape),
+      )
+    norms = {
+      name: deployed.StoredNorm(
+        tuple(orders),
+        jnp.asarray(self.tensors[f"{name}/gain"]),
+        jnp.asarray(self.tensors[f"{name}/offset"]),
+      )
+      for name, orders in self.manifest["norms"].items()
+    }
+    floats = {
+      name.removeprefix("float/"): jnp.asarray(value)
+      for name, value in self.tensors.items()
+      if name.startswith("float/")
+    }
+    return deployed.Frozen(layers, norms, floats)
 
 
-def read(path: str | os.PathLike) -> tuple[dict, dict[str, np.ndarray]]:
-  """Reads and verifies an artifact: its manifest and its tensors.
+def open(path: str | os.PathLike) -> Artifact:
+  """Reads and verifies an artifact.
 
   Raises:
     ArtifactError: naming the file that is missing, damaged or of another
       format.
   """
   path = pathlib.Path(path)
-  text, data = _bytes(path / _MANIFEST), _bytes(path / _TENSORS)
-  try:
-    manifest = json.loads(text)
-    expected = manifest.pop("manifest_sha256")
-  except (ValueError, KeyError, AttributeError, TypeError):
-    raise ArtifactError(f"{path / _MANIFEST}: damaged, no manifest") from None
-  if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-    raise ArtifactError(
-      f"{path / _MANIFEST}: format {manifest.get('format')!r} version "
-      f"{manifest.get('version')!r}; allowed is {FORMAT!r} version {VERSION}"
-    )
-  if _digest(manifest) != expected:
-    raise ArtifactError(f"{path / _MANIFEST}: damaged, checksum differs")
+  text, data = _bytes(path / MANIFEST), _bytes(path / TENSORS)
+  manifest = _verified_manifest(path / MANIFEST, text)
   if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-    raise ArtifactError(f"{path / _TENSORS}: damaged, checksum differs")
+    raise ArtifactError(f"{path / TENSORS} is damaged: its checksum differs")
   tensors = safetensors.numpy.load(data)
   for name in manifest["bfloat16"]:
     tensors[name] = tensors[name].view(jnp.bfloat16)
-  return manifest, tensors
+  return Artifact(path, manifest, tensors)
 
 
 def load(
@@ -158,133 +208,32 @@ def load(
   Raises:
     ArtifactError: if a file is missing, damaged or of another format, or the
       artifact belongs to another network; nothing is half-loaded.
-    ValueError: if `bits` is no candidate.
+    ValueError: if `bits` is not a candidate.
   """
-  manifest, tensors = read(path)
-  if model is None:
-    if manifest["architecture"] is None:
-      raise ArtifactError(
-        f"{path}: names no architecture; allowed is load(path, model=network)"
-      )
-    name, options = manifest["architecture"]
-    model = models.build(name, rngs=nnx.Rngs(0), **options)
+  return open(path).load(bits=bits, model=model)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+  """The SHA-256 that a manifest carries of itself."""
+  return hashlib.sha256(
+    json.dumps(manifest, sort_keys=True).encode()
+  ).hexdigest()
+
+
+def _verified_manifest(path, text):
   try:
-    network = nn.thaw(model, _frozen(manifest, tensors))
-  except (KeyError, ValueError) as error:
-    raise ArtifactError(f"{path}: {error}") from error
-  if bits is not None:
-    nn.set_bits(network, bits)
-  return network
-
-
-def sizes(path: str | os.PathLike) -> dict[int, int]:
-  """Bytes that a copy of the model takes at each candidate bit-width.
-
-  Of each quantized weight what that bit-width needs, by its method's
-  `storage.size`, and everything else as it is.
-  """
-  layers = layer_sizes(path)
-  bits = [key for key in next(iter(layers.values())) if key != "stored"]
-  return {b: size(path, dict.fromkeys(layers, b)) for b in bits}
-
-
-def size(path: str | os.PathLike, allocation: Mapping[str, int]) -> int:
-  """Bytes that a copy takes whose weights are stored for one allocation.
-
-  Args:
-    path: the directory.
-    allocation: {layer: bits}.
-
-  Raises:
-    ArtifactError: as `read`.
-    ValueError: if the layers or bits are not the artifact's.
-  """
-  layers = layer_sizes(path)
-  _, tensors = read(path)
-  total = sum(tensor.nbytes for tensor in tensors.values())
-  bits = [key for key in next(iter(layers.values())) if key != "stored"]
-  allocate.Allocation(allocation).check(layers, bits)
-  return total + sum(
-    layer[allocation[name]] - layer["stored"] for name, layer in layers.items()
-  )
-
-
-def layer_sizes(path: str | os.PathLike) -> dict[str, dict[int | str, int]]:
-  """Bytes of each quantized weight: {layer: {"stored": n, 8: n, 4: n, ...}}."""
-  manifest, tensors = read(path)
-  weight = _quantizer(manifest["method"])
-  found = {}
-  for layer in manifest["layers"]:
-    packed = _packed(layer, tensors)
-    encoded = weight.storage.unpack(packed, tuple(layer["shape"]))
-    found[layer["name"]] = {
-      "stored": sum(array.nbytes for array in packed.values()),
-      **{b: weight.storage.size(encoded, i) for i, b in enumerate(weight.bits)},
-    }
-  return found
-
-
-def _frozen(manifest, tensors) -> nn.Frozen:
-  weight = _quantizer(manifest["method"])
-  activation = manifest["activation"] and _quantizer(manifest["activation"])
-  layers = {}
-  for layer in manifest["layers"]:
-    name, shape = layer["name"], tuple(layer["shape"])
-    encoded = weight.storage.unpack(_packed(layer, tensors), shape)
-    params = {
-      key: jnp.asarray(tensors[f"{name}/input/{key}"]) for key in layer["input"]
-    }
-    layers[name] = nn.StoredLayer(
-      place=Place(name, layer["order"], layer["macs"]),
-      shape=shape,
-      weight=weight,
-      activation=activation and activation.with_sign(layer["signed"]),
-      input_params=params,
-      encoded=encoded,
+    manifest = json.loads(text)
+    expected = manifest.pop("manifest_sha256")
+  except (ValueError, KeyError, AttributeError, TypeError):
+    raise ArtifactError(f"{path} is damaged: it is not a manifest") from None
+  if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    raise ArtifactError(
+      f"{path} must have format {FORMAT!r} version {VERSION}, got "
+      f"{manifest.get('format')!r} version {manifest.get('version')!r}"
     )
-  norms = {
-    name: nn.StoredNorm(
-      tuple(orders),
-      jnp.asarray(tensors[f"{name}/gain"]),
-      jnp.asarray(tensors[f"{name}/offset"]),
-    )
-    for name, orders in manifest["norms"].items()
-  }
-  floats = {
-    name.removeprefix("float/"): jnp.asarray(value)
-    for name, value in tensors.items()
-    if name.startswith("float/")
-  }
-  return nn.Frozen(layers, norms, floats)
-
-
-def _packed(layer, tensors):
-  return {key: tensors[f"{layer['name']}/{key}"] for key in layer["packed"]}
-
-
-def _describe(part, packed):
-  return {
-    "name": part.place.name,
-    "order": part.place.order,
-    "macs": part.place.macs,
-    "shape": part.shape,
-    "signed": part.activation and part.activation.signed,
-    "packed": list(packed),
-    "input": list(part.input_params),
-  }
-
-
-def _spec(quantizer):
-  if quantizer is None:
-    return None
-  if quantizer.name not in quant.NAMES:
-    raise ValueError(
-      f"quantizer {quantizer.name!r}: allowed in an artifact are "
-      f"{', '.join(quant.NAMES)}; see quant.register"
-    )
-  options = dict(quantizer.options)
-  options.pop("signed", None)
-  return {"name": quantizer.name, "options": options}
+  if manifest_digest(manifest) != expected:
+    raise ArtifactError(f"{path} is damaged: its checksum differs")
+  return manifest
 
 
 def _quantizer(spec):
@@ -293,12 +242,6 @@ def _quantizer(spec):
     for key, value in spec["options"].items()
   }
   return quant.get(spec["name"], **options)
-
-
-def _digest(manifest):
-  return hashlib.sha256(
-    json.dumps(manifest, sort_keys=True).encode()
-  ).hexdigest()
 
 
 def _bytes(path):

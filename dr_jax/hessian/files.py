@@ -6,36 +6,13 @@ A JSON file {"fingerprint": ..., "traces": {path: {"mean": ..., "stderr": ...,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dr_jax.hessian.paths import named_leaves
 from dr_jax.hessian.trace import TraceEstimate
-
-if TYPE_CHECKING:
-  from jaxtyping import PyTree
-
-
-def fingerprint(params: PyTree) -> str:
-  """Returns a SHA-256 of all arrays: paths, dtypes, shapes and bytes.
-
-  Traces also depend on batch statistics: `fingerprint((params, batch_stats))`.
-
-  Args:
-    params: pytree of arrays.
-  """
-  digest = hashlib.sha256()
-  for path, leaf in named_leaves(params)[0].items():
-    leaf = np.asarray(leaf)
-    header = json.dumps([path, str(leaf.dtype), leaf.shape])
-    digest.update(header.encode() + leaf.tobytes())
-  return digest.hexdigest()
+from dr_jax.runtime import files
 
 
 def save(
@@ -49,7 +26,8 @@ def save(
   Args:
     path: the file; replaced if it is there.
     estimates: from `trace`.
-    fingerprint: `fingerprint` of the network that they are of.
+    fingerprint: `runtime.tree.fingerprint` of (params, batch_stats) of the
+      network that they are of.
 
   Raises:
     ValueError: if an estimate is NaN or infinite.
@@ -57,10 +35,7 @@ def save(
   traces = {name: e._asdict() for name, e in estimates.items()}
   content = {"fingerprint": fingerprint, "traces": traces}
   text = json.dumps(content, indent=1, allow_nan=False)
-  path = pathlib.Path(path)
-  draft = path.with_name(path.name + ".draft")
-  draft.write_text(text, encoding="utf-8")
-  draft.replace(path)
+  files.write_text(path, text)
 
 
 def load(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from dr_jax.hessian.paths import named_leaves
+from dr_jax.runtime.tree import named_leaves
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, PyTree
@@ -97,7 +97,7 @@ def value_and_hvp(loss, params, v, *args, mode):
 
 def dots(v, product):
   """Returns {slash path: inner product} of two trees, leaf by leaf."""
-  v, product = (named_leaves(tree)[0] for tree in (v, product))
+  v, product = (named_leaves(tree) for tree in (v, product))
   return {path: _dot(v[path], product[path]) for path in v}
 
 
@@ -114,8 +114,7 @@ def _dot(a, b):
 
 
 def _check_vector(params, v):
-  expected, structure = named_leaves(params)
-  given, other = named_leaves(v)
+  expected, given = named_leaves(params), named_leaves(v)
   for path in {**expected, **given}:
     field = f"v/{path}".removesuffix("/")
     if path not in given:
@@ -129,8 +128,9 @@ def _check_vector(params, v):
     found, right = _describe(given[path]), _describe(expected[path])
     if found != right:
       raise ValueError(f"{field}={found}: does not fit; allowed is {right}")
+  structure, other = jax.tree.structure(params), jax.tree.structure(v)
   if structure != other:
-    raise ValueError(f"v={other}: does not fit; allowed is {structure}")
+    raise ValueError(f"v must have the structure {structure}, got {other}")
 
 
 def _describe(leaf):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dr_jax.hessian.hvp import check_mode, dots, value_and_hvp
-from dr_jax.hessian.paths import named_leaves
+from dr_jax.runtime.tree import named_leaves
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, PyTree
@@ -90,7 +90,7 @@ def trace(
   """
   check_mode(mode)
   _check_stopping(rel_stderr, min_probes, max_probes)
-  leaves, structure = named_leaves(params)
+  leaves, structure = named_leaves(params), jax.tree.structure(params)
   selected = {path: leaves[path] for path in _selected(leaves, select)}
   rest = {path: leaf for path, leaf in leaves.items() if path not in selected}
   weights = _shares(batches)

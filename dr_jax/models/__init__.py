@@ -58,7 +58,8 @@ def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
     ValueError: for an unknown name or an option that the network does not have.
   """
   if name not in _FACTORIES:
-    raise ValueError(f"model {name!r}: allowed are {', '.join(NAMES)}")
+    known = ", ".join(NAMES)
+    raise ValueError(f"name must be one of {known}, got {name!r}")
   try:
     return _FACTORIES[name](rngs=rngs, **options)
   except TypeError as error:

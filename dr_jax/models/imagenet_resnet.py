@@ -66,7 +66,7 @@ class ImageNetResNet(nnx.Module):
   ):
     if depth not in _DEPTHS:
       raise ValueError(
-        f"depth={depth}: allowed are {', '.join(map(str, _DEPTHS))}"
+        f"depth must be one of {', '.join(map(str, _DEPTHS))}, got {depth}"
       )
     blocks, bottleneck = _DEPTHS[depth]
     self.preactivation = preactivation

@@ -57,7 +57,7 @@ class MobileNetV2(nnx.Module):
     rngs: nnx.Rngs,
   ):
     if not width > 0:
-      raise ValueError(f"width={width}: allowed is more than 0")
+      raise ValueError(f"width must be > 0, got {width}")
     c_in = _multiple_of_8(_STEM * width)
     self.stem = conv(channels, c_in, 3, 2, dtype=dtype, rngs=rngs)
     self.stem_norm = norm(c_in, dtype=dtype, rngs=rngs)

@@ -74,10 +74,10 @@ class ResNet(nnx.Module):
   ):
     blocks, rest = divmod(depth - 2, 6)
     if rest or blocks < 1:
-      raise ValueError(f"depth={depth}: allowed are 6 n + 2, as 8, 14, 20, 32")
+      raise ValueError(f"depth must be 6 n + 2, as 8, 14, 20, 32, got {depth}")
     if len(widths) != 3:
       raise ValueError(
-        f"widths={tuple(widths)}: allowed are three, as 16, 32, 64"
+        f"widths must be three, as 16, 32, 64, got {tuple(widths)}"
       )
     self.stem = _conv(channels, widths[0], 3, 1, dtype, rngs)
     c_in = widths[0]

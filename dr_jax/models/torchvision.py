@@ -73,8 +73,8 @@ def load_torchvision(model: nnx.Module, weights: str | os.PathLike) -> None:
   ]
   if faults:
     raise ValueError(
-      f"{shown}: {'; '.join(faults)}; allowed are the tensors of torchvision's "
-      f"network with {model.head.out_features} classes"
+      f"{shown} must have the tensors of torchvision's network with "
+      f"{model.head.out_features} classes: {'; '.join(faults)}"
     )
   for name, target in targets.items():
     target.variable[...] = jnp.asarray(
@@ -105,7 +105,7 @@ def _targets(model, shown):
   else:
     raise ValueError(
       f"{shown}: torchvision has no network like this {type(model).__name__}; "
-      "allowed are MobileNetV2, and ImageNetResNet with preactivation=False"
+      "it has MobileNetV2, and ImageNetResNet with preactivation=False"
     )
   targets = {}
   for path, module in nnx.iter_modules(model):
@@ -171,7 +171,7 @@ def _read(weights, shown):
     tensors = safetensors.numpy.load_file(weights)
   except (OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
     raise ValueError(
-      f"{shown}: cannot be read ({error}); allowed is a safetensors file"
+      f"{shown} must be a safetensors file, and cannot be read: {error}"
     ) from None
   return {n: a for n, a in tensors.items() if not n.endswith(_IGNORED)}
 

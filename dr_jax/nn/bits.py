@@ -121,7 +121,7 @@ def candidates(model: nnx.Module) -> tuple[int, ...]:
   """
   for layer in quantized_layers(model).values():
     return layer.weight_quantizer.bits
-  raise ValueError("model: no quantized layer; call nn.quantize first")
+  raise ValueError("model must have a quantized layer; call nn.quantize first")
 
 
 def layer_table(model: nnx.Module) -> LayerTable:
@@ -161,10 +161,10 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
       the names of `layer_table(model)`.
 
   Raises:
-    ValueError: for a bit-width that is no candidate, or unknown or missing
+    ValueError: for a bit-width that is not a candidate, or unknown or missing
       names, which it lists.
   """
-  allowed = candidates(model)
+  known = candidates(model)
   layers = quantized_layers(model)
   if not isinstance(bits, Mapping):
     bits = dict.fromkeys(layers, bits)
@@ -172,14 +172,14 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
   missing = [name for name in layers if name not in bits]
   if unknown or missing:
     raise ValueError(
-      f"bits: unknown layers {unknown}, missing layers {missing}; allowed are "
-      f"exactly {list(layers)}"
+      f"bits must name exactly the layers {list(layers)}, but has unknown "
+      f"layers {unknown}, missing layers {missing}"
     )
-  wrong = {name: b for name, b in bits.items() if b not in allowed}
+  wrong = {name: b for name, b in bits.items() if b not in known}
   if wrong:
     name, b = next(iter(wrong.items()))
-    raise ValueError(f"bits={b!r} for {name}: allowed are {allowed}")
-  index = [allowed.index(bits[name]) for name in layers]
+    raise ValueError(f"bits of {name} must be one of {known}, got {b!r}")
+  index = [known.index(bits[name]) for name in layers]
   for _, variable in all_bits(model):
     variable.set_value(jnp.int32(index[variable.order]))
 

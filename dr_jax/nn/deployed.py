@@ -70,8 +70,8 @@ def freeze(model: nnx.Module) -> Frozen:
   for name, layer in found.items():
     if isinstance(layer, layers.Stored):
       raise ValueError(
-        f"layer {name}: holds stored codes; allowed is what nn.quantize "
-        "returned (copy an artifact as files)"
+        f"layer {name} holds stored codes; pass what nn.quantize returned "
+        "(copy an artifact as files)"
       )
   paths = {id(m): "/".join(map(str, p)) for p, m in nnx.iter_modules(model)}
   _check_kernels(model, found, paths)
@@ -127,8 +127,8 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
     layer = modules.get(name)
     if type(layer) not in layers.STORED or layer.kernel.shape != part.shape:
       raise ValueError(
-        f"layer {name} {part.shape}: not in this network; allowed is the "
-        "network that was quantized"
+        f"layer {name} {part.shape} is not in this network; pass the network "
+        "that was quantized"
       )
     replacements[id(layer)] = layers.STORED[type(layer)](
       layer,
@@ -143,8 +143,8 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
     wanted = part.gain.shape[-1:]
     if type(norm) is not nnx.BatchNorm or norm.mean.shape != wanted:
       raise ValueError(
-        f"norm {name} {wanted}: not in this network; allowed is the network "
-        "that was quantized"
+        f"norm {name} {wanted} is not in this network; pass the network that "
+        "was quantized"
       )
     replacements[id(norm)] = FoldedNorm(
       norm, part.gain, part.offset, orders=part.orders
@@ -163,8 +163,8 @@ def _check_kernels(model, found, paths):
       for value in vars(module).values():
         if id(value) in kernels:
           raise ValueError(
-            f"layer {paths[id(module)]}: stays float and shares the kernel of "
-            f"{kernels[id(value)]}; allowed is to quantize both or neither"
+            f"layer {paths[id(module)]} stays float and shares the kernel of "
+            f"{kernels[id(value)]}; quantize both or neither"
           )
 
 
@@ -186,7 +186,7 @@ def _write(model, floats):
     value = floats.get(name)
     if value is None or value.shape != variable.shape:
       raise ValueError(
-        f"{name} {variable.shape}: not among what was stored; allowed is the "
+        f"{name} {variable.shape} is not among what was stored; pass the "
         "network that was quantized"
       )
     writes.append((path, variable.replace(value)))

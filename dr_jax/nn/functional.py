@@ -44,7 +44,8 @@ class Functional(NamedTuple):
     params: nested dict of trainable arrays.
     batch_stats: nested dict of all other state (running statistics, PRNG
       counters).
-    kinds: nested dict like params, saying what each leaf is: "weight",
+    bits: candidate bit-widths, highest first; empty for a float network.
+    param_labels: nested dict like params, saying what each leaf is: "weight",
       "vector" (biases, float norms), "norm" (the rows of a quantized network's
       norm), "scale" (learned scales of quantizers) or "offset" (their other
       learned parameters).
@@ -56,7 +57,8 @@ class Functional(NamedTuple):
   apply: Callable[..., tuple[Any, Tree]]
   params: Tree
   batch_stats: Tree
-  kinds: Tree
+  bits: tuple[int, ...]
+  param_labels: Tree
   layers: int
   scale_layers: tuple[int, ...]
 
@@ -73,12 +75,12 @@ def functional(model: nnx.Module) -> Functional:
   )
   followed = {path: variable.order for path, variable in all_bits(model)}
   layers = len(quantized_layers(model))
-  count = len(candidates(model)) if layers else 0
+  candidate_bits = candidates(model) if layers else ()
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
     shape = np.shape(index)
     if layers:
-      _check_index(index, layers, count)
+      _check_index(index, layers, len(candidate_bits))
 
     def bits_at(path):
       return index if shape == () else index[followed[path]]
@@ -98,7 +100,8 @@ def functional(model: nnx.Module) -> Functional:
     apply=apply,
     params=_nest((path, v.get_value()) for path, v in params),
     batch_stats=_nest((path, v.get_value()) for path, v in rest),
-    kinds=_nest((path, _kind(v)) for path, v in params),
+    bits=candidate_bits,
+    param_labels=_nest((path, _label(v)) for path, v in params),
     layers=layers,
     scale_layers=_scale_layers(params, followed),
   )
@@ -126,17 +129,17 @@ def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
       try:
         value = _get(tree, path)
       except (KeyError, TypeError):
-        raise ValueError(f"{name}: missing; allowed is an array") from None
+        raise ValueError(f"{name} must be an array, but is missing") from None
       if value.shape != variable.shape:
         raise ValueError(
-          f"{name}: shape {value.shape}; allowed is {variable.shape}"
+          f"{name} must have shape {variable.shape}, got {value.shape}"
         )
       writes.append((path, variable.replace(jnp.asarray(value))))
     extra = [name for name in _names(tree) if name not in names]
     if extra:
       raise ValueError(
-        f"{', '.join(extra)}: not in this model; allowed is what "
-        "nn.functional returned"
+        f"{', '.join(extra)}: not in this model; pass what nn.functional "
+        "returned"
       )
   nnx.update(model, nnx.from_flat_state(writes))
 
@@ -162,7 +165,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
   }
   if not norms:
     raise ValueError(
-      "model: no batch norm that collects statistics; allowed is what "
+      "model must have a batch norm that collects statistics, as what "
       "nn.quantize returned (a loaded artifact has folded norms)"
     )
   fresh = nnx.clone(model)
@@ -183,9 +186,10 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     for path, norm in seen.items():
       if norm.mean.get_value() is before[path]:
         raise ValueError(
-          f"norm {'/'.join(map(str, path))}: the model's call keeps its "
-          "statistics; allowed are models that leave use_running_average to "
-          "model.train() and model.eval(), and batches that reach every norm"
+          f"norm {'/'.join(map(str, path))} must update its statistics, but "
+          "the model's call keeps them: leave use_running_average to "
+          "model.train() and model.eval(), and pass batches that reach every "
+          "norm"
         )
     return {p: (n.mean[n.row], n.var[n.row]) for p, n in seen.items()}
 
@@ -196,7 +200,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     total = seen if total is None else jax.tree.map(jnp.add, total, seen)
     count += 1
   if total is None:
-    raise ValueError("batches: empty; allowed is at least one batch")
+    raise ValueError("batches must not be empty")
   for path, sums in total.items():
     norm = norms[path]
     for statistic, value in zip((norm.mean, norm.var), sums, strict=True):
@@ -209,13 +213,13 @@ def _check_index(index, layers, count):
   if is_mixture(index):
     if shape != (layers, count):
       raise ValueError(
-        f"index: weights of shape {shape}; allowed are ({layers}, {count}), "
-        "one for each quantized layer and candidate"
+        f"index must have shape ({layers}, {count}), a weight for each "
+        f"quantized layer and candidate, got {shape}"
       )
   elif shape not in ((), (layers,)):
     raise ValueError(
-      f"index: shape {shape}; allowed are () and ({layers},), "
-      "one for each quantized layer"
+      f"index must have shape () or ({layers},), one for each quantized layer, "
+      f"got {shape}"
     )
 
 
@@ -228,7 +232,7 @@ def _scale_layers(params, followed):
   return tuple(jax.tree.leaves(orders))
 
 
-def _kind(variable):
+def _label(variable):
   if isinstance(variable, Scale):
     return "scale"
   if isinstance(variable, Offset):

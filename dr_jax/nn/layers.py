@@ -164,8 +164,8 @@ def check_kernels(found: dict[str, nnx.Module]) -> None:
     bad = int((~jnp.isfinite(layer.kernel[...])).sum())
     if bad:
       raise ValueError(
-        f"weight of layer {name!r}: {bad} values are NaN or infinite; "
-        "allowed are finite numbers"
+        f"weight of layer {name!r} must be finite, but {bad} values are NaN or "
+        "infinite"
       )
 
 

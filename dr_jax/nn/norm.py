@@ -111,8 +111,8 @@ class BatchNorm(Rows, nnx.BatchNorm):
       use_running_average = self.use_running_average
     if use_running_average is None:
       raise ValueError(
-        "use_running_average=None: allowed are True and False, in the call or "
-        "by model.train() and model.eval()"
+        "use_running_average must be True or False, got None: set it in the "
+        "call, or by model.train() and model.eval()"
       )
     row = self.row
     scale = None if self.scale is None else _at_row(self.scale, row)

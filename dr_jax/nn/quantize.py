@@ -81,13 +81,13 @@ def quantize(
   """
   if activation is not None and activation.bits != weight.bits:
     raise ValueError(
-      f"activation.bits={activation.bits}: allowed are the bits of weight, "
-      f"{weight.bits}"
+      f"activation.bits must be the bits of weight, {weight.bits}, got "
+      f"{activation.bits}"
     )
   if norm not in norms.KINDS:
-    raise ValueError(f"norm={norm!r}: allowed are {norms.KINDS}")
+    raise ValueError(f"norm must be one of {norms.KINDS}, got {norm!r}")
   if quantized_layers(model):
-    raise ValueError("model: quantized already; allowed is a float network")
+    raise ValueError("model must be a float network, but is quantized already")
   model = nnx.clone(model)
   calls = _calibrate(model, activation, sample)
   names = [
@@ -97,8 +97,8 @@ def quantize(
   quantized = [name for name in names if name not in skipped]
   if not quantized:
     raise ValueError(
-      f"skip: leaves nothing to quantize; the model's nnx.Conv and nnx.Linear "
-      f"layers are {names}"
+      f"skip must leave a layer to quantize; the model's nnx.Conv and "
+      f"nnx.Linear layers are {names}"
     )
   _warn_of_float_layers(model)
   params = layers.initial_params(
@@ -158,11 +158,11 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
   leaves, structure = jax.tree.flatten(arguments)
   arrays = [leaf for leaf in leaves if _is_array(leaf) and leaf.ndim]
   if not arrays:
-    raise ValueError(f"sample={sample!r}: allowed are arrays [batch, ...]")
+    raise ValueError(f"sample must be arrays [batch, ...], got {sample!r}")
   # Of several arrays the one with most axes is the batch: a table has fewer.
   examples = len(max(arrays, key=lambda array: array.ndim))
   if not examples:
-    raise ValueError("sample: has no example; allowed are arrays [batch, ...]")
+    raise ValueError("sample must be arrays [batch, ...], got no example")
   modules = {
     "/".join(map(str, path)) or type(module).__name__.lower(): module
     for path, module in nnx.iter_modules(model)
@@ -215,22 +215,21 @@ def _calibrate(model, activation, sample) -> dict[str, _Call]:
     seen = statistics(state, [leaf for leaf in leaves if _is_array(leaf)])
   except jax.errors.UnexpectedTracerError:
     raise ValueError(
-      "model: calls layers inside jit, scan or vmap; allowed are layers that "
-      "its __call__ calls directly"
+      "model must call its layers directly, but calls some inside jit, scan or "
+      "vmap"
     ) from None
   unseen = [name for name in modules if name not in inputs]
   if unseen:
     raise ValueError(
-      f"sample: does not reach layers {unseen}; allowed is a sample that "
-      "reaches every layer"
+      f"sample must reach every layer, but does not reach {unseen}"
     )
   calls = {}
   for name in inputs:
     finite, negative, params = seen[name]
     if not finite:
       raise ValueError(
-        f"sample: input of layer {name!r} is NaN or infinite; allowed are "
-        "finite numbers"
+        f"sample must make finite inputs, but that of layer {name!r} is NaN or "
+        "infinite"
       )
     signed = bool(negative)
     if activation is not None and activation.signed is not None:
@@ -322,8 +321,7 @@ def _skipped(skip, names) -> set[str]:
       matched = set(fnmatch.filter(names, rule))
     if not matched or matched - set(names):
       raise ValueError(
-        f"skip={rule!r}: matches no layer; allowed are names and patterns of "
-        f"{names}"
+        f"skip must match layers of {names}, but {rule!r} matches none"
       )
     skipped |= matched
   return skipped

@@ -40,19 +40,17 @@ def requantize(
   References:
     Bit-Mixer, ICCV 2021 (its three stages); arXiv 2502.01199, section 3.3.
   """
-  allowed = candidates(model)
-  if weight is not None and weight.bits != allowed:
+  bits = candidates(model)
+  if weight is not None and weight.bits != bits:
     raise ValueError(
-      f"weight.bits={weight.bits}: allowed are the bits of the network, "
-      f"{allowed}"
+      f"weight.bits must be the bits of the network, {bits}, got {weight.bits}"
     )
   model = nnx.clone(model)
   found = quantized_layers(model)
   for name, layer in found.items():
     if isinstance(layer, layers.Stored):
       raise ValueError(
-        f"layer {name}: holds stored codes; allowed is what nn.quantize "
-        "returned"
+        f"layer {name} holds stored codes; pass what nn.quantize returned"
       )
   if weight is not None:
     layers.check_kernels(found)
@@ -61,7 +59,7 @@ def requantize(
       layer.hold(weight, params[name])
   if norm is None:
     return model
-  model = substitute(model, _replacements(model, norm, len(allowed)))
+  model = substitute(model, _replacements(model, norm, len(bits)))
   index = {layer.order: layer.bits.get_value() for layer in found.values()}
   for _, bits in all_bits(model):
     bits.set_value(index[bits.order])
@@ -71,7 +69,7 @@ def requantize(
 def _replacements(model, kind, count):
   """The norms to replace, by identity, and what replaces them."""
   if kind not in norms.KINDS:
-    raise ValueError(f"norm={kind!r}: allowed are None and {norms.KINDS}")
+    raise ValueError(f"norm must be None or one of {norms.KINDS}, got {kind!r}")
   replacements = {}
   for _, module in nnx.iter_modules(model):
     if not isinstance(module, norms.BatchNorm) or module.kind == kind:
@@ -79,8 +77,8 @@ def _replacements(model, kind, count):
     if (module.kind, kind) != ("switchable", "transitional"):
       also = ", 'transitional'" if module.kind == "switchable" else ""
       raise ValueError(
-        f"norm={kind!r}: the norms are {module.kind}; allowed are None, "
-        f"{module.kind!r}{also}"
+        f"norm must be one of None, {module.kind!r}{also} for norms that are "
+        f"{module.kind}, got {kind!r}"
       )
     replacements[id(module)] = norms.BatchNorm(
       module, kind=kind, candidates=count, order=module.bits.order

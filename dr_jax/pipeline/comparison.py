@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from dr_jax import pipeline
 from dr_jax.config import Config, ConfigError, from_dict
-from dr_jax.pipeline.context import Run
-from dr_jax.pipeline.workdir import write_json
+from dr_jax.pipeline import pipeline
+from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.stages.pretrain import float_network
+from dr_jax.pipeline.summary import environment
+from dr_jax.runtime.files import write_json, write_text
 
 
 class Entry(NamedTuple):
@@ -126,23 +128,15 @@ def run(
   workdir = pathlib.Path(workdir)
   rows: dict[str, list[dict[str, Any]]] = {}
   for seed in comparison.seeds:
-    place = workdir / f"seed{seed}"
+    directory = workdir / f"seed{seed}"
     config = dataclasses.replace(comparison.base, seed=seed)
-    job = Run(config, place / "float", interrupted)
-    with job.workdir.claim(config):
-      job.check_space()
-      pipeline.pretrain(job)
-      start = job.float_network()
-    size = job.float_bytes()
-    rows.setdefault("float", []).append(
-      pipeline.summary(job)["stages"]["pretrain"]
-      | {"tensor_bytes": size, "bytes_at": {"float": size}}
-    )
+    start, row = _float_run(config, directory / "float", interrupted)
+    rows.setdefault("float", []).append(row)
     merged: dict[str, dict[str, Any]] = {}
     for name, entry in comparison.entries.items():
       stages = pipeline.run(
         dataclasses.replace(entry.config, seed=seed),
-        place / name,
+        directory / name,
         interrupted=interrupted,
         start=start,
       )["stages"]
@@ -155,11 +149,22 @@ def run(
   results = {
     "rows": {row: _statistics(seeds) for row, seeds in rows.items()},
     "seeds": comparison.seeds,
-    "environment": pipeline.environment(),
+    "environment": environment(),
   }
   write_json(workdir / "compare.json", results)
-  (workdir / "compare.md").write_text(markdown(results))
+  write_text(workdir / "compare.md", markdown(results))
   return results
+
+
+def _float_run(config, workdir, interrupted):
+  """The float network from which all methods start, and its row."""
+  context = RunContext(config, workdir, interrupted)
+  with context.workdir.claim(config):
+    pipeline.check_space(context)
+    network = float_network(context)
+    size = context.float_bytes()
+    row = context.workdir.result("pretrain")
+    return network, row | {"tensor_bytes": size, "bytes_at": {"float": size}}
 
 
 def table(results: dict[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dr_jax.config import Config, ConfigError
+from dr_jax.runtime import files
 from dr_jax.runtime.processes import on_first
 
 
@@ -59,7 +60,7 @@ class Workdir:
       self._lock(lock)
       # Another process may have come and gone since.
       self._check(config)
-      write_json(self.path / "config.json", dataclasses.asdict(config))
+      files.write_json(self.path / "config.json", dataclasses.asdict(config))
     except OSError as error:
       raise ConfigError(
         f"workdir={self.path}: cannot be written to ({error}); allowed is "
@@ -106,7 +107,7 @@ class Workdir:
   def _check(self, config):
     path = self.path / "config.json"
     if path.exists():
-      theirs = read_json(path, allowed="a new directory")
+      theirs = read_object(path, advice="use a new directory")
       mine = json.loads(json.dumps(dataclasses.asdict(config)))
       for field in ("search", "checkpoint_every", "log_every"):
         mine[field] = theirs.get(field, mine[field])
@@ -120,7 +121,7 @@ class Workdir:
           "or the same configuration"
         )
       return
-    ours = (_draft(path), self.path / "lock")
+    ours = (files.partial_path(path), self.path / "lock")
     entries = self.path.iterdir() if self.path.is_dir() else ()
     if any(entry not in ours for entry in entries):
       raise ConfigError(
@@ -128,23 +129,25 @@ class Workdir:
         "new or empty directory"
       )
 
-  def tell(self, stage: str, network: dict[str, Any]) -> None:
+  def record_network(self, stage: str, network: dict[str, Any]) -> None:
     """Writes what a stage trains, or checks that its checkpoints are of it.
 
     Args:
       stage: its name.
-      network: what tells networks apart whose arrays may have equal shapes.
+      network: what distinguishes networks whose arrays may have equal shapes.
 
     Raises:
       ConfigError: if the checkpoints there are of another network.
     """
-    on_first(lambda: self._tell(stage, json.loads(json.dumps(network))))
+    on_first(
+      lambda: self._record_network(stage, json.loads(json.dumps(network)))
+    )
 
-  def _tell(self, stage, network):
+  def _record_network(self, stage, network):
     path = self.path / stage / "network.json"
     if not path.exists():
-      write_json(path, network)
-    elif (theirs := read_json(path, allowed="a new directory")) != network:
+      files.write_json(path, network)
+    elif (theirs := read_object(path, advice="use a new directory")) != network:
       raise ConfigError(
         f"{path}: checkpoints of another network "
         f"({_first_difference(theirs, network)}); allowed is a new directory"
@@ -153,16 +156,30 @@ class Workdir:
   def result(self, stage: str) -> dict[str, Any] | None:
     """What a stage has reached, or None if it is not done."""
     path = self.path / stage / "result.json"
-    return on_first(lambda: read_json(path) if path.exists() else None)
+    return on_first(lambda: read_object(path) if path.exists() else None)
+
+  def results(self) -> dict[str, dict[str, Any]]:
+    """The results of all finished stages, by name."""
+
+    def read():
+      files = sorted(self.path.rglob("result.json"))
+      return {
+        str(file.parent.relative_to(self.path)): read_object(file)
+        for file in files
+      }
+
+    return on_first(read)
 
   def finish(self, stage: str, started: float, **result: Any) -> None:
     """Ends a stage: what it has reached, and its seconds since `started`."""
     result["seconds"] = round(time.monotonic() - started, 1)
-    on_first(lambda: write_json(self.path / stage / "result.json", result))
+    on_first(
+      lambda: files.write_json(self.path / stage / "result.json", result)
+    )
 
 
-def read_json(
-  path: pathlib.Path, *, allowed: str = "to delete it and run again"
+def read_object(
+  path: pathlib.Path, *, advice: str = "delete it and run again"
 ) -> dict[str, Any]:
   """Reads a JSON object.
 
@@ -170,20 +187,12 @@ def read_json(
     ConfigError: if the file holds something else.
   """
   try:
-    value = json.loads(path.read_text())
+    value = files.read_json(path)
   except ValueError:
     value = None
   if not isinstance(value, dict):
-    raise ConfigError(f"{path}: damaged, no JSON; allowed is {allowed}")
+    raise ConfigError(f"{path} is damaged, not a JSON object; {advice}")
   return value
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes a file that is complete or absent."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  draft = _draft(path)
-  draft.write_text(json.dumps(value, indent=2) + "\n")
-  draft.replace(path)
 
 
 def _written(directory):
@@ -199,10 +208,6 @@ def _free(config):
   if config.devices.norm == "global":
     fields.append(("devices", "data"))
   return fields
-
-
-def _draft(path):
-  return path.with_name(path.name + ".partial")
 
 
 def _first_difference(theirs, mine, prefix=""):

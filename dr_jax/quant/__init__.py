@@ -1,21 +1,25 @@
-"""Multi-precision quantizers as pure functions on arrays."""
+"""Multi-precision quantizers as pure functions on arrays.
 
-from collections.abc import Callable
+>>> import jax.numpy as jnp
+>>> method = double_rounding((8, 4))
+>>> w = jnp.array([[0.5, -1.0], [0.25, 1.0]])
+>>> params = method.init(w)
+>>> stored = method.encode(params, w)
+>>> stored["codes"].dtype
+dtype('int8')
+>>> bool((method.decode(stored, 1) == method.fake_quantize(params, w, 1)).all())
+True
+"""
 
-from dr_jax.quant.core.grid import (
-  ROUNDINGS,
-  SCALE_MAX,
-  SCALE_MIN,
-  check_bits,
-  code_range,
-  straight_through,
-)
+from dr_jax.quant.core.checks import ROUNDINGS, check_bits
+from dr_jax.quant.core.grid import SCALE_MAX, SCALE_MIN, code_range
 from dr_jax.quant.core.interface import (
   ActivationQuantizer,
   Storage,
   WeightQuantizer,
 )
 from dr_jax.quant.core.packing import pack, packed_size, storage, unpack
+from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.methods.adabits import adabits, pact_activation
 from dr_jax.quant.methods.any_precision import any_precision, unit_activation
 from dr_jax.quant.methods.binary_ternary import binary, ternary
@@ -34,13 +38,26 @@ from dr_jax.quant.methods.term_quantization import (
   term_quantization,
 )
 from dr_jax.quant.methods.truncation import truncation
+from dr_jax.quant.registry import (
+  _FACTORIES,
+  NAMES,
+  RECIPES,
+  Recipe,
+  get,
+  method,
+  options_of,
+  register,
+  register_recipe,
+)
 
 __all__ = [
   "NAMES",
+  "RECIPES",
   "ROUNDINGS",
   "SCALE_MAX",
   "SCALE_MIN",
   "ActivationQuantizer",
+  "Recipe",
   "Storage",
   "WeightQuantizer",
   "adabits",
@@ -64,7 +81,10 @@ __all__ = [
   "packed_size",
   "pact_activation",
   "skipped_columns",
+  "method",
+  "options_of",
   "register",
+  "register_recipe",
   "storage",
   "straight_through",
   "switch_codes",
@@ -76,66 +96,9 @@ __all__ = [
   "unpack",
 ]
 
-_FACTORIES = {
-  "double_rounding": double_rounding,
-  "bit_mixer": bit_mixer,
-  "lsq": lsq,
-  "lsq_plus": lsq_plus,
-  "float_weight": float_weight,
-  "truncation": truncation,
-  "bitwave": bitwave,
-  "binary": binary,
-  "ternary": ternary,
-  "lsq_activation": lsq_activation,
-  "lsq_plus_activation": lsq_plus_activation,
-  "term_quantization": term_quantization,
-  "term_activation": term_activation,
-  "multi_resolution": multi_resolution,
-  "multi_resolution_activation": multi_resolution_activation,
-  "adabits": adabits,
-  "pact_activation": pact_activation,
-  "any_precision": any_precision,
-  "unit_activation": unit_activation,
-}
 
-NAMES = _FACTORIES.keys()
-
-
-def register(name: str, factory: Callable) -> None:
-  """Adds a method to the registry, for configurations and artifacts.
-
-  Args:
-    name: what `get`, a configuration and an artifact call it; equal to the
-      `name` of what the factory returns.
-    factory: `factory(bits=..., *, option=default, ...)`, returning a
-      WeightQuantizer or an ActivationQuantizer.
-
-  Raises:
-    ValueError: if the name is taken by another factory.
-  """
-  if _FACTORIES.setdefault(name, factory) is not factory:
-    raise ValueError(f"quantizer {name!r}: is taken; allowed is another name")
-
-
-def get(name: str, **options) -> WeightQuantizer | ActivationQuantizer:
-  """Builds a quantizer by its registered name.
-
-  Args:
-    name: one of `NAMES`.
-    **options: keyword arguments of that factory.
-
-  Raises:
-    ValueError: for an unknown name, an option that the method does not have,
-      or an option's value that it does not allow.
-  """
-  if name not in _FACTORIES:
-    raise ValueError(f"quantizer {name!r}: allowed are {', '.join(NAMES)}")
-  factory = _FACTORIES[name]
-  allowed = getattr(factory, "__kwdefaults__", None) or {}
-  unknown = sorted(set(options) - set(allowed) - {"bits"})
-  if unknown:
-    raise ValueError(
-      f"option {unknown[0]!r} of {name}: allowed are "
-      f"{', '.join(['bits', *allowed])}"
-    )
-  return factory(**options)
+def __getattr__(name: str):
+  """Serves factories that only the registry knows."""
+  if name in NAMES:
+    return _FACTORIES[name]
+  raise AttributeError(f"module 'dr_jax.quant' has no attribute {name!r}")

@@ -35,7 +35,7 @@ def compiler_options() -> dict[str, str] | None:
 
 
 def cache_on_disk() -> None:
-  """Keeps compiled programs between processes, unless JAX is told where.
+  """Keeps compiled programs between processes, unless JAX is configured to.
 
   All of them: by default JAX keeps what took a second to compile, but a run
   consists of some 300 programs that took less, and two thirds of its start.

@@ -22,6 +22,8 @@ import rich.console
 import rich.progress
 import rich.text
 
+from dr_jax.runtime import files
+
 
 class MetricsWriter:
   """Appends numbers to a file of JSON lines.
@@ -52,9 +54,7 @@ class MetricsWriter:
     ]
     self._file.close()
     # The file is replaced as a whole: killed here, all of it is still there.
-    draft = self._path.with_name(self._path.name + ".new")
-    draft.write_text("".join(kept), encoding="utf-8")
-    draft.replace(self._path)
+    files.write_text(self._path, "".join(kept))
     self._file = self._path.open("a", encoding="utf-8")
 
   def write(self, stage, step, values, *, bits=None):
@@ -137,7 +137,7 @@ class Progress:
     Args:
       stage: name of the stage.
       total_steps: the step at which the stage ends.
-      start: the step from which it goes on.
+      start: the step from which it resumes.
       interval: seconds between two lines where there is no terminal.
       console: a `rich.console.Console`, of standard error by default.
       clock: returns the time in seconds.

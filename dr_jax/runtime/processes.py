@@ -7,6 +7,7 @@ first process's; what it finds, or the error it meets, reaches the others.
 from __future__ import annotations
 
 import collections
+import contextvars
 import json
 import os
 from collections.abc import Callable
@@ -16,14 +17,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Seconds without a sign of life after which a process counts as dead.
-_HEARTBEAT = 30
-# The time it may take for all to come, and at the end to go.
-_PATIENCE = 300
+# Without a heartbeat for so long a process counts as dead.
+_HEARTBEAT_TIMEOUT_S = 30
+# For all processes to connect, and at the end to disconnect.
+_INIT_TIMEOUT_S = 300
 
 
 def initialize(*, detect: bool = False) -> bool:
-  """Joins the other processes of this run, if there are any.
+  """Connects to the other processes of this run, if there are any.
 
   Call it before anything else of JAX. The environment says where they are:
   JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and
@@ -37,7 +38,8 @@ def initialize(*, detect: bool = False) -> bool:
     Whether there are other processes.
 
   Raises:
-    ValueError: if the variables are incomplete, or the others do not come.
+    ValueError: if the variables are incomplete, or the coordinator cannot be
+      reached.
   """
   given = {name: os.environ.get(name) for name in _VARIABLES}
   options: dict[str, Any] = {}
@@ -48,13 +50,13 @@ def initialize(*, detect: bool = False) -> bool:
   try:
     jax.distributed.initialize(
       **options,
-      initialization_timeout=_PATIENCE,
-      heartbeat_timeout_seconds=_HEARTBEAT,
+      initialization_timeout=_INIT_TIMEOUT_S,
+      heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
     )
   except (RuntimeError, ValueError) as error:
     line = " ".join(str(error).split())
-    raise ValueError(f"processes: could not meet: {line}") from None
-  # The first collective waits 30 s only: have it while all are here.
+    raise ValueError(f"could not connect to the coordinator: {line}") from None
+  # The first collective waits only 30 s: run it while all are here.
   on_first(lambda: None)
   return jax.process_count() > 1
 
@@ -66,15 +68,15 @@ def _options(given):
   for name, value in given.items():
     if not value:
       raise ValueError(
-        f"{name}: missing; allowed are all or none of {', '.join(_VARIABLES)}"
+        f"{name} must be set, as all or none of {', '.join(_VARIABLES)}"
       )
     if name != "JAX_COORDINATOR_ADDRESS" and not value.isdecimal():
-      raise ValueError(f"{name}={value!r}: allowed are whole numbers from 0")
+      raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
   address, count, number = given.values()
   if int(number) >= int(count):
     raise ValueError(
-      f"JAX_PROCESS_ID={number}: allowed are 0 to JAX_NUM_PROCESSES - 1 = "
-      f"{int(count) - 1}"
+      f"JAX_PROCESS_ID must be in 0..{int(count) - 1}, below "
+      f"JAX_NUM_PROCESSES, got {number}"
     )
   return {
     "coordinator_address": address,
@@ -97,58 +99,83 @@ def on_first(function: Callable[[], Any]) -> Any:
     function: returns what JSON can hold. It may call `on_first` itself.
 
   Raises:
-    FirstProcessError: elsewhere, if the function raised in the first process;
-      there that is raised as it is, with an attribute `told`.
+    SharedError: in every process of several, if the function raised in the
+      first one, where it is the cause.
   """
-  if jax.process_count() == 1 or _ALONE:
+  if jax.process_count() == 1 or _ACTS_FOR_ALL.get():
     return function()
   value, error = None, None
   if is_first():
-    _ALONE.append(True)
+    token = _ACTS_FOR_ALL.set(True)
     try:
       value = function()
     except Exception as raised:
       error = raised
-      error.told = True
     finally:
-      _ALONE.pop()
-    message = {
-      "value": value,
-      "error": None if error is None else str(error),
-      "signal": getattr(error, "signal", None),
-    }
-    content = json.dumps(message).encode()
-  else:
-    content = b""
+      _ACTS_FOR_ALL.reset(token)
+  content = json.dumps(_message(value, error)).encode() if is_first() else b""
   received = json.loads(_broadcast(content))
-  if error is not None:
-    raise error
   if received["error"] is not None:
-    raise FirstProcessError(received["error"], received["signal"])
+    raise SharedError(**received["error"]) from error
   return received["value"]
 
 
-# Not empty while the first process acts for all: it must wait for nobody.
-_ALONE: list[bool] = []
+# Set while the first process acts for all: it must not wait for the others.
+_ACTS_FOR_ALL = contextvars.ContextVar("acts_for_all", default=False)
 
 
-class FirstProcessError(ValueError):
-  """What the first process met, in its words.
+class SharedError(RuntimeError):
+  """An error of the first process that every process knows and raises.
 
   Attributes:
+    exit_code: that of the first process.
     signal: the number of the signal that stopped it, or None.
   """
 
-  def __init__(self, message: str, signal: int | None):
+  def __init__(self, message: str, exit_code: int, signal: int | None):
     super().__init__(message)
+    self.exit_code = exit_code
     self.signal = signal
 
 
-def all_agree(fine: bool) -> bool:
-  """Whether every process finds that all is well; all must ask."""
+def _message(value, error):
+  if error is None:
+    return {"value": value, "error": None}
+  return {
+    "value": None,
+    "error": {
+      "message": str(error),
+      "exit_code": exit_code(error),
+      "signal": getattr(error, "signal", None),
+    },
+  }
+
+
+def exit_code(error: BaseException) -> int:
+  """The exit code of a process that ends with an error.
+
+  An error's own `exit_code` if it has one; 2 for bad input, and files that
+  cannot be read or written; 1 for anything else.
+  """
+  by_kind = 2 if isinstance(error, ValueError | OSError) else 1
+  return getattr(error, "exit_code", by_kind)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+  """Whether an error says that another process has ended or is unreachable."""
+  words = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+  return (
+    isinstance(error, jax.errors.JaxRuntimeError)
+    and jax.process_count() > 1
+    and any(word in str(error) for word in words)
+  )
+
+
+def all_agree(agrees: bool) -> bool:
+  """Whether all processes pass True; all must call this."""
   if jax.process_count() == 1:
-    return fine
-  return bool(multihost_utils.process_allgather(np.int32(fine)).all())
+    return agrees
+  return bool(multihost_utils.process_allgather(np.int32(agrees)).all())
 
 
 def gathered(value: Any) -> list[Any]:
@@ -188,7 +215,7 @@ def _broadcast(content):
 def agreed(
   interrupted: Callable[[], str | None], *, lag: int = 4
 ) -> Callable[[], str | None]:
-  """Makes every process hear of a signal that one of them received.
+  """Lets every process know of a signal that one of them received.
 
   All must stop at the same step, since they step together. An answer takes
   `lag` more calls to arrive, so that no call waits for the devices.

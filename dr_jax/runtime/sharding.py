@@ -70,8 +70,8 @@ class Layout(NamedTuple):
     parts = sorted({tuple(sorted(held)) for held in rows.values()})
     if sum(map(len, parts)) != self.data or len({*map(len, parts)}) > 1:
       raise ValueError(
-        f"devices: processes hold the parts {parts} of the axis data; allowed "
-        "are equal parts that do not overlap"
+        "devices must be such that processes hold equal parts of the axis data "
+        f"that do not overlap, got {parts}"
       )
     mine = tuple(sorted(rows[jax.process_index()]))
     return parts.index(mine), len(parts)
@@ -138,24 +138,22 @@ def layout(
     ("norm", norm, NORMS),
   ):
     if value not in allowed:
-      raise ValueError(
-        f"devices.{name}={value!r}: allowed are {', '.join(allowed)}"
-      )
+      known = ", ".join(allowed)
+      raise ValueError(f"{name} must be one of {known}, got {value!r}")
   count = len(devices)
   if bits < 1 or count % bits:
     raise ValueError(
-      f"devices.bits={bits}: allowed are divisors of {count}, the number of "
-      "devices"
+      f"bits must be a divisor of {count}, the number of devices, got {bits}"
     )
   if data < 0 or data * bits > count:
     raise ValueError(
-      f"devices.data={data}: with devices.bits={bits} and {count} devices in "
-      f"all; allowed are 0, for as many as there are, to {count // bits}"
+      f"data must be in 0..{count // bits} with bits={bits} and {count} "
+      f"devices in all, 0 for as many as there are, got {data}"
     )
   data = data or count // bits
   if data * bits < count and jax.process_count() > 1:
     raise ValueError(
-      f"devices.data={data}: allowed with several processes is 0, all devices"
+      f"data must be 0, all devices, with several processes, got {data}"
     )
   mesh = _mesh(devices[: data * bits], bits=bits)
   return Layout(mesh, parameters, norm)

@@ -35,9 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dr_jax import hessian
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
+from dr_jax.runtime import tree
 from dr_jax.runtime.compilation import jit
 from dr_jax.search.problem import Index, Ledger, Problem, Result
 from dr_jax.train import Loop, TrainState, cross_entropy, make_optimizer
@@ -217,18 +217,20 @@ def loss(
 
 
 @functools.lru_cache(maxsize=2)
-def program(apply: Callable, kinds: tuple[str, ...], treedef: Any) -> Callable:
+def program(
+  apply: Callable, param_labels: tuple[str, ...], treedef: Any
+) -> Callable:
   """Builds the step of a network; kept, so that it compiles once.
 
   Args:
     apply: of the network.
-    kinds, treedef: `jax.tree.flatten(network.kinds)`, hashable.
+    param_labels, treedef: `jax.tree.flatten(network.param_labels)`, hashable.
 
   Returns:
     step(state, batch, knobs) -> (state, losses [1]); the state is donated.
   """
-  kinds = treedef.unflatten(kinds)
-  optimizers = _optimizers(kinds)
+  param_labels = treedef.unflatten(param_labels)
+  optimizers = _optimizers(param_labels)
 
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch, knobs):
@@ -247,7 +249,7 @@ def program(apply: Callable, kinds: tuple[str, ...], treedef: Any) -> Callable:
       params[name], opt_state[name] = jax.tree.map(
         functools.partial(jnp.where, learns), new, old
       )
-    params["weights"] = jax.tree.map(_bounded, kinds, params["weights"])
+    params["weights"] = jax.tree.map(_bounded, param_labels, params["weights"])
     state = state._replace(
       step=state.step + 1,
       params=params,
@@ -286,8 +288,8 @@ def _search(problem, budgets, name, **options):
     return ledger.result(problem.start(0))
   knobs = _knobs(problem, budgets, name, options)
   network, steps = problem.network, options["steps"]
-  kinds, treedef = jax.tree.flatten(network.kinds)
-  step = program(network.apply, tuple(kinds), treedef)
+  param_labels, treedef = jax.tree.flatten(network.param_labels)
+  step = program(network.apply, tuple(param_labels), treedef)
   with contextlib.ExitStack() as stack:
     checkpoints = None
     if problem.directory is not None:
@@ -372,9 +374,9 @@ def _knobs(problem, budgets, name, options):
   )
 
 
-def _optimizers(kinds):
+def _optimizers(param_labels):
   return {
-    "weights": make_optimizer("adam", kinds=kinds),
+    "weights": make_optimizer("adam", param_labels=param_labels),
     "logits": optax.scale_by_adam(),
   }
 
@@ -402,7 +404,7 @@ def _initial(problem, seed):
     params=params,
     opt_state={
       name: optimizer.init(params[name])
-      for name, optimizer in _optimizers(problem.network.kinds).items()
+      for name, optimizer in _optimizers(problem.network.param_labels).items()
     },
     batch_stats=stats,
     key=jax.random.key(seed),
@@ -416,5 +418,5 @@ def _fingerprint(problem, options, knobs):
   digest.update(json.dumps([problem.bits, options]).encode())
   for knob in knobs:
     digest.update(np.asarray(knob).tobytes())
-  digest.update(hessian.fingerprint(problem.state).encode())
+  digest.update(tree.fingerprint(problem.state).encode())
   return digest.hexdigest()[:16]

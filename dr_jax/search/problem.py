@@ -124,7 +124,7 @@ class Problem:
       `search.hessian_ilp`.
     ties: groups of layer numbers that share a bit-width.
     pinned: {layer number: position} of layers that are not searched.
-    prefer: "loss" or "accuracy", what decides between assignments; the other
+    metric: "loss" or "accuracy", what decides between assignments; the other
       one decides ties.
     network, state, batches: for searches by gradient: the SuperNet, its
       (params, batch_stats), and training batches by step.
@@ -141,7 +141,7 @@ class Problem:
   )
   ties: tuple[tuple[int, ...], ...] = ()
   pinned: Mapping[int, int] = dataclasses.field(default_factory=dict)
-  prefer: str = "loss"
+  metric: str = "loss"
   network: Functional | None = None
   state: tuple[Any, Any] | None = None
   batches: Any = None
@@ -161,8 +161,8 @@ class Problem:
             f"{group}[{name!r}]: shape {np.shape(table)}; allowed is {shape}, "
             "layers by candidate bit-widths"
           )
-    if self.prefer not in ("loss", "accuracy"):
-      raise ValueError(f"prefer={self.prefer!r}: allowed are loss, accuracy")
+    if self.metric not in ("loss", "accuracy"):
+      raise ValueError(f"metric={self.metric!r}: allowed are loss, accuracy")
 
   @property
   def layers(self) -> tuple[str, ...]:
@@ -245,9 +245,9 @@ class Problem:
     return tuple(map(int, solution.index))
 
   def rank(self, trial: Trial) -> tuple[float, float]:
-    """Sorts trials: the first is the one to prefer. NaN comes last."""
+    """Sorts trials: the first is the best. NaN comes last."""
     loss, error = trial.loss, -trial.accuracy
-    keys = (loss, error) if self.prefer == "loss" else (error, loss)
+    keys = (loss, error) if self.metric == "loss" else (error, loss)
     first, second = (math.inf if math.isnan(key) else key for key in keys)
     return first, second
 
@@ -300,9 +300,7 @@ class Ledger:
       train.InterruptedRun: if a signal asked to stop.
     """
     if name := self._problem.interrupted():
-      raise InterruptedRun(
-        f"search: {name}; the same command goes on from there", name
-      )
+      raise InterruptedRun(f"search: stopped by {name}", name)
     key = tuple(map(int, index))
     if key not in self._trials:
       before = time.perf_counter()

@@ -56,7 +56,7 @@ def reinforce(
   over a budget is cut (`cut`) before it is scored, and the agent learns from
   the bit-widths that were scored: told that its own actions had earned the
   reward, it saw no reason to ask for less than all bits everywhere. Rewards are
-  accuracies, whatever `problem.prefer` says; that decides at the end.
+  accuracies, whatever `problem.metric` says; that decides at the end.
 
   Args:
     problem, budgets: what to assign, and {cost: limit}.

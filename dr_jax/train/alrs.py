@@ -74,4 +74,4 @@ def factor(
       return jnp.float32(eta_b)
     case "none":
       return jnp.float32(1)
-  raise ValueError(f"alrs={mode!r}: allowed are {MODES}")
+  raise ValueError(f"alrs must be one of {MODES}, got {mode!r}")

@@ -164,5 +164,6 @@ def get(name: str) -> Distillation:
     ValueError: for an unknown name.
   """
   if name not in SCHEMES:
-    raise ValueError(f"distillation={name!r}: allowed are {tuple(SCHEMES)}")
+    known = ", ".join(SCHEMES)
+    raise ValueError(f"distillation must be one of {known}, got {name!r}")
   return SCHEMES[name]

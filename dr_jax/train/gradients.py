@@ -1,7 +1,8 @@
-"""One visit of a step: gradients at one assignment of bits, and an update."""
+"""One pass of a step: gradients at one assignment of bits, and an update."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,14 @@ from dr_jax.runtime.sharding import Layout
 from dr_jax.train import alrs as alrs_lib
 from dr_jax.train.distill import Distillation
 from dr_jax.train.sampling import Index, Sampling
-from dr_jax.train.state import TrainState
+from dr_jax.train.state import TrainState, replicated
 
 
 class Parts(NamedTuple):
-  """What a step is made of; the fields are arguments of `make_step`."""
+  """What a step is made of; the fields are arguments of `make_trainer`.
+
+  `bits` has one entry for a float network, which makes one pass a step.
+  """
 
   network: Functional
   bits: tuple[int, ...]
@@ -34,23 +38,24 @@ class Parts(NamedTuple):
   layout: Layout | None = None
 
   @property
-  def visits(self) -> int:
+  def passes(self) -> int:
+    """Passes of one step."""
     return len(self.sampling.labels(self.bits))
 
   def indices(self, state: TrainState) -> list[Index]:
-    """The bit-widths that this step visits."""
+    """The bit-widths of this step's passes."""
     key = jax.random.fold_in(state.key, state.step)
     return self.sampling.draw(
       key, len(self.bits), self.network.layers, state.step
     )
 
   def stacked_indices(self, state: TrainState) -> jax.Array:
-    """The same as one int32 array [visits] or [visits, layers]."""
+    """The same as one int32 array [passes] or [passes, layers]."""
     return jnp.stack([jnp.asarray(i, jnp.int32) for i in self.indices(state)])
 
 
 class Gradients(NamedTuple):
-  """Gradients of one or several visits, summed.
+  """Gradients of one or several passes, summed.
 
   `weighted` and `total` are sums of factor * |gradient| and of |gradient| for
   the scales: their ratio, the mean ALRS factor, multiplies the update. With
@@ -58,46 +63,68 @@ class Gradients(NamedTuple):
   """
 
   params: Any
-  weighted: Any
-  total: Any
+  weighted: list[jax.Array]
+  total: list[jax.Array]
+
+  def shardings(self, layout: Layout) -> Gradients:
+    """Parameters as the layout shards them, the scales' sums replicated."""
+    return Gradients(
+      layout.shardings(self.params),
+      replicated(layout, self.weighted),
+      replicated(layout, self.total),
+    )
 
 
 class Carry(NamedTuple):
-  """What the visits of a step hand on: statistics, memory, teacher's logits."""
+  """What the passes of a step hand on: statistics, memory, teacher's logits."""
 
   batch_stats: Any
   memory: Any
   teacher: Any
 
+  def shardings(self, layout: Layout) -> Carry:
+    """The teacher's logits as the batch, all else replicated."""
+    return Carry(
+      replicated(layout, self.batch_stats),
+      replicated(layout, self.memory),
+      jax.tree.map(lambda _: layout.batch, self.teacher),
+    )
 
-def gradients_of(parts, state, carry, batch, index, visit, *, axis=None):
-  """Returns gradients, the new carry, and the loss of one visit.
 
-  `axis` names the dimension of `jax.vmap` or of the mesh that holds the
-  visits, if they run at once.
+def gradients_of(parts, state, carry, batch, index, number, *, axis=None):
+  """Returns gradients, the new carry, and the loss of one pass.
+
+  `number` counts the passes of a step. `axis` names the dimension of
+  `jax.vmap` or of the mesh that holds the passes, if they run at once.
   """
-
-  def loss(params, carry, batch, index, visit, progress):
-    logits, stats = parts.network.apply(
-      params, carry.batch_stats, index, batch["image"], train=True
-    )
-    answers = jax.lax.stop_gradient(logits.astype(jnp.float32))
-    memory, teacher = _taught(parts, carry, batch, answers, visit, axis)
-    value = parts.distillation.loss(
-      logits, batch["label"], teacher, visit, progress, memory
-    )
-    handed = _handed(parts, carry, answers, visit, axis)
-    return _at(parts.weights, index) * value, (
-      Carry(stats, memory, handed),
-      value,
-    )
-
-  of_batch = jax.value_and_grad(loss, has_aux=True)
+  of_batch = jax.value_and_grad(
+    functools.partial(_loss, parts, axis), has_aux=True
+  )
   if parts.layout is not None and parts.layout.norm == "per_device":
     of_batch = _per_device(parts.layout, of_batch)
   (_, (carry, value)), gradients = of_batch(
-    state.params, carry, batch, index, visit, _progress(parts, state)
+    state.params, carry, batch, index, number, _progress(parts, state)
   )
+  return _weighted_by_alrs(parts, state, gradients, index), carry, value
+
+
+def _loss(parts, axis, params, carry, batch, index, number, progress):
+  """The weighted loss of a pass; and the new carry and the plain loss."""
+  logits, stats = parts.network.apply(
+    params, carry.batch_stats, index, batch["image"], train=True
+  )
+  fixed = jax.lax.stop_gradient(logits.astype(jnp.float32))
+  memory, teacher = _teacher_logits(parts, carry, batch, fixed, number, axis)
+  value = parts.distillation.loss(
+    logits, batch["label"], teacher, number, progress, memory
+  )
+  following = _next_teacher(parts, carry, fixed, number, axis)
+  weight = _mean_entry(parts.weights, index)
+  return weight * value, (Carry(stats, memory, following), value)
+
+
+def _weighted_by_alrs(parts, state, gradients, index):
+  """Gradients with the ALRS factor of every scale."""
   scales = scales_of(parts, gradients)
   learning_rate = jnp.float32(parts.learning_rate(state.step))
   eta = jnp.asarray(alrs_lib.eta(parts.bits), jnp.float32)
@@ -114,17 +141,17 @@ def gradients_of(parts, state, carry, batch, index, visit, *, axis=None):
     factors[layer] * size
     for layer, size in zip(parts.network.scale_layers, total, strict=True)
   ]
-  return Gradients(gradients, weighted, total), carry, value
+  return Gradients(gradients, weighted, total)
 
 
 def _per_device(layout, of_batch):
-  """Makes every device see its share of the batch alone; means over devices."""
+  """Makes every device see its shard of the batch alone; means over devices."""
 
-  def local(params, carry, batch, index, visit, progress):
+  def local(params, carry, batch, index, number, progress):
     # Varying parameters have gradients of this device, not their sum.
     params = jax.lax.pcast(params, "data", to="varying")
     (loss, (carry, value)), gradients = of_batch(
-      params, carry, batch, index, visit, progress
+      params, carry, batch, index, number, progress
     )
     loss, stats, value, gradients = jax.tree.map(
       lambda x: (
@@ -145,45 +172,45 @@ def _per_device(layout, of_batch):
   )
 
 
-def _taught(parts, carry, batch, answers, visit, axis):
-  """The memory and the teacher's logits that a visit's loss is given."""
+def _teacher_logits(parts, carry, batch, logits, number, axis):
+  """The memory and the teacher's logits for the loss of a pass."""
   scheme, labels = parts.distillation, batch["label"]
   if axis is not None:
     if not parts.distillation.exchanges:
-      return carry.memory, jnp.zeros_like(answers)
+      return carry.memory, jnp.zeros_like(logits)
     # A gather, but as a sum: its result is the same on every device.
-    mine = jnp.arange(parts.visits)[:, None, None] == visit
-    every = jax.lax.psum(jnp.where(mine, answers, 0), axis)
+    mine = jnp.arange(parts.passes)[:, None, None] == number
+    every = jax.lax.psum(jnp.where(mine, logits, 0), axis)
     memory = scheme.learn(carry.memory, every[0], labels)
-    teacher = 0 if scheme.teacher == "first" else jnp.maximum(visit - 1, 0)
+    teacher = 0 if scheme.teacher == "first" else jnp.maximum(number - 1, 0)
     return memory, every[teacher]
-  learned = scheme.learn(carry.memory, answers, labels)
+  learned = scheme.learn(carry.memory, logits, labels)
   memory = jax.tree.map(
-    lambda new, old: jnp.where(visit == 0, new, old), learned, carry.memory
+    lambda new, old: jnp.where(number == 0, new, old), learned, carry.memory
   )
   return memory, carry.teacher
 
 
-def _handed(parts, carry, answers, visit, axis):
-  """The teacher's logits for the next visit, if there is one."""
+def _next_teacher(parts, carry, logits, number, axis):
+  """The teacher's logits for the next pass, if there is one."""
   teacher = parts.distillation.teacher
   if teacher is None or axis is not None:
     return ()
   if teacher == "previous":
-    return answers
-  if isinstance(visit, int):
-    return carry.teacher if visit else answers
-  return jnp.where(visit == 0, answers, carry.teacher)
+    return logits
+  if isinstance(number, int):
+    return carry.teacher if number else logits
+  return jnp.where(number == 0, logits, carry.teacher)
 
 
 def _progress(parts, state):
-  """How much of the run is done with this step, in (0, 1]."""
+  """The fraction of the run that is done with this step, in (0, 1]."""
   if parts.steps is None:
     return jnp.float32(1)
   return (state.step + 1).astype(jnp.float32) / parts.steps
 
 
-def _at(table, index):
+def _mean_entry(table, index):
   """The entry of a table of bit-widths; the mean where layers differ."""
   return jnp.asarray(table)[jnp.asarray(index)].mean()
 
@@ -222,18 +249,18 @@ def _update_scale(rate):
 
 def scales_of(parts, tree):
   """The leaves that are learned scales, as a flat list."""
-  kinds = jax.tree.leaves(parts.network.kinds)
-  pairs = zip(jax.tree.leaves(tree), kinds, strict=True)
-  return [leaf for leaf, kind in pairs if kind == "scale"]
+  labels = jax.tree.leaves(parts.network.param_labels)
+  pairs = zip(jax.tree.leaves(tree), labels, strict=True)
+  return [leaf for leaf, label in pairs if label == "scale"]
 
 
 def _replace_scales(parts, params, scales):
   leaves, treedef = jax.tree.flatten(params)
-  kinds = jax.tree.leaves(parts.network.kinds)
+  labels = jax.tree.leaves(parts.network.param_labels)
   scales = iter(scales)
   return treedef.unflatten(
     [
-      next(scales) if kind == "scale" else leaf
-      for leaf, kind in zip(leaves, kinds, strict=True)
+      next(scales) if label == "scale" else leaf
+      for leaf, label in zip(leaves, labels, strict=True)
     ]
   )

@@ -43,13 +43,13 @@ def roulette(sensitivity: Sequence[float], bits: tuple[int, ...]) -> np.ndarray:
   sensitivity = np.asarray(sensitivity, np.float64)
   if sensitivity.ndim != 1 or not sensitivity.size:
     raise ValueError(
-      f"sensitivity: shape {sensitivity.shape}; allowed is one number for "
-      "each quantized layer"
+      "sensitivity must be one number for each quantized layer, got shape "
+      f"{sensitivity.shape}"
     )
   for layer, value in enumerate(sensitivity):
     if not np.isfinite(value):
       raise ValueError(
-        f"sensitivity of layer {layer}: {value}; allowed are finite numbers"
+        f"sensitivity of layer {layer} must be finite, got {value}"
       )
   share = np.asarray(bits, np.float64) / sum(bits)
   equal = np.full(len(bits), 1 / len(bits))
@@ -82,7 +82,7 @@ def sampling(
   start: float = 0.5,
   warmup: float = WARMUP,
 ) -> Sampling:
-  """Builds the sampling of a SuperNet's training, for `train.make_step`.
+  """Builds the sampling of a SuperNet's training, for `train.make_trainer`.
 
   Draws depend on the run's key, the step and the visit alone, so that a run is
   reproducible from its seed and resumable. Bits are traced: one program serves
@@ -100,17 +100,17 @@ def sampling(
   """
   for name, value in (("start", start), ("warmup", warmup)):
     if not 0 <= value <= 1:
-      raise ValueError(f"{name}={value!r}: allowed are 0 to 1")
+      raise ValueError(f"{name} must be in 0..1, got {value!r}")
   for name, value in (("steps", steps), ("epochs", epochs)):
     if value < 1:
-      raise ValueError(f"{name}={value!r}: allowed is 1 or more")
+      raise ValueError(f"{name} must be >= 1, got {value!r}")
   probabilities = roulette(sensitivity, bits)
 
   def draw(key, candidates, layers, step):
     if (layers, candidates) != probabilities.shape:
       raise ValueError(
-        f"sensitivity: {probabilities.shape[0]} layers and bits {bits}; "
-        f"allowed are {layers} layers and {candidates} bit-widths"
+        f"sensitivity and bits must be of {layers} layers and {candidates} "
+        f"bit-widths, got {probabilities.shape[0]} layers and bits {bits}"
       )
     share = sigma(step * epochs // steps, epochs, start=start, warmup=warmup)
     return [

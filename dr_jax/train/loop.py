@@ -25,7 +25,8 @@ import rich.console
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.checkpoint.snapshot import Snapshot
 from dr_jax.runtime.metrics import MetricsWriter, Progress
-from dr_jax.train.step import Step, TrainState
+from dr_jax.train.schedules import Step
+from dr_jax.train.state import TrainState
 
 # How many steps the loop may be ahead of the oldest loss that it has seen.
 _AHEAD = 4
@@ -33,6 +34,8 @@ _AHEAD = 4
 
 class NonFiniteError(RuntimeError):
   """A loss or a parameter is NaN or infinite; training stops."""
+
+  exit_code = 1
 
 
 class InterruptedRun(RuntimeError):
@@ -56,7 +59,7 @@ class Loop:
     steps: step number at which the run ends.
     labels: bit-width of each loss, or a word (see `train.sampling`); None for
       the float network.
-    step: see `train.make_step`.
+    step: that of `train.make_trainer`.
     batches: `[step]` -> batch of numpy arrays; where it has `stream(step)`, an
       iterator from that step on, the loop takes and closes that.
     checkpoints: where states go, or None.
@@ -65,7 +68,7 @@ class Loop:
     log_every: steps between entries in `metrics`.
     interrupted: returns the name of a signal that asks to stop, else None.
     put: sends a batch to the devices, without waiting for it.
-    shows: whether to show progress.
+    show_progress: whether to show how far the run is.
   """
 
   stage: str
@@ -79,7 +82,7 @@ class Loop:
   log_every: int = 10
   interrupted: Callable[[], str | None] = lambda: None
   put: Callable[[Any], Any] = jax.device_put
-  shows: bool = True
+  show_progress: bool = True
 
   def run(self, state: TrainState) -> TrainState:
     """Trains from `state` (its step number says where) to the last step.
@@ -94,7 +97,7 @@ class Loop:
     """
     start = int(state.step)
     watch = _Losses(self)
-    console = None if self.shows else rich.console.Console(quiet=True)
+    console = None if self.show_progress else rich.console.Console(quiet=True)
     with (
       contextlib.closing(_stream(self.batches, start)) as stream,
       Progress(
@@ -102,7 +105,7 @@ class Loop:
       ) as progress,
     ):
       if start:
-        text = f"{self.stage}  goes on from step {start} of {self.steps}"
+        text = f"{self.stage}  resumes from step {start} of {self.steps}"
         progress.print(text)
       wanted = itertools.islice(stream, self.steps - start)
       try:
@@ -122,8 +125,8 @@ class Loop:
               self.checkpoints.wait()
           if stopped and not last:
             raise InterruptedRun(
-              f"{self.stage}: {stopped} at step {number + 1} of {self.steps}; "
-              "saved, the same command goes on from there",
+              f"{self.stage}: stopped by {stopped} after step {number + 1} of "
+              f"{self.steps}; saved",
               stopped,
             )
       except NonFiniteError:

@@ -22,7 +22,7 @@ NAMES = ("adam", "sgd")
 def make_optimizer(
   name: str,
   *,
-  kinds: Any,
+  param_labels: Any,
   weight_decay: float = 0.0,
   momentum: float = 0.9,
 ) -> optax.GradientTransformation:
@@ -30,7 +30,7 @@ def make_optimizer(
 
   Args:
     name: "adam" (L2 decay added to the gradient, as torch.optim.Adam) or "sgd".
-    kinds: what each parameter is; `nn.Functional.kinds`.
+    param_labels: what each parameter is; `nn.Functional.param_labels`.
     weight_decay: L2 factor on the kernels.
     momentum: of SGD, 0 for none; Adam's moments are 0.9 and 0.999.
 
@@ -46,7 +46,7 @@ def make_optimizer(
   elif name == "sgd":
     inner = optax.trace(momentum) if momentum else optax.identity()
   else:
-    raise ValueError(f"optimizer={name!r}: allowed are {NAMES}")
+    raise ValueError(f"optimizer must be one of {NAMES}, got {name!r}")
   decay = optax.add_decayed_weights(weight_decay)
   transforms = {
     "weight": optax.chain(decay, inner),
@@ -55,8 +55,8 @@ def make_optimizer(
     "scale": elementwise(inner),
     "offset": elementwise(inner),
   }
-  present = set(jax.tree.leaves(kinds))
-  return optax.partition({k: transforms[k] for k in present}, kinds)
+  present = set(jax.tree.leaves(param_labels))
+  return optax.partition({k: transforms[k] for k in present}, param_labels)
 
 
 def elementwise(

@@ -94,5 +94,6 @@ def get(name: str | Sampling) -> Sampling:
   if isinstance(name, Sampling):
     return name
   if name not in SAMPLINGS:
-    raise ValueError(f"sampling={name!r}: allowed are {tuple(SAMPLINGS)}")
+    known = ", ".join(SAMPLINGS)
+    raise ValueError(f"sampling must be one of {known}, got {name!r}")
   return SAMPLINGS[name]

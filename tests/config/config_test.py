@@ -3,7 +3,8 @@
 import pytest
 
 from dr_jax.config import Config, ConfigError, from_dict, quantizers
-from dr_jax.train import RECIPES
+from dr_jax.quant import RECIPES
+from dr_jax.search import SEARCHES
 
 
 def test_missing_fields_keep_their_defaults():
@@ -19,7 +20,7 @@ def test_numbers_and_lists_take_the_type_of_their_field():
   assert config.quant.bits == (8, 2)
 
 
-def test_a_method_sets_what_is_left_open_and_nothing_else():
+def test_a_method_sets_only_fields_that_are_left_open():
   config = from_dict({"method": "adabits"})
   assert config.quant.weight == "adabits"
   assert config.quant.weight_options == {"scheme": "modified", "rescale": True}
@@ -45,18 +46,18 @@ def test_a_method_sets_what_is_left_open_and_nothing_else():
   assert by_hand.train.schedule == "alternate"
 
 
-def test_what_is_none_is_left_open():
+def test_none_leaves_a_field_to_the_method():
   values = {"method": "adabits", "train": {"schedule": None}}
   assert from_dict(values).train.schedule == "accumulate"
 
 
-def test_options_of_a_recipe_follow_its_own_quantizer_named_again():
+def test_options_of_a_recipe_apply_if_its_quantizer_is_named():
   named = {"method": "adabits", "quant": {"weight": "adabits"}}
   left = from_dict({"method": "adabits"}).quant.weight_options
   assert from_dict(named).quant.weight_options == left != {}
 
 
-def test_options_of_a_recipe_do_not_follow_another_quantizer():
+def test_options_of_a_recipe_do_not_apply_to_another_quantizer():
   values = {"method": "adabits", "quant": {"weight": "lsq"}}
   config = from_dict(values)
   assert config.quant.weight_options == {}
@@ -66,7 +67,7 @@ def test_options_of_a_recipe_do_not_follow_another_quantizer():
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_recipe_is_a_configuration(method):
-  bits = {"binary": (1,), "ternary": (2,)}.get(method, (8, 6, 4, 2))
+  bits = RECIPES[method].bits or (8, 6, 4, 2)
   config = from_dict({"method": method, "quant": {"bits": bits}})
   weight, activation = quantizers(config.quant)
   assert weight.bits == bits
@@ -78,17 +79,21 @@ def test_matquant_weighs_the_lowest_bit_width_ten_times_as_much():
   assert config.train.loss_weights == (0.1, 0.1, 1.0)
 
 
-def test_given_weights_stand_for_float_training():
-  stages = ("multi_precision", "hessian")
-  weights = {"weights": "resnet18.safetensors"}
-  assert from_dict({"stages": stages, "model": weights}).stages == stages
-  with pytest.raises(ConfigError, match="hessian is allowed after pretrain"):
-    from_dict({"stages": stages})
-  scored = {"model": weights, "pretrain": {"epochs": 0}}
+def test_given_weights_need_no_float_training():
+  scored = {"model": {"weights": "w"}, "pretrain": {"epochs": 0}}
   assert from_dict(scored).pretrain.epochs == 0
 
 
-def test_one_bit_width_may_have_a_teacher_who_has_nothing_to_say():
+def test_a_method_with_its_own_bit_width_sets_it():
+  assert from_dict({"method": "binary"}).quant.bits == (1,)
+
+
+def test_searches_that_are_left_open_are_all_of_them():
+  values = {"stages": ("search",), "data": {"holdout": 0.1}}
+  assert from_dict(values).search.strategies == tuple(SEARCHES)
+
+
+def test_one_bit_width_allows_a_distillation_without_effect():
   values = {"quant": {"bits": (4,)}, "train": {"distillation": "highest"}}
   assert from_dict(values).train.distillation == "highest"
 
@@ -96,154 +101,162 @@ def test_one_bit_width_may_have_a_teacher_who_has_nothing_to_say():
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ({"sed": 1}, "sed=1: unknown field; allowed are name, method, seed"),
-    ({"method": "dorefa"}, "method='dorefa': allowed are double_rounding"),
+    ({"sed": 1}, "sed is not a field; it must be one of name, method, seed"),
+    (
+      {"method": "dorefa"},
+      "method must be one of .*got 'dorefa'",
+    ),
     (
       {"method": "binary", "quant": {"bits": (4,)}},
-      r"quant.bits=\(4,\): binary takes",
+      r"quant.bits must be \(1,\) for binary, got \(4,\)",
     ),
     (
       {"method": "matquant", "quant": {"weight_options": {"signed": True}}},
-      "quant.weight_options: .*matquant",
+      "quant.weight_options.signed must be None or False for matquant",
     ),
     (
       {"quant": {"weight_options": {"scheme": "x"}}},
-      "quant.weight_options: option 'scheme' of double_rounding: allowed are",
+      "quant.weight_options.scheme is not an option of double_rounding; it",
     ),
     (
       {"quant": {"weight": "lsq_activation"}},
-      "quant.weight='lsq_activation': is of kind ActivationQuantizer; allowed",
+      "quant.weight must name a WeightQuantizer, got 'lsq_activation', which",
     ),
     (
       {"train": {"vectorize": "vmap"}},
-      "train.vectorize='vmap': allowed with",
+      "train.vectorize must not be 'vmap' with",
     ),
     (
       {"method": "bit_mixer", "quant": {"norm": "shared"}},
-      "quant.norm='shared': allowed with train.curriculum='bit_mixer' are",
+      "quant.norm must be switchable or transitional with train.curriculum='bi",
     ),
     (
       {"method": "bit_mixer", "train": {"distillation": "highest"}},
-      "train.distillation='highest': allowed with sampling 'random'",
+      "train.distillation must be none with sampling 'random'",
     ),
     (
       {"pretrain": {"sampling": "mixed"}},
-      "pretrain.sampling='mixed': allowed is 'all'",
+      "pretrain.sampling must be 'all' for a float network, got 'mixed'",
     ),
     (
       {"pretrain": {"loss_weights": (1.0,)}},
-      r"pretrain.loss_weights=\(1.0,\): allowed is \(\)",
+      r"pretrain.loss_weights must be \(\) .*got \(1.0,\)",
     ),
     (
       {"train": {"loss_weights": (float("inf"), 1.0, 1.0, 1.0)}},
-      "train.loss_weights=.*finite",
+      "train.loss_weights must be finite, got inf",
     ),
     (
       {"quant": {"weight_options": {"shared": "no"}}},
-      "quant.weight_options: shared='no': allowed are True and False",
+      "quant.weight_options.shared must be True or False, got 'no'",
     ),
-    ({"train": {"sampling": "x"}}, "train.sampling='x': allowed are all"),
-    ({"train": {"distillation": "x"}}, "train.distillation='x': allowed are"),
-    ({"train": {"curriculum": "x"}}, "train.curriculum='x': allowed are none"),
+    ({"train": {"sampling": "x"}}, "train.sampling must be one of all"),
+    ({"train": {"distillation": "x"}}, "train.distillation must be one of"),
+    ({"train": {"curriculum": "x"}}, "train.curriculum must be one of none"),
     (
       {"train": {"loss_weights": (1.0, 2.0)}},
-      r"train.loss_weights=\(1.0, 2.0\): allowed are 4 numbers",
+      r"train.loss_weights must be 4 numbers.* got \(1.0, 2.0\)",
     ),
     (
       {"train": {"loss_weights": (1.0, "a", 1.0, 1.0)}},
-      "train.loss_weights=.*allowed are numbers",
+      "train.loss_weights must be a tuple of int or float, got",
     ),
     (
       {"train": {"loss_weights": (1.0, -1.0, 1.0, 1.0)}},
-      "train.loss_weights=-1.0: allowed is 0 or more",
+      "train.loss_weights must be >= 0, got -1.0",
     ),
-    ({"train": {"epohcs": 5}}, "train.epohcs=5: unknown field; allowed are ep"),
-    ({"train": 3}, "train=3: allowed is a group of fields"),
-    ({"seed": "1"}, "seed='1': has type str; allowed is int"),
-    ({"seed": True}, "seed=True: has type bool; allowed is int"),
+    (
+      {"train": {"epohcs": 5}},
+      "train.epohcs is not a field; it must",
+    ),
+    ({"train": 3}, "train must be a group of fields, got 3"),
+    ({"seed": "1"}, "seed must be of type int, got '1' of type str"),
+    ({"seed": True}, "seed must be of type int, got True of type bool"),
     (
       {"train": {"learning_rate": True}},
-      "train.learning_rate=True: has type bool; allowed is float",
+      "train.learning_rate must be of type float, got True of type bool",
     ),
-    ({"seed": -1}, "seed=-1: allowed is 0 or more"),
-    ({"train": {"learning_rate": float("nan")}}, "train.learning_rate=nan: al"),
-    ({"train": {"epochs": 0}}, "train.epochs=0: allowed is 1 or more"),
-    ({"quant": {"bits": (2, 8)}}, r"quant.bits=\(2, 8\): .*integers from 8"),
-    ({"quant": {"bits": (9,)}}, r"quant.bits=\(9,\): .*integers from 8"),
-    ({"quant": {"norm": "none"}}, "quant.norm='none': allowed are switchable"),
+    ({"seed": -1}, "seed must be >= 0, got -1"),
+    (
+      {"train": {"learning_rate": float("nan")}},
+      "learning_rate must be >= 0, got nan",
+    ),
+    ({"train": {"epochs": 0}}, "train.epochs must be >= 1, got 0"),
+    (
+      {"quant": {"bits": (2, 8)}},
+      r"quant.bits must be .*got \(2, 8\)",
+    ),
+    (
+      {"quant": {"bits": (9,)}},
+      r"quant.bits must be .*got \(9,\)",
+    ),
+    (
+      {"quant": {"norm": "none"}},
+      "quant.norm must be one of switchable",
+    ),
     (
       {"model": {"dtype": "float16"}},
-      "model.dtype='float16': allowed are floa",
+      "model.dtype must be one of float32, bfloat16, got 'float16'",
     ),
-    ({"pretrain": {"epochs": 0}}, "pretrain.epochs=0: allowed is 1 or more"),
+    ({"pretrain": {"epochs": 0}}, "pretrain.epochs must be >= 1, got 0"),
     (
       {"model": {"weights": "w"}, "train": {"epochs": 0}},
-      "train.epochs=0: allowed is 1 or more",
+      "train.epochs must be >= 1, got 0",
     ),
     (
       {"model": {"weights": "w"}, "pretrain": {"epochs": -1}},
-      "pretrain.epochs=-1: allowed is 0 or more",
+      "pretrain.epochs must be >= 0, got -1",
     ),
-    ({"stages": ("train",)}, "stages='train': allowed are pretrain"),
-    ({"stages": ("export",)}, "stages: export is allowed after multi_prec"),
-    (
-      {"stages": ("pretrain", "hessian", "multi_precision")},
-      "stages: hessian is allowed after multi_precision only",
-    ),
-    ({"model": {"name": "vgg"}}, "model.name='vgg': allowed are resnet"),
-    ({"checkpoint_every": 0}, "checkpoint_every=0: allowed is 1 or more"),
-    ({"log_every": 0}, "log_every=0: allowed is 1 or more"),
-    ({"data": {"batch_size": 0}}, "data.batch_size=0: allowed is 1 or more"),
-    ({"data": {"channels": 2}}, "data.channels=2: allowed are 1, 3"),
+    ({"model": {"name": "vgg"}}, "model.name must be one of resnet.*got 'vgg'"),
+    ({"checkpoint_every": 0}, "checkpoint_every must be >= 1, got 0"),
+    ({"log_every": 0}, "log_every must be >= 1, got 0"),
+    ({"data": {"batch_size": 0}}, "data.batch_size must be >= 1, got 0"),
+    ({"data": {"channels": 2}}, "data.channels must be one of 1, 3, got 2"),
     (
       {"data": {"mean": (0.5, float("nan"))}},
-      r"data.mean=\(0.5, nan\): allowed are finite",
+      "data.mean must be finite, got nan",
     ),
-    ({"data": {"holdout": 1.5}}, "data.holdout=1.5: allowed are 0 to 1"),
+    ({"data": {"holdout": 1.5}}, "data.holdout must be <= 1, got 1.5"),
     (
       {"pretrain": {"weight_decay": -1.0}},
-      "pretrain.weight_decay=-1.0: allowed is 0 or more",
+      "pretrain.weight_decay must be >= 0, got -1.0",
     ),
-    ({"train": {"momentum": -0.1}}, "train.momentum=-0.1: allowed is 0 or"),
-    ({"train": {"optimizer": "lamb"}}, "train.optimizer='lamb': allowed are"),
-    ({"train": {"schedule": "x"}}, "train.schedule='x': allowed are alternate"),
-    ({"train": {"alrs": "x"}}, "train.alrs='x': allowed are relative"),
+    ({"train": {"momentum": -0.1}}, "train.momentum must be >= 0, got -0.1"),
+    ({"train": {"optimizer": "lamb"}}, "train.optimizer must be one of"),
+    ({"train": {"schedule": "x"}}, "train.schedule must be one of alternate"),
+    ({"train": {"alrs": "x"}}, "train.alrs must be one of relative"),
     (
       {"train": {"loss_weights": (True, 1.0, 1.0, 1.0)}},
-      "train.loss_weights=.*allowed are numbers",
+      "train.loss_weights must be a tuple of int or float, got",
     ),
     (
       {"pretrain": {"distillation": "highest"}},
-      "pretrain.distillation='highest': allowed is 'none'",
+      "pretrain.distillation must be 'none' for a float",
     ),
     (
       {"pretrain": {"curriculum": "bit_mixer"}},
-      "pretrain.curriculum='bit_mixer': allowed is 'none'",
+      "pretrain.curriculum must be 'none' for a float",
     ),
     (
       {"supernet": {"curriculum": "bit_mixer"}},
-      "supernet.curriculum='bit_mixer': allowed is 'none'",
+      "supernet.curriculum must be 'none', since",
     ),
-    ({"hessian": {"min_probes": 1}}, "hessian.min_probes=1: allowed is 2 or"),
+    ({"hessian": {"min_probes": 1}}, "hessian.min_probes must be >= 2, got 1"),
     (
       {"hessian": {"rel_stderr": float("nan")}},
-      "hessian.rel_stderr=nan: allowed is more than 0",
+      "hessian.rel_stderr must be > 0, got nan",
     ),
-    ({"hasb": {"warmup": -0.1}}, "hasb.warmup=-0.1: allowed are 0 to 1"),
-    ({"devices": {"bits": 2}}, "devices.bits=2: allowed with train.vectorize="),
+    ({"hasb": {"warmup": -0.1}}, "hasb.warmup must be >= 0, got -0.1"),
+    ({"devices": {"bits": 2}}, "devices.bits must be 1 with train.vectorize="),
     (
       {
         "devices": {"norm": "per_device", "data": 2, "bits": 2},
         "train": {"schedule": "accumulate", "vectorize": "vmap"},
       },
-      "devices.norm='per_device': with devices.data=2 and devices.bits=2",
-    ),
-    (
-      {"stages": ("export",), "model": {"weights": "w"}},
-      "stages: export is allowed after multi_precision only",
+      "devices.norm='per_device' needs .* got devices.data=2 and devices.b",
     ),
   ],
 )
-def test_what_is_wrong_is_named(values, message):
+def test_an_error_names_field_value_and_constraint(values, message):
   with pytest.raises(ConfigError, match=message):
     from_dict(values)

@@ -138,7 +138,7 @@ def test_workers_hand_over_pixels_and_steps_see_normalized_images(make_folder):
 
 def test_the_next_example_takes_the_place_of_unreadable_ones(make_folder):
   path = _torn(make_folder, "cat/11.JPG", "dog/00.png")
-  loaded = data.load("folder", path=path, damaged="skip")
+  loaded = data.load("folder", path=path, on_decode_error="skip")
   whole = data.load("folder", path=str(make_folder("whole")))
   for index in (11, 12):
     got, want = loaded.train[index], whole.train[13]
@@ -160,7 +160,7 @@ def test_an_unreadable_image_that_fills_a_batch_counts_once(make_folder):
   loaded = data.load(
     "folder",
     path=_torn(make_folder, "cat/00.png"),
-    damaged="skip",
+    on_decode_error="skip",
     image_size=8,
   )
   with pytest.warns(UserWarning, match="00.png"):
@@ -171,7 +171,7 @@ def test_an_unreadable_image_that_fills_a_batch_counts_once(make_folder):
 
 def test_the_last_example_is_replaced_by_the_first(make_folder):
   loaded = data.load(
-    "folder", path=_torn(make_folder, "dog/11.JPG"), damaged="skip"
+    "folder", path=_torn(make_folder, "dog/11.JPG"), on_decode_error="skip"
   )
   np.testing.assert_array_equal(
     loaded.train[23]["image"], loaded.train[0]["image"]
@@ -189,7 +189,7 @@ def test_a_file_that_is_gone_is_an_unreadable_image(make_folder):
 
 def test_unreadable_images_are_named_once_and_counted(make_folder):
   loaded = data.load(
-    "folder", path=_torn(make_folder, "cat/03.JPG"), damaged="skip"
+    "folder", path=_torn(make_folder, "cat/03.JPG"), on_decode_error="skip"
   )
   batches = data.batches(loaded.train, batch_size=24, seed=0)
   with pytest.warns(UserWarning, match="03.JPG") as warned:
@@ -206,13 +206,13 @@ def test_nothing_readable_at_all_is_an_error(make_folder):
   for file in (path / "train").rglob("*.*"):
     file.write_bytes(b"")
   with pytest.raises(data.UnreadableImage, match="nor can any other"):
-    data.load("folder", path=str(path), damaged="skip")
+    data.load("folder", path=str(path), on_decode_error="skip")
 
 
 def test_held_out_examples_take_no_training_examples_place(make_folder):
   names = [f"cat/{n:02}.{'png' if n % 2 == 0 else 'JPG'}" for n in range(12)]
   path = _torn(make_folder, *names)
-  loaded = data.load("folder", path=path, damaged="skip", image_size=16)
+  loaded = data.load("folder", path=path, on_decode_error="skip", image_size=16)
   kept, held = data.hold_out(loaded.train, 0.25)
   assert (len(kept), len(held)) == (18, 6)
 

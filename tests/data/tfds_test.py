@@ -112,7 +112,9 @@ def test_a_data_set_without_labels_is_an_error(prepared):
 
 
 def test_an_unreadable_record_is_named_by_split_and_number(prepared):
-  loaded = data.load("tfds", dataset="torn", path=prepared, damaged="skip")
+  loaded = data.load(
+    "tfds", dataset="torn", path=prepared, on_decode_error="skip"
+  )
   with pytest.warns(UserWarning) as warned:
     list(data.epoch(loaded.train, batch_size=8))
   names = sorted(str(w.message).split(":")[0] for w in warned)

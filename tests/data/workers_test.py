@@ -28,7 +28,9 @@ def test_workers_make_the_batches_of_this_process_bit_for_bit(make_folder):
   path = make_folder()
   torn = path / "train" / "cat" / "03.JPG"
   torn.write_bytes(torn.read_bytes()[:100])
-  loaded = data.load("folder", path=str(path), damaged="skip", **AUGMENTED)
+  loaded = data.load(
+    "folder", path=str(path), on_decode_error="skip", **AUGMENTED
+  )
   options = {"batch_size": 7, "seed": 3}
   with pytest.warns(UserWarning, match="03.JPG"):
     alone = data.batches(loaded.train, **options)

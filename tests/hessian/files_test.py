@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dr_jax import hessian
+from dr_jax.runtime.tree import fingerprint
 
 ESTIMATES = {
   "stage1/conv1/kernel": hessian.TraceEstimate(1 / 3, 1e-17, 8),
@@ -87,10 +88,10 @@ def test_a_fingerprint_follows_every_path_dtype_shape_and_bit():
     {"a": x, "b": x},
     {"a": x[:3], "b": x[3:]},
   ]
-  found = [hessian.fingerprint(tree) for tree in trees]
+  found = [fingerprint(tree) for tree in trees]
   assert all(len(one) == 64 for one in found)
   for one, other in itertools.combinations(found, 2):
     assert one != other
-  assert hessian.fingerprint({"a": jnp.asarray(x)}) == found[0]
+  assert fingerprint({"a": jnp.asarray(x)}) == found[0]
   transposed = np.asfortranarray(x.reshape(2, 3))
-  assert hessian.fingerprint({"a": transposed}) == found[3]
+  assert fingerprint({"a": transposed}) == found[3]

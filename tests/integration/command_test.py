@@ -161,7 +161,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=60)
   assert process.returncode == 75
-  assert "SIGTERM at step" in err and "Traceback" not in err
+  assert "SIGTERM after step" in err and "Traceback" not in err
   process = start(workdir)
   _, err = process.communicate(timeout=500)
   assert process.returncode == 0, err
@@ -252,6 +252,6 @@ def test_a_directory_that_is_no_run_is_left_alone(start, tmp_path):
 
 
 def test_bits_of_the_final_state_are_finite(finished):
-  _, tensors = deploy.read(finished[0] / "export" / "model")
+  tensors = deploy.open(finished[0] / "export" / "model").tensors
   for name, value in tensors.items():
     assert np.isfinite(value.astype(np.float32)).all(), name

@@ -65,7 +65,7 @@ def test_a_run_on_a_folder_resumes_in_the_middle_of_an_epoch(
   want = losses(tmp_path / "whole")
   assert [step for step, name, _ in want if name == "loss"] == [*range(1, 7)]
   # 24 examples, 8 a step: stopped after 4 steps of two epochs of 3.
-  with pytest.raises(train.InterruptedRun, match="SIGTERM at step 4 of 6"):
+  with pytest.raises(train.InterruptedRun, match="SIGTERM after step 4 of 6"):
     pipeline.run(alone, tmp_path / "cut", interrupted=interrupt_after(4))
   pipeline.run(alone, tmp_path / "cut")
   assert losses(tmp_path / "cut") == want
@@ -77,7 +77,9 @@ def test_a_run_on_a_folder_resumes_in_the_middle_of_an_epoch(
 def test_a_run_on_tfds_counts_the_images_that_cannot_be_read(
   prepared, tmp_path
 ):
-  torn = config(name="tfds", dataset="torn", path=prepared, damaged="skip")
+  torn = config(
+    name="tfds", dataset="torn", path=prepared, on_decode_error="skip"
+  )
   with pytest.warns(UserWarning) as warned:
     pipeline.run(torn, tmp_path / "run")
   messages = [str(w.message) for w in warned if "read" in str(w.message)]
@@ -157,11 +159,14 @@ def test_the_command_says_how_to_prepare_what_is_missing(tmp_path):
       "data.augment='autoaugment': allowed are none",
     ),
     ({"image_size": 0}, "data.image_size=0: allowed with .* is 1 or more"),
-    ({"image_size": -1}, "data.image_size=-1: allowed is 0 or more"),
-    ({"workers": -1}, "data.workers=-1: allowed is 0 or more"),
-    ({"damaged": "ignore"}, "data.damaged='ignore': allowed are raise, skip"),
-    ({"classes": 0}, "data.classes=0: allowed is 1 or more"),
-    ({"examples": 0}, "data.examples=0: allowed is 1 or more"),
+    ({"image_size": -1}, "data.image_size must be >= 0, got -1"),
+    ({"workers": -1}, "data.workers must be >= 0, got -1"),
+    (
+      {"on_decode_error": "ignore"},
+      "data.on_decode_error must be one",
+    ),
+    ({"classes": 0}, "data.classes must be >= 1, got 0"),
+    ({"examples": 0}, "data.examples must be >= 1, got 0"),
     ({"channels": 4}, "data.channels=4: allowed are 1, 3"),
     ({"mean": ("x",)}, r"data.mean=\('x',\): allowed are finite numbers"),
     ({"std": (1.0, 0.0)}, "data.std=0.0: allowed is more than 0"),

@@ -14,7 +14,7 @@ from flax import nnx
 from dr_jax import models, nn, pipeline, quant, train
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.config import ConfigError, from_dict
-from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.workdir import Workdir
 
 
@@ -95,13 +95,15 @@ def test_a_run_goes_on_with_another_number_of_devices(
 
 def restored(directory, config, workdir):
   """The latest checkpoint, where a run on these devices has it."""
-  run = Run(config, workdir, lambda: None)
-  network = nn.functional(run._model())
+  run = RunContext(config, workdir, lambda: None)
+  network = nn.functional(run.model())
   optimizer = train.make_optimizer(
-    "sgd", kinds=network.kinds, weight_decay=5e-5, momentum=0.9
+    "sgd", param_labels=network.param_labels, weight_decay=5e-5, momentum=0.9
   )
-  state = train.init_state(network, optimizer, jax.random.key(0))
-  state = train.place(run.layout, state)
+  trainer = train.make_trainer(
+    network, optimizer, optax.constant_schedule(0.0), layout=run.layout
+  )
+  state = trainer.init(jax.random.key(0))
   with Checkpoints(directory) as checkpoints:
     state = checkpoints.restore(like=state)
   assert int(state.step) == 5
@@ -190,11 +192,11 @@ def test_bfloat16_computes_and_float32_remembers(tmp_path):
       sample=image,
     )
   )
-  optimizer = train.make_optimizer("adam", kinds=network.kinds)
-  step = train.make_step(
-    network, bits, optimizer, optax.constant_schedule(1e-3)
+  optimizer = train.make_optimizer("adam", param_labels=network.param_labels)
+  trainer = train.make_trainer(
+    network, optimizer, optax.constant_schedule(1e-3)
   )
-  state = train.init_state(network, optimizer, jax.random.key(0))
+  state = trainer.init(jax.random.key(0))
   batch = {"image": image, "label": jnp.arange(8)}
   text = jax.jit(network.apply, static_argnames="train").lower(
     state.params, state.batch_stats, 0, image, train=True
@@ -204,7 +206,7 @@ def test_bfloat16_computes_and_float32_remembers(tmp_path):
   ]
   assert len(convolutions) == 9
   assert all("xbf16>" in line and "xf32>" not in line for line in convolutions)
-  state, losses = step(state, batch)
+  state, losses = trainer.step(state, batch)
   assert losses.dtype == jnp.float32 and np.isfinite(losses).all()
   for leaf in jax.tree.leaves((state.params, state.batch_stats)):
     assert leaf.dtype == jnp.float32

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dr_jax import main
 from dr_jax.checkpoint.checkpoints import CheckpointError
-from dr_jax.runtime.processes import FirstProcessError
+from dr_jax.runtime.processes import SharedError
 from dr_jax.train import InterruptedRun, NonFiniteError
 
 
@@ -52,13 +52,13 @@ def in_process(monkeypatch):
     (CheckpointError("a checkpoint could\n not be saved"), 0, 2),
     (OSError("No space left"), 0, 2),
     (NonFiniteError("loss is nan"), 0, 1),
-    (FirstProcessError("No space left", None), 0, 2),
-    (FirstProcessError("SIGTERM at step 3", signal.SIGTERM), 0, 0),
-    (FirstProcessError("SIGTERM at step 3", signal.SIGTERM), 75, 75),
-    (FirstProcessError("SIGINT at step 3", signal.SIGINT), 75, 130),
+    (SharedError("No space left", 2, None), 0, 2),
+    (SharedError("SIGTERM at step 3", 1, signal.SIGTERM), 0, 0),
+    (SharedError("SIGTERM at step 3", 1, signal.SIGTERM), 75, 75),
+    (SharedError("SIGINT at step 3", 1, signal.SIGINT), 75, 130),
   ],
 )
-def test_however_a_run_ends_it_says_so_in_one_line(
+def test_every_end_of_a_run_is_one_line_and_an_exit_code(
   in_process, capsys, raised, preempted, code
 ):
   assert in_process(raised, preempted) == code
@@ -68,7 +68,7 @@ def test_however_a_run_ends_it_says_so_in_one_line(
 
 
 @pytest.fixture
-def played(monkeypatch):
+def as_process_of_two(monkeypatch):
   """Makes this process one of two; returns the codes it left at once with."""
   left = []
 
@@ -83,28 +83,23 @@ def played(monkeypatch):
   return as_process
 
 
-def told(error):
-  error.told = True
-  return error
-
-
 @pytest.mark.parametrize(
   ("number", "raised", "code", "left"),
   [
     (0, ValueError("mine"), 2, ["waited", 2]),
     (1, ValueError("mine"), 2, [2]),
-    (0, told(ValueError("ours")), 2, []),
-    (1, FirstProcessError("ours", None), 2, []),
+    (0, SharedError("ours", 2, None), 2, []),
+    (1, SharedError("ours", 2, None), 2, []),
     (1, KeyboardInterrupt(), 130, [130]),
     (1, NonFiniteError("loss is nan"), 1, []),
     (1, InterruptedRun("SIGTERM at step 3", "SIGTERM"), 0, []),
     (1, jax.errors.JaxRuntimeError("Gloo: reset"), 3, [3]),
   ],
 )
-def test_a_process_waits_for_no_other_that_knows_nothing_of_its_error(
-  in_process, played, capsys, number, raised, code, left
+def test_an_error_of_one_process_alone_ends_it_without_the_shutdown_barrier(
+  in_process, as_process_of_two, capsys, number, raised, code, left
 ):
-  seen = played(number)
+  seen = as_process_of_two(number)
   assert in_process(raised) == code
   assert seen == left
   assert capsys.readouterr().err.count("\n") == 1
@@ -117,18 +112,18 @@ def test_a_process_waits_for_no_other_that_knows_nothing_of_its_error(
     ("INTERNAL: x", "error: INTERNAL: x\n", 1),
   ],
 )
-def test_an_error_of_the_network_is_said_to_be_one(
-  in_process, played, capsys, raised, message, code
+def test_a_lost_connection_is_reported_as_a_lost_process(
+  in_process, as_process_of_two, capsys, raised, message, code
 ):
-  played(1)
+  as_process_of_two(1)
   assert in_process(jax.errors.JaxRuntimeError(raised)) == code
   assert capsys.readouterr().err.startswith(message)
 
 
-def test_what_nobody_thought_of_ends_one_of_several_with_its_traceback(
-  in_process, played, capsys
+def test_an_unexpected_error_of_one_process_prints_its_traceback(
+  in_process, as_process_of_two, capsys
 ):
-  seen = played(1)
+  seen = as_process_of_two(1)
   assert in_process(AttributeError("nobody")) == 1
   assert seen == [1]
   assert "AttributeError: nobody" in capsys.readouterr().err
@@ -140,46 +135,48 @@ def test_an_error_of_the_compiler_has_its_traceback(in_process):
 
 
 def test_only_the_first_process_shows_the_results(
-  in_process, played, capsys, monkeypatch
+  in_process, as_process_of_two, capsys, monkeypatch
 ):
   # Calling `in_process` has set all else; now the run ends well.
   in_process(NonFiniteError("loss is nan"))
   wide = "a table" * 20
   monkeypatch.setattr(main, "_run", lambda values: ([wide], "runs/x"))
   capsys.readouterr()
-  played(1)
+  as_process_of_two(1)
   assert main.main(["main"]) == 0
   assert capsys.readouterr() == ("", "")
-  played(0)
+  as_process_of_two(0)
   assert main.main(["main"]) == 0
   assert capsys.readouterr() == (f"{wide}\nworkdir: runs/x\n", "")
 
 
-def test_what_is_no_flag_and_no_configuration_are_named(
+def test_unknown_arguments_and_a_missing_configuration_are_named(
   in_process, capsys, monkeypatch
 ):
   in_process(NonFiniteError("loss is nan"))
   capsys.readouterr()
   assert main.main(["main", "digits"]) == 2
-  assert capsys.readouterr().err == "error: argument 'digits': allowed are " + (
-    "--flags\n"
+  assert capsys.readouterr().err == (
+    "error: arguments must be --name=value, got 'digits'\n"
   )
   monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
   assert main.main(["main"]) == 2
-  assert "error: --config: missing; allowed" in capsys.readouterr().err
+  assert (
+    "error: --config must name a configuration file" in capsys.readouterr().err
+  )
 
 
-def test_a_comparison_takes_one_process(played, monkeypatch):
+def test_a_comparison_takes_one_process(as_process_of_two, monkeypatch):
   monkeypatch.setattr(main.compilation, "cache_on_disk", lambda: None)
-  played(0)
-  with pytest.raises(ValueError, match="methods: a comparison; allowed is one"):
+  as_process_of_two(0)
+  with pytest.raises(ValueError, match="methods: a comparison must run in one"):
     main._run({"methods": ("adabits",)})
 
 
 @pytest.mark.parametrize(
   ("given", "workdir"), [(None, "runs/mine"), ("there", "there")]
 )
-def test_a_run_is_in_its_own_directory_unless_told(monkeypatch, given, workdir):
+def test_the_default_workdir_is_runs_and_the_name(monkeypatch, given, workdir):
   def run(config, workdir, interrupted):
     return {"name": config.name, "bits": (), "stages": {}}
 
@@ -190,7 +187,7 @@ def test_a_run_is_in_its_own_directory_unless_told(monkeypatch, given, workdir):
   assert main._run({"name": "mine"})[1] == workdir
 
 
-def test_an_error_without_words_has_its_name(in_process, capsys):
+def test_an_error_without_a_message_is_reported_by_its_type(in_process, capsys):
   assert in_process(OSError()) == 2
   assert capsys.readouterr().err == "error: OSError\n"
 
@@ -200,7 +197,7 @@ def test_a_warning_is_one_line(capsys):
   assert capsys.readouterr() == ("", "warning: an image is torn\n")
 
 
-def test_writes_that_were_abandoned_say_nothing_but_all_else_does(
+def test_abandoned_writes_are_silent_and_other_unraisable_errors_are_not(
   in_process, capsys
 ):
   assert in_process(OSError("No space left")) == 2

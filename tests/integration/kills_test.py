@@ -100,8 +100,8 @@ def stopped(job, whole, tmp_path_factory):
   *_, message = err.splitlines()
   step = max(steps_of(workdir, "multi_precision"))
   assert message == (
-    f"multi_precision: SIGTERM at step {step} of 58; saved, the same command "
-    "goes on from there"
+    f"multi_precision: stopped by SIGTERM after step {step} of 58; saved; "
+    "rerun the same command to resume"
   )
   return workdir
 
@@ -135,7 +135,7 @@ def steps_of(workdir, stage):
 
 def went_on_from(err):
   """{stage: step}, as a process said it."""
-  said = re.findall(r"^(\S+)  goes on from step (\d+) of", err, re.MULTILINE)
+  said = re.findall(r"^(\S+)  resumes from step (\d+) of", err, re.MULTILINE)
   return {stage: int(step) for stage, step in said}
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from dr_jax import deploy, nn, pipeline
 from dr_jax.config import from_dict
-from dr_jax.train import CURRICULA, RECIPES, InterruptedRun
+from dr_jax.quant import RECIPES
+from dr_jax.train import CURRICULA, InterruptedRun
 
 SINGLE = {"binary": (1,), "ternary": (2,)}
 
@@ -39,13 +40,13 @@ def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
   trained = config.train.curriculum != "post_training"
   records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
   assert any(r["name"] == "loss" for r in records) == trained
-  artifact = tmp_path / "export" / "model"
-  sizes = list(deploy.sizes(artifact).values())
+  artifact = deploy.open(tmp_path / "export" / "model")
+  sizes = [artifact.bytes_at(b) for b in artifact.bits]
   assert sizes == sorted(sizes, reverse=True)
-  network = deploy.load(artifact)
+  network = artifact.load()
   stored = next(iter(nn.bits.quantized_layers(network).values()))
   weights = sum(row.parameters for row in nn.layer_table(network))
-  layers = deploy.layer_sizes(artifact).values()
+  layers = artifact.layer_bytes.values()
   # Scales, masks and means of 7 small layers come on top.
   least = weights * stored.weight_quantizer.stored_bits / 8
   found = sum(layer["stored"] for layer in layers)
@@ -70,7 +71,7 @@ def test_the_stages_of_bit_mixer_follow_each_other(tmp_path):
   # A third of three epochs of 1,257 images in batches of 256 each.
   last = {r["stage"]: r["step"] for r in records if r["name"] == "loss"}
   assert set(last.values()) == {4}
-  manifest, _ = deploy.read(tmp_path / "export" / "model")
+  manifest = deploy.open(tmp_path / "export" / "model").manifest
   assert manifest["method"]["name"] == "bit_mixer"
 
 
@@ -83,7 +84,7 @@ def test_a_curriculum_goes_on_in_the_phase_where_it_was_stopped(stop, tmp_path):
   def interrupted():
     return "SIGTERM" if next(steps) == stop else None
 
-  with pytest.raises(InterruptedRun, match="SIGTERM at step"):
+  with pytest.raises(InterruptedRun, match="SIGTERM after step"):
     pipeline.run(config, tmp_path / "parts", interrupted=interrupted)
   parts = pipeline.run(config, tmp_path / "parts")["stages"]
   scores = [s["multi_precision"]["scores"] for s in (whole, parts)]

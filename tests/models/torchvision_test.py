@@ -14,7 +14,8 @@ from jax import lax
 
 from dr_jax import models, pipeline
 from dr_jax.config import ConfigError, from_dict
-from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.stages.pretrain import float_network
 
 
 class Torch:
@@ -355,10 +356,8 @@ def gray(narrow):
 def test_a_run_starts_from_the_weights_that_it_is_given(gray, tmp_path):
   expected = small(channels=1)
   models.load_torchvision(expected, gray)
-  run = Run(
-    configuration(gray, stages=("multi_precision",)), tmp_path, lambda: None
-  )
-  for a, b in zip(arrays(run.float_network()), arrays(expected), strict=True):
+  run = RunContext(configuration(gray, stages=("multi_precision",)), tmp_path)
+  for a, b in zip(arrays(float_network(run)), arrays(expected), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
@@ -366,7 +365,7 @@ def test_without_an_epoch_the_weights_are_scored_as_they_are(gray, tmp_path):
   summary = pipeline.run(configuration(gray), tmp_path / "run")
   model = small(channels=1)
   models.load_torchvision(model, gray)
-  run = Run(configuration(gray), tmp_path, lambda: None)
+  run = RunContext(configuration(gray), tmp_path)
   test = run.data.test.gather(np.arange(len(run.data.test)))
   model.eval()
   guesses = nnx.jit(lambda m, x: m(x))(

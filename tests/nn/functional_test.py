@@ -205,7 +205,7 @@ def test_gradients_flow_to_every_parameter(weight):
     return jnp.square(y - 1).sum()
 
   gradient = jax.jit(jax.grad(loss))
-  kinds = dict(leaves(split.kinds))
+  kinds = dict(leaves(split.param_labels))
   totals = [
     dict(leaves(gradient(split.params, jnp.int32(i)))) for i in (0, 1, 2)
   ]
@@ -258,7 +258,7 @@ def test_params_are_plain_dicts_of_arrays_with_string_keys(model):
 
 def test_kinds_say_what_each_parameter_is(model):
   split = nn.functional(model)
-  kinds = dict(leaves(split.kinds))
+  kinds = dict(leaves(split.param_labels))
   assert set(kinds) == set(dict(leaves(split.params)))
   for name, kind in kinds.items():
     *_, owner, leaf = name.split("/")
@@ -280,7 +280,7 @@ def test_a_float_network_is_a_function_too_and_ignores_the_index():
       split.params, split.batch_stats, index, images()
     )
     close(y, expected)
-  kinds = dict(leaves(split.kinds))
+  kinds = dict(leaves(split.param_labels))
   assert kinds["norm1/scale"] == kinds["norm1/bias"] == "vector"
   assert kinds["convs/0/kernel"] == "weight"
 

@@ -203,7 +203,7 @@ def test_training_reaches_every_parameter(model):
 
 def test_there_are_no_parameters_where_a_method_has_none(model):
   for name in ("conv", "last"):
-    kinds = nn.functional(model).kinds[name]
+    kinds = nn.functional(model).param_labels[name]
     assert "weight_params" not in kinds
     assert kinds.get("input_params", {}) in (
       {},
@@ -214,7 +214,7 @@ def test_there_are_no_parameters_where_a_method_has_none(model):
 def test_another_method_takes_over_and_back(model):
   bits = nn.candidates(model)
   learned = nn.requantize(model, weight=quant.lsq(bits))
-  assert nn.functional(learned).kinds["conv"]["weight_params"] == {
+  assert nn.functional(learned).param_labels["conv"]["weight_params"] == {
     "scale": "scale"
   }
   back = nn.requantize(learned, weight=fixed_weight(bits))
@@ -242,7 +242,7 @@ def test_only_a_scale_is_a_scale_and_other_parameters_are_offsets():
   np.testing.assert_allclose(
     model.stem.input_params["offset"][...], offset[None], rtol=1e-6
   )
-  kinds = nn.functional(model).kinds["stem"]
+  kinds = nn.functional(model).param_labels["stem"]
   assert kinds["input_params"] == {"scale": "scale", "offset": "offset"}
   assert kinds["kernel"] == "weight" and kinds["bias"] == "vector"
 

@@ -64,7 +64,7 @@ def network(norm):
     split.batch_stats,
   )
   return split._replace(
-    params=scattered(split.params, split.kinds), batch_stats=stats
+    params=scattered(split.params, split.param_labels), batch_stats=stats
   )
 
 

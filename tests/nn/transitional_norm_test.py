@@ -218,7 +218,7 @@ def changed(before, after):
 
 def test_training_reaches_only_the_rows_in_use(model):
   split = nn.functional(model)
-  kinds = {k for norm in NORMS for k in split.kinds[norm].values()}
+  kinds = {k for norm in NORMS for k in split.param_labels[norm].values()}
   assert kinds == {"norm"}
 
   @jax.jit

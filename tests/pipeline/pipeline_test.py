@@ -13,7 +13,9 @@ from dr_jax import pipeline
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.deploy import ArtifactError
 from dr_jax.main import table
-from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.pipeline import check_space, check_stages
+from dr_jax.pipeline.stages import STAGES
 from dr_jax.pipeline.workdir import Workdir
 
 
@@ -91,7 +93,7 @@ def test_a_run_compiles_its_steps_once_however_many_there_are(
   assert steps == epochs * 1257 // 128
   # The float network's, and one that serves both bit-widths.
   assert compiled["jit(step)"] == 1
-  assert compiled["jit(visit_once)"] == 1
+  assert compiled["jit(run_pass)"] == 1
   # One per network that is scored.
   assert compiled["jit(counts)"] == 2
 
@@ -138,7 +140,7 @@ def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
     config = _config()
     recipe = dataclasses.replace(config.train, **train)
     config = dataclasses.replace(config, train=recipe)
-    Run(config, tmp_path, lambda: None).check_space()
+    check_space(RunContext(config, tmp_path))
     return dict(asked)
 
   plain = sizes()
@@ -153,7 +155,7 @@ def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
 
 def test_a_run_takes_no_more_disk_than_it_asked_for(finished, asked):
   workdir, _ = finished
-  Run(_config(), workdir, lambda: None).check_space()
+  check_space(RunContext(_config(), workdir))
   assert set(asked) == {"pretrain", "multi_precision", "separate", "export"}
   for stage, size in asked.items():
     files = (workdir / stage).rglob("*")
@@ -219,5 +221,45 @@ def test_a_kill_while_the_configuration_is_written_leaves_a_usable_directory(
 
 def test_a_damaged_configuration_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ConfigError, match="config.json: damaged, no JSON"):
+  with pytest.raises(
+    ConfigError, match="config.json is damaged, not a JSON obj"
+  ):
     pipeline.run(_config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"stages": ("train",)}, "stages must be of pretrain, .*got 'train'"),
+    ({"stages": ("export",)}, "stages: export must come after multi_precision"),
+    (
+      {"stages": ("pretrain", "hessian", "multi_precision")},
+      "stages: hessian must come after multi_precision",
+    ),
+    (
+      {"stages": ("export",), "model": {"weights": "w"}},
+      "stages: export must come after multi_precision",
+    ),
+    (
+      {"stages": ("multi_precision", "hessian")},
+      "stages: hessian must come after pretrain",
+    ),
+  ],
+)
+def test_stages_that_lack_what_they_need_are_errors(values, message, tmp_path):
+  with pytest.raises(ConfigError, match=message):
+    pipeline.run(from_dict(values), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+def test_given_weights_replace_the_float_stage():
+  stages = ("multi_precision", "hessian")
+  weights = {"weights": "resnet18.safetensors"}
+  check_stages(from_dict({"stages": stages, "model": weights}))
+
+
+def test_every_stage_needs_stages_that_are_listed_before_it():
+  names = list(STAGES)
+  for position, stage in enumerate(STAGES.values()):
+    assert stage.name == names[position] and stage.help
+    assert set(stage.needs) <= set(names[:position])

@@ -10,7 +10,8 @@ import shutil
 import pytest
 
 from dr_jax.config import Config, ConfigError, from_dict
-from dr_jax.pipeline.workdir import Workdir, read_json, write_json
+from dr_jax.pipeline.workdir import Workdir, read_object
+from dr_jax.runtime.files import write_json
 
 Usage = collections.namedtuple("Usage", "total used free")
 
@@ -111,7 +112,7 @@ VMAP = {"schedule": "accumulate", "vectorize": "vmap"}
 @pytest.mark.parametrize(
   ("before", "after"),
   [
-    ({}, {"search": {"prefer": "accuracy"}}),
+    ({}, {"search": {"metric": "accuracy"}}),
     ({}, {"checkpoint_every": 7, "log_every": 3}),
     ({}, {"devices": {"data": 2, "parameters": "sharded"}}),
     ({"train": VMAP}, {"train": VMAP, "devices": {"bits": 2}}),
@@ -156,7 +157,7 @@ def test_a_configuration_that_lacks_a_group_is_another_one(tmp_path):
   with Workdir(tmp_path).claim(Config()):
     pass
   path = tmp_path / "config.json"
-  held = read_json(path)
+  held = read_object(path)
   del held["devices"]
   write_json(path, held)
   with pytest.raises(ConfigError, match="devices is None there, {.* here"):
@@ -183,7 +184,7 @@ def test_a_run_that_came_and_went_just_now_is_seen(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match="seed is 3 there, 0 here"):
     with Workdir(tmp_path).claim(Config()):
       pass
-  assert read_json(tmp_path / "config.json")["seed"] == 3
+  assert read_object(tmp_path / "config.json")["seed"] == 3
 
 
 def test_nothing_is_left_in_a_directory_that_is_refused(tmp_path):
@@ -205,22 +206,24 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
   monkeypatch.setattr(pathlib.Path, "write_text", torn)
   with pytest.raises(OSError, match="full"):
     write_json(path, {"new": 2})
-  assert read_json(path) == {"old": 1}
+  assert read_object(path) == {"old": 1}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_a_file_that_holds_no_object_is_damaged(tmp_path, content):
   path = tmp_path / "result.json"
   path.write_text(content)
-  with pytest.raises(ConfigError, match="result.json: damaged, no JSON; all"):
-    read_json(path)
+  with pytest.raises(
+    ConfigError, match="result.json is damaged, not a JSON ob"
+  ):
+    read_object(path)
 
 
 def test_checkpoints_of_another_network_are_refused(tmp_path):
   workdir = Workdir(tmp_path)
-  workdir.tell("pretrain", {"bits": (None,), "layers": ["a"]})
-  workdir.tell("pretrain", {"bits": (None,), "layers": ["a"]})
+  workdir.record_network("pretrain", {"bits": (None,), "layers": ["a"]})
+  workdir.record_network("pretrain", {"bits": (None,), "layers": ["a"]})
   with pytest.raises(
     ConfigError, match=r"another network \(layers is \['a'\] "
   ):
-    workdir.tell("pretrain", {"bits": (None,), "layers": ["b"]})
+    workdir.record_network("pretrain", {"bits": (None,), "layers": ["b"]})

@@ -1,6 +1,7 @@
-"""What processes tell each other, the others being played by the test.
+"""Communication between processes, with the other process faked.
 
-Several real ones are in tests/processes; here is what happens too seldom there.
+Several real ones are in tests/integration/processes; here is what happens too
+seldom there.
 """
 
 import json
@@ -32,7 +33,7 @@ def play(monkeypatch):
   return as_process
 
 
-def test_what_the_first_process_does_is_told_once_even_if_nested(play):
+def test_nested_calls_of_the_first_process_broadcast_once(play):
   sent = play(0)
   inner = lambda: processes.on_first(lambda: 3) + 1  # noqa: E731
   assert processes.on_first(inner) == 4
@@ -42,7 +43,7 @@ def test_what_the_first_process_does_is_told_once_even_if_nested(play):
   assert len(sent) == 2
 
 
-def test_an_error_of_the_first_process_is_told_and_raised_as_it_is(play):
+def test_an_error_of_the_first_process_is_broadcast_and_the_cause(play):
   class Stopped(RuntimeError):
     signal = 15
 
@@ -51,26 +52,31 @@ def test_an_error_of_the_first_process_is_told_and_raised_as_it_is(play):
     raise Stopped("stopped at step 3")
 
   sent = play(0)
-  with pytest.raises(Stopped) as caught:
+  with pytest.raises(processes.SharedError, match="^stopped at step") as caught:
     processes.on_first(stops)
-  assert caught.value.told
+  assert isinstance(caught.value.__cause__, Stopped)
   (message,) = map(json.loads, sent)
-  assert message["error"] == "stopped at step 3" and message["signal"] == 15
+  assert message["error"] == {
+    "message": "stopped at step 3",
+    "exit_code": 1,
+    "signal": 15,
+  }
   processes.on_first(lambda: None)
   assert len(sent) == 2
 
 
 @pytest.mark.parametrize("number", [None, 15])
-def test_the_others_raise_what_the_first_process_met(play, number):
-  sent = play(1, {"value": None, "error": "full", "signal": number})
-  with pytest.raises(processes.FirstProcessError, match="^full$") as caught:
+def test_other_processes_raise_the_error_of_the_first(play, number):
+  error = {"message": "full", "exit_code": 2, "signal": number}
+  sent = play(1, {"value": None, "error": error})
+  with pytest.raises(processes.SharedError, match="^full$") as caught:
     processes.on_first(lambda: pytest.fail("only the first acts"))
-  assert caught.value.signal == number
+  assert caught.value.signal == number and caught.value.exit_code == 2
   assert sent == [b""]
 
 
 def test_the_others_have_the_value_that_the_first_process_found(play):
-  play(1, {"value": {"a": [1]}, "error": None, "signal": None})
+  play(1, {"value": {"a": [1]}, "error": None})
   assert processes.on_first(lambda: pytest.fail("only the first acts")) == {
     "a": [1]
   }
@@ -80,7 +86,7 @@ def test_the_others_have_the_value_that_the_first_process_found(play):
   ("mine", "other", "agree"),
   [(True, True, True), (True, False, False), (False, True, False)],
 )
-def test_all_is_well_if_every_process_says_so(
+def test_processes_agree_if_every_one_does(
   play, monkeypatch, mine, other, agree
 ):
   play(0)
@@ -107,7 +113,7 @@ def with_others(monkeypatch, highest):
   monkeypatch.setattr(jax, "make_array_from_process_local_data", spread)
 
 
-def test_a_signal_is_heard_by_all_some_calls_later(play, monkeypatch):
+def test_a_signal_reaches_all_processes_some_calls_later(play, monkeypatch):
   play(0)
   with_others(monkeypatch, [0] * 10)
   received = iter([None, "SIGINT", "SIGINT", *[None] * 7])
@@ -129,7 +135,7 @@ def test_a_signal_is_heard_by_all_some_calls_later(play, monkeypatch):
     ("SIGINT", "SIGTERM", "SIGTERM"),
   ],
 )
-def test_of_two_signals_all_hear_of_sigterm(
+def test_of_two_signals_all_processes_receive_sigterm(
   play, monkeypatch, mine, theirs, heard
 ):
   play(0)
@@ -138,7 +144,7 @@ def test_of_two_signals_all_hear_of_sigterm(
   assert processes.agreed(lambda: mine, lag=0)() == heard
 
 
-def test_processes_that_cannot_meet_are_one_line(monkeypatch):
+def test_an_unreachable_coordinator_is_one_line(monkeypatch):
   def fails(**options):
     raise RuntimeError("DEADLINE_EXCEEDED:\n  no one there")
 
@@ -147,7 +153,9 @@ def test_processes_that_cannot_meet_are_one_line(monkeypatch):
   ):
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(jax.distributed, "initialize", fails)
-  message = "^processes: could not meet: DEADLINE_EXCEEDED: no one there$"
+  message = (
+    "^could not connect to the coordinator: DEADLINE_EXCEEDED: no one there$"
+  )
   with pytest.raises(ValueError, match=message):
     processes.initialize()
 
@@ -171,14 +179,14 @@ def test_a_cluster_is_asked_only_if_wanted(monkeypatch):
 @pytest.mark.parametrize(
   ("environment", "message"),
   [
-    ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS: missing"),
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS must be set"),
     (
       {
         "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": "2",
       },
-      "JAX_PROCESS_ID=2: allowed are 0 to",
+      "JAX_PROCESS_ID must be in 0..1, .* got 2",
     ),
     (
       {
@@ -186,7 +194,7 @@ def test_a_cluster_is_asked_only_if_wanted(monkeypatch):
         "JAX_NUM_PROCESSES": "two",
         "JAX_PROCESS_ID": "0",
       },
-      "JAX_NUM_PROCESSES='two': allowed are",
+      "JAX_NUM_PROCESSES must be an integer >= 0, got 'two'",
     ),
   ],
 )

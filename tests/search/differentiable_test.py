@@ -71,7 +71,7 @@ def additive_network(layers, bits, seed):
     apply=apply,
     params={"w": jnp.zeros((2, 2))},
     batch_stats={},
-    kinds={"w": "weight"},
+    param_labels={"w": "weight"},
     layers=layers,
     scale_layers=(),
   )
@@ -228,10 +228,10 @@ def initial(**changes):
     step=jnp.int32(0),
     params={"weights": network.params, "logits": LOGITS},
     opt_state={
-      "weights": train.make_optimizer("adam", kinds=network.kinds).init(
-        network.params
-      ),
-      "logits": differentiable._optimizers(network.kinds)["logits"].init(
+      "weights": train.make_optimizer(
+        "adam", param_labels=network.param_labels
+      ).init(network.params),
+      "logits": differentiable._optimizers(network.param_labels)["logits"].init(
         LOGITS
       ),
     },
@@ -307,8 +307,8 @@ def test_the_gradient_of_a_logit_is_what_its_candidate_contributes():
 
 def program():
   _, network = supernet()
-  kinds, treedef = jax.tree.flatten(network.kinds)
-  return differentiable.program(network.apply, tuple(kinds), treedef)
+  param_labels, treedef = jax.tree.flatten(network.param_labels)
+  return differentiable.program(network.apply, tuple(param_labels), treedef)
 
 
 def moved(step, given):
@@ -361,8 +361,10 @@ def test_the_first_step_of_each_goes_down_by_its_own_learning_rate():
 
 def test_scales_stay_positive_however_large_the_step():
   _, _, after = moved(0, knobs(learning_rate=jnp.float32(100)))
-  weights, kinds = after.params["weights"], supernet()[1].kinds
-  pairs = zip(jax.tree.leaves(weights), jax.tree.leaves(kinds), strict=True)
+  weights, param_labels = after.params["weights"], supernet()[1].param_labels
+  pairs = zip(
+    jax.tree.leaves(weights), jax.tree.leaves(param_labels), strict=True
+  )
   scales = np.concatenate([s.ravel() for s, kind in pairs if kind == "scale"])
   assert scales.min() == np.float32(SCALE_MIN)
 

@@ -145,7 +145,7 @@ def test_the_predictor_ranks_by_the_preferred_score():
     """The loss says nothing; more accuracy is better."""
     return Score(accuracy=90 - 10 * damage[rows, index].sum(), loss=1.0)
 
-  problem = problems.problem(8, score=score, prefer="accuracy")
+  problem = problems.problem(8, score=score, metric="accuracy")
   budgets = problems.budgets(problem)
   result = search.genetic(problem, budgets, predictor=True, generations=8)
   optimum = problem.solve(damage, budgets)

@@ -112,7 +112,7 @@ def test_accuracy_decides_where_it_is_preferred(per_cost):
     lost = harm[[0, 1], index].sum()
     return Score(accuracy=90 - lost, loss=5 + index[1])
 
-  problem = small(harm, [[8, 4], [8, 4]], score=score, prefer="accuracy")
+  problem = small(harm, [[8, 4], [8, 4]], score=score, metric="accuracy")
   result = search.greedy(problem, {"size": 12}, per_cost=per_cost)
   assert problems.index_of(problem, result) == (0, 1)
 

@@ -135,8 +135,8 @@ def test_a_table_of_another_shape_is_named(field):
 
 
 def test_what_to_prefer_is_loss_or_accuracy():
-  with pytest.raises(ValueError, match="prefer='f1': allowed are loss, acc"):
-    problems.problem(prefer="f1")
+  with pytest.raises(ValueError, match="metric='f1': allowed are loss, acc"):
+    problems.problem(metric="f1")
 
 
 def test_trials_are_ranked_by_the_preferred_score_and_nan_comes_last():
@@ -144,9 +144,9 @@ def test_trials_are_ranked_by_the_preferred_score_and_nan_comes_last():
     search.Trial((0,), accuracy, loss, 0.0)
     for accuracy, loss in ((90, 0.5), (91, 0.5), (95, 0.7), (95, math.nan))
   ]
-  by_loss = sorted(trials, key=problems.problem(prefer="loss").rank)
+  by_loss = sorted(trials, key=problems.problem(metric="loss").rank)
   assert [trials.index(t) for t in by_loss] == [1, 0, 2, 3]
-  by_accuracy = sorted(trials, key=problems.problem(prefer="accuracy").rank)
+  by_accuracy = sorted(trials, key=problems.problem(metric="accuracy").rank)
   assert [trials.index(t) for t in by_accuracy] == [2, 3, 1, 0]
 
 
@@ -256,8 +256,8 @@ def test_what_a_search_spends_is_what_it_asked_for(name):
 
 
 @every_strategy
-@pytest.mark.parametrize("prefer", ["loss", "accuracy"])
-def test_the_answer_is_the_preferred_trial_within_the_budgets(name, prefer):
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_the_answer_is_the_preferred_trial_within_the_budgets(name, metric):
   damage = problems.damage(6, problems.BITS)
   rows = np.arange(6)
 
@@ -266,13 +266,13 @@ def test_the_answer_is_the_preferred_trial_within_the_budgets(name, prefer):
     loss = damage[rows, index].sum()
     return Score(accuracy=50 + 10 * math.sin(50 * loss), loss=loss)
 
-  problem = with_tables(score=score, prefer=prefer)
+  problem = with_tables(score=score, metric=metric)
   budgets = problems.budgets(problem)
   result = run(name, problem, budgets)
   fitting = [t for t in result.trials if problem.fits(t.index, budgets)]
-  scores = [getattr(t, prefer) for t in fitting]
-  best = min(scores) if prefer == "loss" else max(scores)
-  assert getattr(result, prefer) == best
+  scores = [getattr(t, metric) for t in fitting]
+  best = min(scores) if metric == "loss" else max(scores)
+  assert getattr(result, metric) == best
 
 
 @every_strategy

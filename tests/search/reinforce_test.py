@@ -164,12 +164,12 @@ def test_the_best_is_what_the_problem_prefers():
   def other(index):
     return problems.Score(accuracy=float(sum(index)), loss=float(sum(index)))
 
-  for prefer, scored, best in (
+  for metric, scored, best in (
     ("loss", score, max),
     ("loss", other, min),
     ("accuracy", other, max),
   ):
-    problem = problems.problem(3, score=scored, prefer=prefer)
+    problem = problems.problem(3, score=scored, metric=metric)
     result = search(problem)
     sums = [
       sum(i)

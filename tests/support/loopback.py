@@ -21,7 +21,7 @@ import numpy as np
 from dr_jax import nn, train
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.config import from_dict
-from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.context import RunContext
 from dr_jax.runtime import processes, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -90,23 +90,28 @@ def losses(workdir, stage):
 def restored(workdir, **devices):
   """The last state of the stage pretrain, on a layout of these devices."""
   values = json.loads((workdir / "config.json").read_text())
-  run = Run(from_dict({**values, "devices": devices}), workdir, lambda: None)
+  run = RunContext(
+    from_dict({**values, "devices": devices}), workdir, lambda: None
+  )
   recipe, network = run.config.pretrain, nn.functional(run.untrained())
   optimizer = train.make_optimizer(
     recipe.optimizer,
-    kinds=network.kinds,
+    param_labels=network.param_labels,
     weight_decay=recipe.weight_decay,
     momentum=recipe.momentum,
   )
-  state = train.init_state(network, optimizer, jax.random.key(0))
+  trainer = train.make_trainer(
+    network, optimizer, optax.constant_schedule(0.0), layout=run.layout
+  )
+  state = trainer.init(jax.random.key(0))
   with Checkpoints(workdir / "pretrain" / "checkpoints") as checkpoints:
-    return run.layout, checkpoints.restore(like=train.place(run.layout, state))
+    return run.layout, checkpoints.restore(like=state)
 
 
 def arrays(layout, state):
   """What training has changed, whole, by name."""
   changed = (state.params, state.opt_state, state.batch_stats)
-  leaves = jax.tree.leaves_with_path(train.collect(layout, changed))
+  leaves = jax.tree.leaves_with_path(train.gather(layout, changed))
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 

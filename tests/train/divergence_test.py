@@ -28,28 +28,30 @@ def pretrained(digits):
   model = models.ResNet(
     8, widths=(16, 32, 64), num_classes=10, channels=1, rngs=nnx.Rngs(0)
   )
-  _fit(model, digits, (32,), rate=0.1, momentum=0.9, alrs="none")
+  _fit(model, digits, rate=0.1, momentum=0.9, alrs="none")
   return model
 
 
-def _fit(model, digits, bits, *, rate, momentum, alrs):
+def _fit(model, digits, *, rate, momentum, alrs):
   network = nn.functional(model)
   optimizer = train.make_optimizer(
-    "sgd", kinds=network.kinds, weight_decay=5e-5, momentum=momentum
+    "sgd",
+    param_labels=network.param_labels,
+    weight_decay=5e-5,
+    momentum=momentum,
   )
   steps = EPOCHS * len(digits.train) // BATCH
-  step = train.make_step(
+  trainer = train.make_trainer(
     network,
-    bits,
     optimizer,
     optax.cosine_decay_schedule(rate, steps),
     vectorize="sequential",
     alrs=alrs,
   )
-  state = train.init_state(network, optimizer, jax.random.key(0))
+  state = trainer.init(jax.random.key(0))
   batches = data.batches(digits.train, batch_size=BATCH, seed=0)
   for number in range(steps):
-    state, _ = step(state, batches[number])
+    state, _ = trainer.step(state, batches[number])
   nn.update(model, params=state.params, batch_stats=state.batch_stats)
 
 
@@ -76,7 +78,7 @@ def _joint(pretrained, digits, alrs):
     activation=quant.lsq_activation(BITS),
     sample=data.batches(digits.train, batch_size=BATCH, seed=0)[0]["image"],
   )
-  _fit(model, digits, BITS, rate=0.02, momentum=0, alrs=alrs)
+  _fit(model, digits, rate=0.02, momentum=0, alrs=alrs)
   return _accuracies(model, digits)
 
 

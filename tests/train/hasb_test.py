@@ -15,10 +15,9 @@ from flax import nnx
 from dr_jax import nn, quant
 from dr_jax.train import (
   hasb,
-  init_state,
   make_evaluate,
   make_optimizer,
-  make_step,
+  make_trainer,
 )
 
 BITS = (8, 6, 4, 2)
@@ -250,34 +249,32 @@ def lenient_numerics():
 
 @functools.cache
 def make(schedule="alternate", vectorize="sequential", sampling=None):
-  """The step of the run, and its optimizer."""
+  """The trainer of the run."""
   network = supernet()
-  transform = make_optimizer("sgd", kinds=network.kinds)
-  step = make_step(
+  transform = make_optimizer("sgd", param_labels=network.param_labels)
+  return make_trainer(
     network,
-    BITS,
     transform,
     optax.constant_schedule(0.01),
     schedule=schedule,
     vectorize=vectorize,
     sampling=sampling or switching(),
   )
-  return step, transform
 
 
 def prepare(step=0, **options):
-  """The step of the run, and its first state, told to be at another step."""
-  compiled, transform = make(**options)
+  """The trainer of the run, and its first state, moved to another step."""
+  trainer = make(**options)
   with lenient_numerics():
-    state = init_state(supernet(), transform, jax.random.key(3))
-  return compiled, state._replace(step=jnp.int32(step))
+    state = trainer.init(jax.random.key(3))
+  return trainer, state._replace(step=jnp.int32(step))
 
 
-def train(step, state, steps):
+def train(trainer, state, steps):
   losses = []
   with lenient_numerics():
     for number in steps:
-      state, loss = step(state, net.batch(number))
+      state, loss = trainer.step(state, net.batch(number))
       losses.append(np.asarray(loss))
   return state, np.array(losses)
 
@@ -304,8 +301,7 @@ def test_one_program_trains_all_assignments(vectorize):
   assert len(np.unique(assignments().reshape(-1, LAYERS), axis=0)) > 20
   step, state = prepare(vectorize=vectorize)
   state, losses = train(step, state, range(STEPS))
-  compiled = step.compiled_per_visit if vectorize == "sequential" else step
-  assert compiled._cache_size() == 1
+  assert step.program._cache_size() == 1
   assert losses.shape == (STEPS, len(BITS))
   assert np.isfinite(losses).all()
   assert int(state.step) == STEPS

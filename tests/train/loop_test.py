@@ -198,8 +198,8 @@ def test_images_per_second_counts_the_images_since_the_last_entry(
 
 
 def test_a_loop_that_is_not_to_show_anything_shows_nothing(tmp_path, capsys):
-  state = _loop(tmp_path, None, steps=6, shows=False).run(_state())
-  _loop(tmp_path, None, shows=False).run(state)
+  state = _loop(tmp_path, None, steps=6, show_progress=False).run(_state())
+  _loop(tmp_path, None, show_progress=False).run(state)
   assert capsys.readouterr() == ("", "")
   _loop(tmp_path, None).run(state)
   assert capsys.readouterr() != ("", "")
@@ -381,6 +381,6 @@ def test_an_error_of_something_else_loses_no_checkpoint(tmp_path):
 
 def test_a_resumed_stage_says_where_it_goes_on(tmp_path, capsys):
   state = _loop(tmp_path, None, steps=6).run(_state())
-  assert "goes on" not in capsys.readouterr().err
+  assert "resumes" not in capsys.readouterr().err
   _loop(tmp_path, None).run(state)
-  assert "joint  goes on from step 6 of 10\n" in capsys.readouterr().err
+  assert "joint  resumes from step 6 of 10\n" in capsys.readouterr().err

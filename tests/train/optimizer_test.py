@@ -31,7 +31,7 @@ def _tree(seed, shape=(3, 2)):
 )
 def test_without_decay_every_kind_gets_the_plain_optimizer(name, reference):
   params = _tree(0)
-  ours = make_optimizer(name, kinds=KINDS)
+  ours = make_optimizer(name, param_labels=KINDS)
   state, expected_state = ours.init(params), reference.init(params)
   for seed in range(1, 6):
     gradients = _tree(seed)
@@ -43,7 +43,9 @@ def test_without_decay_every_kind_gets_the_plain_optimizer(name, reference):
 
 def test_weight_decay_acts_on_weights_alone():
   params, zeros = _tree(0), jax.tree.map(jnp.zeros_like, _tree(0))
-  ours = make_optimizer("sgd", kinds=KINDS, weight_decay=0.5, momentum=0.0)
+  ours = make_optimizer(
+    "sgd", param_labels=KINDS, weight_decay=0.5, momentum=0.0
+  )
   got, _ = ours.update(zeros, ours.init(params), params)
   np.testing.assert_allclose(got["w"], 0.5 * params["w"], rtol=1e-6)
   for leaf in ("b", "n", "s"):
@@ -54,7 +56,7 @@ def test_weight_decay_acts_on_weights_alone():
 def test_a_row_that_is_not_used_rests_as_a_separate_parameter_would(name):
   """Row 0 is used in every other step; it must see only its own gradients."""
   kinds = {"s": "scale"}
-  ours = make_optimizer(name, kinds=kinds)
+  ours = make_optimizer(name, param_labels=kinds)
   params = {"s": jnp.ones((2, 3))}
   state = ours.init(params)
   alone = optax.scale_by_adam() if name == "adam" else optax.trace(0.9)
@@ -73,4 +75,4 @@ def test_a_row_that_is_not_used_rests_as_a_separate_parameter_would(name):
 
 def test_an_unknown_optimizer_is_named_with_what_is_allowed():
   with pytest.raises(ValueError, match="optimizer='lion': allowed are .*adam"):
-    make_optimizer("lion", kinds=KINDS)
+    make_optimizer("lion", param_labels=KINDS)

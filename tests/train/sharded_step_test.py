@@ -37,41 +37,32 @@ def network():
   params = jax.tree.map(
     lambda p, kind: p * 1.03 if kind == "scale" else p,
     split.params,
-    split.kinds,
+    split.param_labels,
   )
   return split._replace(params=params)
 
 
 def stepped(layout, *, steps=STEPS, **options):
   optimizer = train.make_optimizer(
-    "sgd", kinds=network().kinds, weight_decay=1e-4
+    "sgd", param_labels=network().param_labels, weight_decay=1e-4
   )
-  step = train.make_step(
+  trainer = train.make_trainer(
     network(),
-    BITS,
     optimizer,
     optax.constant_schedule(0.05),
     alrs="relative",
     steps=10,
     layout=layout,
+    num_classes=3,
     **options,
   )
-  state = train.init_state(
-    network(),
-    optimizer,
-    jax.random.key(0),
-    distillation=options.get("distillation", "none"),
-    num_classes=3,
-  )
-  put = lambda b: b  # noqa: E731
-  if layout is not None:
-    state, put = states.place(layout, state), layout.put
-  losses = []
+  put = layout.put if layout is not None else lambda b: b
+  state, losses = trainer.init(jax.random.key(0)), []
   for number in range(steps):
-    state, loss = step(state, put(net.batch(number, size=16)))
+    state, loss = trainer.step(state, put(net.batch(number, size=16)))
     assert loss.is_fully_replicated  # Every process can read it.
     losses.append(np.asarray(loss))
-  return state, np.array(losses), step
+  return state, np.array(losses), trainer
 
 
 def assert_same(found, expected):
@@ -123,18 +114,17 @@ def test_a_step_takes_the_buffers_of_the_state_it_is_given(
   schedule, vectorize, parameters
 ):
   layout = sharding.layout(data=2, parameters=parameters)._replace(smallest=16)
-  optimizer = train.make_optimizer("sgd", kinds=network().kinds)
-  step = train.make_step(
+  optimizer = train.make_optimizer("sgd", param_labels=network().param_labels)
+  trainer = train.make_trainer(
     network(),
-    BITS,
     optimizer,
     optax.constant_schedule(0.05),
     schedule=schedule,
     vectorize=vectorize,
     layout=layout,
   )
-  before = train.place(layout, _state())
-  step(before, layout.put(net.batch(0, size=16)))
+  before = trainer.init(jax.random.key(0))
+  trainer.step(before, layout.put(net.batch(0, size=16)))
   for leaf in jax.tree.leaves((before.params, before.opt_state)):
     assert leaf.is_deleted()
 
@@ -153,16 +143,16 @@ def test_what_one_visit_hands_the_next_stays_where_the_next_wants_it(
   layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=16)
   with jax.log_compiles():
     found = stepped(layout, **options)
-  names = ("Compiling jit(visit_once)", "Compiling jit(accumulate)")
+  names = ("Compiling jit(run_pass)", "Compiling jit(accumulate)")
   assert sum(text.startswith(names) for text in caplog.messages) == 1
   assert_same(found, stepped(None, **options))
 
 
 def test_sums_and_what_visits_hand_on_are_written_over():
-  _, _, step = stepped(
+  _, _, trainer = stepped(
     None, steps=0, schedule="accumulate", vectorize="sequential"
   )
-  lowered = step.lower_per_visit(_state(), net.batch(0, size=16))
+  lowered = trainer.lower(_state(), net.batch(0, size=16))
   (state, carry, summed, *_), _ = lowered.args_info
   assert all(leaf.donated for leaf in jax.tree.leaves((carry, summed)))
   # The parameters are needed for the next visit.
@@ -199,13 +189,13 @@ def test_every_device_group_computes_its_own_bit_widths_only():
   """The compiled program of 4 devices holds one visit, not four."""
 
   def convolutions(layout):
-    _, _, step = stepped(
+    state, _, trainer = stepped(
       layout, steps=0, schedule="accumulate", vectorize="vmap"
     )
-    state, data = _state(), net.batch(0, size=16)
+    data = net.batch(0, size=16)
     if layout is not None:
-      state, data = states.place(layout, state), layout.put(data)
-    return step.lower(state, data).compile().cost_analysis()["flops"]
+      data = layout.put(data)
+    return trainer.lower(state, data).compile().cost_analysis()["flops"]
 
   alone, spread = convolutions(None), convolutions(sharding.layout(bits=4))
   assert spread < 0.35 * alone
@@ -292,11 +282,15 @@ def test_one_program_serves_every_step(shape, parameters, caplog):
 @pytest.mark.parametrize(
   ("shape", "options", "message"),
   [
-    ({"bits": 4}, {"schedule": "alternate"}, "devices.bits=4: .*vmap"),
+    (
+      {"bits": 4},
+      {"schedule": "alternate"},
+      "bits must be 1 device with .*vmap",
+    ),
     (
       {"bits": 4},
       {"schedule": "accumulate", "vectorize": "vmap", "sampling": "pair"},
-      "devices.bits=4: allowed are divisors of 2, the bit-widths that",
+      "bits must be a divisor of 2, .* got 4",
     ),
     (
       {"bits": 2},
@@ -305,7 +299,7 @@ def test_one_program_serves_every_step(shape, parameters, caplog):
         "vectorize": "vmap",
         "distillation": "highest",
       },
-      "devices.bits=2: allowed with a distillation are 1 and 4",
+      "bits must be 1 or 4 devices with a distillation.* got 2",
     ),
     (
       {"norm": "per_device"},
@@ -314,12 +308,12 @@ def test_one_program_serves_every_step(shape, parameters, caplog):
         "vectorize": "vmap",
         "distillation": "highest",
       },
-      "devices.norm='per_device': .*vmap",
+      "norm must be 'global' .*vmap.* got 'per_device'",
     ),
     (
       {"norm": "per_device"},
       {"distillation": "online_label_class_means"},
-      "devices.norm='per_device': .*memory",
+      "norm must be 'global' .*memory.* got 'per_device'",
     ),
   ],
 )
@@ -331,14 +325,14 @@ def test_layouts_that_do_not_fit_are_named(shape, options, message):
 def test_a_placed_state_goes_on_with_the_same_random_numbers():
   key = jax.random.key(3, impl="rbg")
   state = _state()._replace(key=key)
-  placed = states.place(sharding.layout(data=2), state)
+  placed = states.shard_state(sharding.layout(data=2), state)
   assert placed.key.dtype == key.dtype
   assert jax.random.bits(placed.key) == jax.random.bits(key)
 
 
 def test_parameters_and_their_optimizer_are_cut_alike_and_nothing_else():
   layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=16)
-  state = states.place(layout, _state())
+  state = states.shard_state(layout, _state())
   cut = lambda leaf: not leaf.sharding.is_fully_replicated  # noqa: E731
   kernels = [
     leaf
@@ -351,13 +345,13 @@ def test_parameters_and_their_optimizer_are_cut_alike_and_nothing_else():
   )
   # A teacher's answers are with the images that they are of.
   carry = gradients.Carry(state.batch_stats, {}, jnp.zeros((16, 3)))
-  assert states.shardings(layout, carry).teacher == layout.batch
+  assert carry.shardings(layout).teacher == layout.batch
 
 
 def test_a_state_is_whole_again_after_it_was_collected():
   layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=16)
-  params = states.place(layout, _state()).params
-  back = states.collect(layout, params)
+  params = states.shard_state(layout, _state()).params
+  back = states.gather(layout, params)
   assert jax.tree.all(
     jax.tree.map(lambda a, b: bool((a == b).all()), back, network().params)
   )
@@ -367,5 +361,8 @@ def test_a_state_is_whole_again_after_it_was_collected():
 
 
 def _state():
-  optimizer = train.make_optimizer("sgd", kinds=network().kinds)
-  return train.init_state(network(), optimizer, jax.random.key(0))
+  optimizer = train.make_optimizer("sgd", param_labels=network().param_labels)
+  trainer = train.make_trainer(
+    network(), optimizer, optax.constant_schedule(0.05)
+  )
+  return trainer.init(jax.random.key(0))

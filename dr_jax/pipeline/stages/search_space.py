@@ -39,7 +39,7 @@ def problem(
     evaluate=None,
     ties=tuple(tuple(map(_position(names, "ties"), g)) for g in config.ties),
     pinned=_pinned(config.pinned, names, bits),
-    prefer=config.prefer,
+    metric=config.metric,
   )
 
 

@@ -36,7 +36,8 @@ def mean(x: Float[Array, ...], axes: tuple[int, ...]) -> Float[Array, ...]:
   terms = jnp.round(x / unit).astype(jnp.int32)
   count = math.prod(x.shape[axis] for axis in axes)
   average = _exact_sum(terms, axes) * unit * (1 / count)
-  # The bounds hold anyway; they part the product from what is added next.
+  # The bounds hold anyway; they prevent XLA from contracting the product and
+  # what is added next into an FMA.
   return jnp.clip(average, -largest, largest)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dr_jax.quant.core import grid
+from dr_jax.quant.core import checks, grid
 from dr_jax.quant.core.interface import Storage
 
 if TYPE_CHECKING:
@@ -39,19 +39,19 @@ def pack(
     uint8 [ceil(codes.size * bits / 8)].
 
   Raises:
-    ValueError: if bits is outside 1..16, codes are no integers, or, outside
+    ValueError: if bits is outside 1..16, codes are not integers, or, outside
       jit, a code does not fit.
   """
-  (bits,) = grid.check_bits([bits], lowest=1, highest=16)
-  codes = grid.check_integers("codes", codes)
+  (bits,) = checks.check_bits([bits], lowest=1, highest=16)
+  codes = checks.check_integers("codes", codes)
   low, high = grid.code_range(bits, signed=signed)
   if not isinstance(codes, jax.core.Tracer) and codes.size:
     with jax.ensure_compile_time_eval():
       smallest, largest = int(codes.min()), int(codes.max())
     if smallest < low or largest > high:
       raise ValueError(
-        f"codes: {smallest}..{largest}; allowed are {low}..{high} for "
-        f"bits={bits}"
+        f"codes must be in {low}..{high} for bits={bits}, got "
+        f"{smallest}..{largest}"
       )
   planes = (
     codes.reshape(-1, 1).astype(jnp.int32) >> jnp.arange(bits)[None]
@@ -78,12 +78,12 @@ def unpack(
   Raises:
     ValueError: if bits is outside 1..16 or the number of bytes is not right.
   """
-  (bits,) = grid.check_bits([bits], lowest=1, highest=16)
+  (bits,) = checks.check_bits([bits], lowest=1, highest=16)
   data = jnp.asarray(data)
   if data.shape != (packed_size(size, bits),):
     raise ValueError(
-      f"data: shape {data.shape}; allowed is ({packed_size(size, bits)},) for "
-      f"{size} codes of {bits} bits"
+      f"data must have shape ({packed_size(size, bits)},) for {size} codes of "
+      f"{bits} bits, got {data.shape}"
     )
   stream = (data[:, None].astype(jnp.int32) >> jnp.arange(8)[None]) & 1
   planes = stream.reshape(-1)[: size * bits].reshape(size, bits)

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from dr_jax.quant.core import grid
+from dr_jax.quant.core.checks import Index
 from dr_jax.quant.core.interface import Encoded
+from dr_jax.quant.core.straight_through import transpose
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, Int
@@ -115,7 +116,7 @@ def round_terms(
   x: Float[Array, ...],
   scale: Float[Array, ...],
   budgets: tuple[int, ...],
-  index: grid.Index,
+  index: Index,
 ) -> Float[Array, ...]:
   """Rounds x to the kept terms of its codes, with gradients for x and scale.
 
@@ -134,7 +135,7 @@ def round_terms(
   Returns:
     Shape and dtype of x.
   """
-  budget = _at(budgets, index)
+  budget = grid.entry(budgets, index)
   if isinstance(budget, int):
     return _round_terms((terms, budget), x, scale, None)
   return _round_terms((terms, None), x, scale, budget)
@@ -151,11 +152,11 @@ def encode_terms(
 
 
 def decode_terms(
-  terms: Terms, encoded: Encoded, budgets: tuple[int, ...], index: grid.Index
+  terms: Terms, encoded: Encoded, budgets: tuple[int, ...], index: Index
 ) -> Float[Array, ...]:
   """What `round_terms` makes of the values that were encoded, float32."""
   codes = encoded["codes"].astype(jnp.int32)
-  kept = kept_terms(terms, codes, _at(budgets, index))
+  kept = kept_terms(terms, codes, grid.entry(budgets, index))
   return kept * _unit(terms, encoded["scale"])
 
 
@@ -165,7 +166,7 @@ def round_codes(
   """Signed codes of x in int32, halves away from zero, nothing cut."""
   x = x.astype(jnp.float32)
   size = jnp.abs(x) if terms.signed else jnp.maximum(x, 0)
-  # The smaller of both parts the product from the sum.
+  # The minimum prevents XLA from contracting product and sum into an FMA.
   size = jnp.minimum(size * (1 / unit), terms.top)
   codes = jnp.floor(size + 0.5).astype(jnp.int32)
   return jnp.where(x < 0, -codes, codes)
@@ -206,14 +207,11 @@ def _backward(core, residuals, g):
   inside = (size <= reach) & (terms.signed | (size >= 0))
   slope = jnp.where(inside, kept - x32 * (1 / unit), codes) * (1 / terms.steps)
 
-  # Transposed by JAX, with every broadcast: shared axes and axes of a mesh.
-  def stand_in(x, scale):
-    x, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+  def surrogate(x, scale):
     passed = jnp.where(inside, x, 0) if terms.masked else x
     return passed + scale * slope
 
-  _, transposed = jax.vjp(stand_in, x, scale)
-  return *transposed(g.astype(jnp.float32)), None
+  return *transpose(surrogate, (x, scale), g, jnp.float32), None
 
 
 _round_terms.defvjp(_forward, _backward)
@@ -230,14 +228,8 @@ def _quantize(core, x, scale, budget):
 
 def _unit(terms, scale):
   unit = grid.positive(scale.astype(jnp.float32)) * (1 / terms.steps)
-  # The bound holds anyway; it parts the product from the one that follows.
+  # The bound holds anyway; it prevents XLA from merging the two products.
   return jnp.maximum(unit, grid.SCALE_MIN / terms.steps / 2)
-
-
-def _at(budgets, index):
-  if isinstance(index, int | np.integer):
-    return budgets[index]
-  return jnp.asarray(budgets, jnp.int32)[index]
 
 
 def _largest_of_each(present, budget, exponents):

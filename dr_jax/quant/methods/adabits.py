@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
 from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.straight_through import straight_through, transpose
 from dr_jax.quant.core.tanh_normalize import normalized
 from dr_jax.quant.methods.double_rounding import shift_codes
+from dr_jax.quant.registry import Recipe, method
 
 SCHEMES = ("modified", "centered", "original")
 RESCALES = (False, True, "stddev")
@@ -42,6 +43,21 @@ class _Level(NamedTuple):
   width: grid.Number
 
 
+@method(
+  **{
+    name: Recipe(
+      "adabits",
+      "pact_activation",
+      weight_options={"scheme": scheme, "rescale": True},
+      schedule="accumulate",
+    )
+    for name, scheme in (
+      ("adabits", "modified"),
+      ("adabits_centered", "centered"),
+      ("adabits_original", "original"),
+    )
+  }
+)
 def adabits(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -87,10 +103,9 @@ def adabits(
   References:
     arXiv 1912.09666; arXiv 1912.10207 (scale-adjusted training).
   """
-  bits = grid.check_bits(bits, lowest=1, method="adabits")
-  _check_scheme(scheme)
-  if rescale not in RESCALES:
-    raise ValueError(f"rescale={rescale!r}: allowed are {RESCALES}")
+  bits = checks.check_bits(bits, lowest=1, method="adabits")
+  checks.one_of("scheme", scheme, SCHEMES)
+  checks.one_of("rescale", rescale, RESCALES)
   main = "weight" if scheme == "original" else "codes"
   stored_bits = 32 if scheme == "original" else bits[0]
   levels = tuple(_level(b, scheme) for b in bits)
@@ -103,7 +118,7 @@ def adabits(
     return codes.astype(jnp.int8)
 
   def values(array, index):
-    level = _select(levels, index)
+    level = grid.select(levels, index)
     if scheme == "original":
       return _value(level, _codes(level, scheme, array * 0.5 + 0.5), True)
     shifts = [bits[0] - b for b in bits]
@@ -111,25 +126,21 @@ def adabits(
     return (codes.astype(jnp.float32) + level.center) * (2 * level.width)
 
   def init(w):
-    grid.check_finite("weight", w)
     return {}
 
   def fake_quantize(params, w, index):
     del params
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
     w = jnp.asarray(w)
     r = normalized(w)
     fixed = jax.lax.stop_gradient(r)
     w_q = values(kept(fixed), index)
-    w_hat = grid.straight_through(r, w_q)
+    w_hat = straight_through(r, w_q)
     if rescale:
       w_hat = w_hat * _gain(jax.lax.stop_gradient(w), w_q, rescale)
     return w_hat.astype(w.dtype)
 
   def encode(params, w):
     del params
-    grid.check_finite("weight", w)
     w = jnp.asarray(w)
     array = kept(normalized(w))
     if not rescale:
@@ -138,7 +149,6 @@ def adabits(
     return {main: array, "gain": jnp.stack(gains)}
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     w_q = values(encoded[main], index)
     return w_q * encoded["gain"][index] if rescale else w_q
 
@@ -150,11 +160,10 @@ def adabits(
     decode=decode,
     stored_bits=stored_bits,
     storage=storage(bits, stored_bits),
-    name="adabits",
-    options=(("bits", bits), ("scheme", scheme), ("rescale", rescale)),
   )
 
 
+@method()
 def pact_activation(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -196,24 +205,20 @@ def pact_activation(
     arXiv 1805.06085, eq. 1 to 3; arXiv 1912.09666 (a clip level per
     bit-width); arXiv 1912.10207 (calibrated gradient).
   """
-  bits = grid.check_bits(bits, lowest=1, method="pact_activation")
-  _check_scheme(scheme)
+  bits = checks.check_bits(bits, lowest=1, method="pact_activation")
+  checks.one_of("scheme", scheme, SCHEMES)
   initial = _check_initial(initial)
   levels = tuple(_level(b, scheme) for b in bits)
 
   def init(x):
-    grid.check_sign(signed)
-    grid.check_finite("activation", x)
     first = initial
     if first is None:
       first = grid.positive(jnp.abs(grid.widened(x)).max()).astype(jnp.float32)
     return {"clip": jnp.full((len(bits),), first, jnp.float32)}
 
   def fake_quantize(params, x, index):
-    grid.check_sign(signed)
     core = (scheme, signed)
-    grid.check_index(index, bits)
-    level = _select(levels, index)
+    level = grid.select(levels, index)
     return _clipped(core, jnp.asarray(x), params["clip"][index], level)
 
   return ActivationQuantizer(
@@ -224,13 +229,7 @@ def pact_activation(
     with_sign=lambda sign: pact_activation(
       bits, scheme=scheme, initial=initial, signed=sign
     ),
-    name="pact_activation",
-    options=(
-      ("bits", bits),
-      ("scheme", scheme),
-      ("initial", initial),
-      ("signed", signed),
-    ),
+    options=(("initial", initial),),
   )
 
 
@@ -253,13 +252,10 @@ def _backward(core, residuals, g):
   slope = q - jnp.where(inside, x32 * inverse, 0)
   slope = jnp.where(clip < 0, -slope, slope)
 
-  # As in grid: JAX transposes every broadcast along with this stand-in.
-  def stand_in(x, clip):
-    x, clip = x.astype(slope.dtype), clip.astype(slope.dtype)
+  def surrogate(x, clip):
     return jnp.where(inside, x, 0) + clip * slope
 
-  _, transposed = jax.vjp(stand_in, x, clip)
-  return *transposed(g.astype(slope.dtype)), None
+  return *transpose(surrogate, (x, clip), g, slope.dtype), None
 
 
 _clipped.defvjp(_forward, _backward)
@@ -285,14 +281,6 @@ def _level(bits, scheme):
   return _Level(2.0**bits, 2.0**bits - 1, center, 2.0**-bits)
 
 
-def _select(levels, index):
-  """The level at `index`: constants for an int, else a table look-up."""
-  if isinstance(index, int | np.integer):
-    return levels[index]
-  columns = np.array(levels, np.float32).T
-  return _Level(*(jnp.asarray(column)[index] for column in columns))
-
-
 def _codes(level, scheme, u):
   if scheme == "original":
     return jnp.round(u * level.factor)
@@ -305,14 +293,15 @@ def _value(level, codes, signed):
     value = (2 * codes + (2 * level.center - level.factor)) * level.width
   else:
     value = (codes + level.center) * level.width
-  # The bounds part the product from what is subtracted next.
+  # The bounds prevent XLA from contracting the product and what is subtracted
+  # next into an FMA.
   return jnp.clip(value, -1, 1)
 
 
 def _gain(w, w_q, rescale):
   """eta of scale-adjusted training, a float32 scalar."""
   axes = exact_mean.channel_axes(w.ndim, per_channel=False)
-  # The clamps part square roots and quotients, which XLA would merge.
+  # The clamps prevent XLA from merging square roots and quotients.
   spread = grid.positive(exact_mean.mean_and_std(w_q, axes)[1])
   if rescale == "stddev":
     target = grid.positive(exact_mean.mean_and_std(w, axes)[1])
@@ -322,17 +311,12 @@ def _gain(w, w_q, rescale):
   return jnp.where(constant, 1, target * (1 / spread)).reshape(())
 
 
-def _check_scheme(scheme):
-  if scheme not in SCHEMES:
-    raise ValueError(f"scheme={scheme!r}: allowed are {SCHEMES}")
-
-
 def _check_initial(initial):
   if initial is None:
     return None
   number = isinstance(initial, int | float) and not isinstance(initial, bool)
   if not number or not grid.SCALE_MIN <= initial <= grid.SCALE_MAX:
     raise ValueError(
-      f"initial={initial!r}: allowed are None and numbers from 2^-30 to 2^30"
+      f"initial must be None or a number from 2^-30 to 2^30, got {initial!r}"
     )
   return float(initial)

@@ -11,17 +11,34 @@ Networks", AAAI 2021, arXiv 1911.07346.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
 from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.core.tanh_normalize import normalized
+from dr_jax.quant.registry import Recipe, method
 
 
+class _Levels(NamedTuple):
+  """One bit-width: n and 1/n."""
+
+  top: grid.Number
+  inverse: grid.Number
+
+
+@method(
+  any_precision=Recipe(
+    "any_precision",
+    "unit_activation",
+    schedule="accumulate",
+    distillation="recursive",
+  )
+)
 def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   """Builds the Any-Precision weight quantizer.
 
@@ -32,7 +49,7 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
 
   Shared between bit-widths: the float weights and E. Stored: r and E in
   float32, since round(n u) does not nest. Choose it as the rival that learns
-  no parameter beside the weights, where the file may be float.
+  no parameter besides the weights, where the file may be float.
 
   Params: {}.
 
@@ -49,35 +66,30 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   References:
     arXiv 1911.07346.
   """
-  bits = grid.check_bits(bits, lowest=1, method="any_precision")
-  tops = [2.0**b - 1 for b in bits]
+  bits = checks.check_bits(bits, lowest=1, method="any_precision")
+  levels = tuple(_Levels(2.0**b - 1, 1 / (2.0**b - 1)) for b in bits)
 
   def values(r, size, index):
-    top, inverse = _select(tops, index)
+    top, inverse = grid.select(levels, index)
     codes = jnp.round((r * 0.5 + 0.5) * top)
     return (2 * codes - top) * (size * inverse)
 
   def init(w):
-    grid.check_finite("weight", w)
     return {}
 
   def fake_quantize(params, w, index):
     del params
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
     w = jnp.asarray(w)
     r, size = normalized(w), _mean_magnitude(jax.lax.stop_gradient(w))
     w_hat = values(jax.lax.stop_gradient(r), size, index)
-    return grid.straight_through(r * size, w_hat).astype(w.dtype)
+    return straight_through(r * size, w_hat).astype(w.dtype)
 
   def encode(params, w):
     del params
-    grid.check_finite("weight", w)
     w = jnp.asarray(w)
     return {"weight": normalized(w), "size": _mean_magnitude(w)}
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     return values(encoded["weight"], encoded["size"], index)
 
   return WeightQuantizer(
@@ -88,11 +100,10 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
     decode=decode,
     stored_bits=32,
     storage=storage(bits, 32),
-    name="any_precision",
-    options=(("bits", bits),),
   )
 
 
+@method()
 def unit_activation(
   bits: Sequence[int] = (8, 6, 4, 2), *, signed: bool | None = None
 ) -> ActivationQuantizer:
@@ -121,26 +132,23 @@ def unit_activation(
     arXiv 1911.07346.
   """
   if signed:
-    bits = grid.check_bits(bits, method="unit_activation with signed=True")
-  bits = grid.check_bits(bits, lowest=1, method="unit_activation")
+    bits = checks.check_bits(bits, method="unit_activation with signed=True")
+  bits = checks.check_bits(bits, lowest=1, method="unit_activation")
   tops = [2.0 ** (b - 1 if signed else b) - 1 for b in bits]
+  levels = tuple(_Levels(top, 1 / top) for top in tops)
   low = -1 if signed else 0
 
   def init(x):
-    grid.check_sign(signed)
-    grid.check_finite("activation", x)
     return {}
 
   def fake_quantize(params, x, index):
     del params
-    grid.check_sign(signed)
-    grid.check_index(index, bits)
     x = jnp.asarray(x)
     fixed = jax.lax.stop_gradient(x).astype(jnp.float32)
-    top, inverse = _select(tops, index)
+    top, inverse = grid.select(levels, index)
     x_hat = jnp.round(jnp.clip(fixed, low, 1) * top) * inverse
     inside = (fixed >= low) & (fixed <= 1)
-    return grid.straight_through(jnp.where(inside, x, 0), x_hat.astype(x.dtype))
+    return straight_through(jnp.where(inside, x, 0), x_hat.astype(x.dtype))
 
   return ActivationQuantizer(
     bits=bits,
@@ -148,20 +156,9 @@ def unit_activation(
     fake_quantize=fake_quantize,
     signed=signed,
     with_sign=lambda sign: unit_activation(bits, signed=sign),
-    name="unit_activation",
-    options=(("bits", bits), ("signed", signed)),
   )
 
 
 def _mean_magnitude(w):
   axes = exact_mean.channel_axes(w.ndim, per_channel=False)
   return exact_mean.mean(jnp.abs(w), axes)
-
-
-def _select(tops, index):
-  """n and 1/n at `index`: constants for an int, else look-ups."""
-  if isinstance(index, int | np.integer):
-    return tops[index], 1 / tops[index]
-  table = np.array(tops, np.float32)
-  inverses = (1 / np.array(tops)).astype(np.float32)
-  return jnp.asarray(table)[index], jnp.asarray(inverses)[index]

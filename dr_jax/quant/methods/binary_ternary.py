@@ -19,11 +19,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core import checks, exact_mean
 from dr_jax.quant.core.interface import Encoded, Params, WeightQuantizer
 from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.straight_through import straight_through
+from dr_jax.quant.registry import Recipe, method
 
 
+@method(binary=Recipe("binary", "none", bits=(1,)))
 def binary(
   bits: Sequence[int] = (1,), *, per_channel: bool = True
 ) -> WeightQuantizer:
@@ -49,11 +52,10 @@ def binary(
   References:
     arXiv 1603.05279, section 3.1.
   """
-  bits = grid.check_bits(bits, lowest=1, highest=1, method="binary")
+  bits = checks.check_bits(bits, lowest=1, highest=1, method="binary")
 
   def encode(params, w):
     del params
-    grid.check_finite("weight", w)
     w = jnp.asarray(w).astype(jnp.float32)
     axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
     return {
@@ -62,15 +64,13 @@ def binary(
     }
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     scale = encoded["scale"]
     return jnp.where(encoded["codes"] == 1, scale, -scale)
 
-  quantizer = _fixed(bits, encode, decode, signed=False)
-  options = (("bits", bits), ("per_channel", per_channel))
-  return quantizer._replace(name="binary", options=options)
+  return _fixed(bits, encode, decode, signed=False)
 
 
+@method(ternary=Recipe("ternary", bits=(2,)))
 def ternary(
   bits: Sequence[int] = (2,), *, per_channel: bool = True
 ) -> WeightQuantizer:
@@ -95,11 +95,10 @@ def ternary(
   References:
     arXiv 1605.04711, section 2.
   """
-  bits = grid.check_bits(bits, lowest=2, highest=2, method="ternary")
+  bits = checks.check_bits(bits, lowest=2, highest=2, method="ternary")
 
   def encode(params, w):
     del params
-    grid.check_finite("weight", w)
     w = jnp.asarray(w).astype(jnp.float32)
     axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
     sizes = jnp.abs(w)
@@ -111,32 +110,28 @@ def ternary(
     }
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     scale = encoded["scale"]
     return encoded["codes"].astype(scale.dtype) * scale
 
-  quantizer = _fixed(bits, encode, decode, signed=True)
-  options = (("bits", bits), ("per_channel", per_channel))
-  return quantizer._replace(name="ternary", options=options)
+  return _fixed(bits, encode, decode, signed=True)
 
 
 def _fixed(
   bits: tuple[int, ...],
   encode: Callable[[Params, jax.Array], Encoded],
-  decode: Callable[[Encoded, grid.Index], jax.Array],
+  decode: Callable[[Encoded, checks.Index], jax.Array],
   *,
   signed: bool,
 ) -> WeightQuantizer:
   """Builds a quantizer that learns nothing, straight-through."""
 
   def init(w):
-    grid.check_finite("weight", w)
     return {}
 
   def fake_quantize(params, w, index):
     w = jnp.asarray(w)
     w_hat = decode(encode(params, jax.lax.stop_gradient(w)), index)
-    return grid.straight_through(w, w_hat.astype(w.dtype))
+    return straight_through(w, w_hat.astype(w.dtype))
 
   return WeightQuantizer(
     bits=bits,

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dr_jax.quant.core import grid
+from dr_jax.quant.core import checks, grid
 from dr_jax.quant.core.interface import WeightQuantizer
 from dr_jax.quant.methods.double_rounding import nested
 from dr_jax.quant.methods.lsq import initial_scale
+from dr_jax.quant.registry import Recipe, method
 
 
+@method(bit_mixer=Recipe("bit_mixer", curriculum="bit_mixer"))
 def bit_mixer(
   bits: Sequence[int] = (8, 6, 4, 2), *, per_channel: bool = True
 ) -> WeightQuantizer:
@@ -43,12 +45,10 @@ def bit_mixer(
   References:
     Bulat and Tzimiropoulos, ICCV 2021, section 3.
   """
-  bits = grid.check_bits(bits)
+  bits = checks.check_bits(bits)
   grids = grid.nested_grids(bits, "floor", symmetric=True)
 
   def scale_of(w):
     return initial_scale(w, grids[0].first_high, per_channel=per_channel)
 
-  quantizer = nested(bits, grids, "floor", scale_of)
-  options = (("bits", bits), ("per_channel", per_channel))
-  return quantizer._replace(name="bit_mixer", options=options)
+  return nested(bits, grids, "floor", scale_of)

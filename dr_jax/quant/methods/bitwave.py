@@ -27,8 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import Storage, WeightQuantizer
+from dr_jax.quant.core.straight_through import straight_through
+from dr_jax.quant.registry import Recipe, method
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Int
@@ -41,6 +43,7 @@ _MASKS = np.array(sorted(range(_HIGH + 1), key=int.bit_count), np.int32)
 _COUNTS = np.cumsum([math.comb(_COLUMNS, n) for n in range(_COLUMNS + 1)])
 
 
+@method(bitwave=Recipe("bitwave", curriculum="post_training"))
 def bitwave(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -80,22 +83,20 @@ def bitwave(
   References:
     Shi et al., HPCA 2024.
   """
-  bits = grid.check_bits(bits, method="bitwave")
+  bits = checks.check_bits(bits, method="bitwave")
   _check_group(group)
 
   def init(w):
-    grid.check_finite("weight", w)
     return {}
 
   def fake_quantize(params, w, index):
     w = jnp.asarray(w)
     encoded = encode(params, jax.lax.stop_gradient(w))
     w_hat = decode(encoded, index)
-    return grid.straight_through(w, w_hat.astype(w.dtype))
+    return straight_through(w, w_hat.astype(w.dtype))
 
   def encode(params, w):
     del params
-    grid.check_finite("weight", w)
     w = jnp.asarray(w).astype(jnp.float32)
     axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
     largest = exact_mean.largest_magnitude(w, axes)
@@ -104,7 +105,6 @@ def bitwave(
     return {"codes": codes.astype(jnp.int8), "scale": scale}
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     target = jnp.asarray(bits, jnp.int32)[index]
     codes = _flip(encoded["codes"], target, group=group)
     return codes.astype(jnp.float32) * encoded["scale"]
@@ -117,8 +117,6 @@ def bitwave(
     decode=decode,
     stored_bits=8,
     storage=_storage(bits, group),
-    name="bitwave",
-    options=(("bits", bits), ("group", group), ("per_channel", per_channel)),
   )
 
 
@@ -139,12 +137,12 @@ def skipped_columns(
     ValueError: for bits outside 2..8, another group, or codes that are no
       integers or outside -127..127.
   """
-  (bits,) = grid.check_bits([bits], method="bitwave")
+  (bits,) = checks.check_bits([bits], method="bitwave")
   _check_group(group)
-  codes = grid.check_integers("codes", codes)
+  codes = checks.check_integers("codes", codes)
   low, high = int(codes.min()), int(codes.max())
   if low < -_HIGH or high > _HIGH:
-    raise ValueError(f"codes: {low}..{high}; allowed are -{_HIGH}..{_HIGH}")
+    raise ValueError(f"codes must be in -{_HIGH}..{_HIGH}, got {low}..{high}")
   planes = _planes(_flip(codes, jnp.int32(bits), group=group), group)
   return 1 - float(planes.any(2).mean())
 

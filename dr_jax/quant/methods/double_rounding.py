@@ -14,16 +14,23 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-import numpy as np
 
-from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import WeightQuantizer
 from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.straight_through import round_straight_through
+from dr_jax.quant.registry import Recipe, method
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, Int
 
 
+@method(
+  double_rounding=Recipe("double_rounding", alrs="eta"),
+  double_rounding_unshared=Recipe(
+    "double_rounding", weight_options={"shared": False}, alrs="eta"
+  ),
+)
 def double_rounding(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -63,23 +70,16 @@ def double_rounding(
   References:
     arXiv 2502.01199, section 3.1.
   """
-  bits = grid.check_bits(bits)
-  grid.check_rounding(rounding)
+  bits = checks.check_bits(bits)
+  checks.check_rounding(rounding)
   if not isinstance(shared, bool):
-    raise ValueError(f"shared={shared!r}: allowed are True and False")
+    raise ValueError(f"shared must be True or False, got {shared!r}")
 
   def scale_of(w):
     return three_sigma_scale(w, bits[0], per_channel=per_channel)
 
   build = nested if shared else _unshared
-  quantizer = build(bits, grid.nested_grids(bits, rounding), rounding, scale_of)
-  options = (
-    ("bits", bits),
-    ("rounding", rounding),
-    ("per_channel", per_channel),
-    ("shared", shared),
-  )
-  return quantizer._replace(name="double_rounding", options=options)
+  return build(bits, grid.nested_grids(bits, rounding), rounding, scale_of)
 
 
 def nested(
@@ -104,13 +104,10 @@ def nested(
   low, high = int(grids[0].first_low), int(grids[0].first_high)
 
   def init(w):
-    grid.check_finite("weight", w)
     return {"scale": scale_of(w)}
 
   def fake_quantize(params, w, index):
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
-    return grid.round_straight_through(
+    return round_straight_through(
       w,
       params["scale"],
       grids,
@@ -122,14 +119,12 @@ def nested(
     )
 
   def encode(params, w):
-    grid.check_finite("weight", w)
     w, scale = grid.working_floats(w, params["scale"])
     codes = grid.first_codes(w, scale, low, high, first)
     return {"codes": codes.astype(jnp.int8), "scale": scale}
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
-    shift = _at([bits[0] - b for b in bits], index)
+    shift = grid.entry([bits[0] - b for b in bits], index)
     codes = shift_codes(encoded["codes"], shift, rounding)
     target = grid.select(grids, index)
     scale = encoded["scale"]
@@ -169,18 +164,20 @@ def switch_codes(
 
   Raises:
     ValueError: if to_bits > from_bits, either is outside 2..8, the rounding is
-      unknown, or codes are no integers.
+      unknown, or codes are not integers.
 
   References:
     arXiv 2502.01199, eq. 2.
   """
-  grid.check_rounding(rounding)
-  (from_bits,) = grid.check_bits([from_bits])
-  (to_bits,) = grid.check_bits([to_bits])
+  checks.check_rounding(rounding)
+  (from_bits,) = checks.check_bits([from_bits])
+  (to_bits,) = checks.check_bits([to_bits])
   if to_bits > from_bits:
-    raise ValueError(f"to_bits={to_bits}: allowed are 2..from_bits={from_bits}")
+    raise ValueError(
+      f"to_bits must be in 2..{from_bits}, at most from_bits, got {to_bits}"
+    )
   low, high = grid.code_range(to_bits)
-  codes = grid.check_integers("codes", codes)
+  codes = checks.check_integers("codes", codes)
   shifted = shift_codes(codes, from_bits - to_bits, rounding)
   return jnp.clip(shifted, low, high).astype(jnp.int8)
 
@@ -210,18 +207,14 @@ def _unshared(bits, grids, rounding, scale_of):
   """Double Rounding with a scale per bit-width on shared float weights."""
 
   def init(w):
-    grid.check_finite("weight", w)
     return {"scale": jnp.stack([scale_of(w)] * len(bits))}
 
   def fake_quantize(params, w, index):
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
-    return grid.round_straight_through(
+    return round_straight_through(
       w, params["scale"][index], grids, index, rounding=rounding, double=True
     )
 
   def encode(params, w):
-    grid.check_finite("weight", w)
     w, scale = grid.working_floats(w, params["scale"])
     return {"weight": w, "scale": scale}
 
@@ -240,7 +233,7 @@ def _unshared(bits, grids, rounding, scale_of):
 
 
 def shift_codes(
-  codes: Int[Array, ...], shift: grid.Index, rounding: str
+  codes: Int[Array, ...], shift: checks.Index, rounding: str
 ) -> Int[Array, ...]:
   """Rounds codes / 2^shift in int32; `shift` is an int or an int32 scalar."""
   q = codes.astype(jnp.int32)
@@ -251,9 +244,3 @@ def shift_codes(
     # Half, less one unless the floor is odd; nothing when shift is 0.
     q = q + jnp.maximum(half - 1 + ((q >> shift) & 1), 0)
   return q >> shift
-
-
-def _at(table, index):
-  if isinstance(index, int | np.integer):
-    return table[index]
-  return jnp.asarray(table, jnp.int32)[index]

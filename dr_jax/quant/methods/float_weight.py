@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from dr_jax.quant.core import grid
+from dr_jax.quant.core import checks, grid
 from dr_jax.quant.core.interface import WeightQuantizer
 from dr_jax.quant.core.packing import storage
+from dr_jax.quant.registry import method
 
 
+@method()
 def float_weight(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   """Builds the quantizer that leaves weights alone.
 
@@ -32,26 +34,21 @@ def float_weight(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
     ValueError: for bits outside 1..8 or not descending, or, outside jit, NaN
       or infinite weights.
   """
-  bits = grid.check_bits(bits, lowest=1, method="float_weight")
+  bits = checks.check_bits(bits, lowest=1, method="float_weight")
 
   def init(w):
-    grid.check_finite("weight", w)
     return {}
 
   def fake_quantize(params, w, index):
     del params
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
     # Under shard_map the result varies over the mesh if the index does.
     return jnp.where(jnp.asarray(index) >= 0, w, w)
 
   def encode(params, w):
     del params
-    grid.check_finite("weight", w)
     return {"weight": grid.widened(w)}
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     return encoded["weight"]
 
   return WeightQuantizer(
@@ -62,6 +59,4 @@ def float_weight(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
     decode=decode,
     stored_bits=32,
     storage=storage((32,) * len(bits), 32),
-    name="float_weight",
-    options=(("bits", bits),),
   )

@@ -9,19 +9,22 @@ with one it is separate quantization-aware training. arXiv 1902.08153.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
 from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.straight_through import round_straight_through
+from dr_jax.quant.registry import Recipe, method
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float
 
 
+@method(lsq=Recipe("lsq"))
 def lsq(
   bits: Sequence[int] = (8, 6, 4, 2), *, per_channel: bool = True
 ) -> WeightQuantizer:
@@ -47,50 +50,16 @@ def lsq(
   References:
     arXiv 1902.08153, eq. 1 to 5. Gradients pass where Q_N <= w/s <= Q_P.
   """
-  bits = grid.check_bits(bits)
-  grids = grid.single_grids(bits, signed=True)
-  stored_bits = bits[0] if len(bits) == 1 else 32
+  bits = checks.check_bits(bits)
 
-  def init(w):
-    grid.check_finite("weight", w)
-    scales = [initial_scale(w, g.high, per_channel=per_channel) for g in grids]
-    return {"scale": jnp.stack(scales)}
+  def scale_of(w, b):
+    high = grid.code_range(b)[1]
+    return initial_scale(w, high, per_channel=per_channel)
 
-  def fake_quantize(params, w, index):
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
-    return grid.round_straight_through(w, params["scale"][index], grids, index)
-
-  def encode(params, w):
-    grid.check_finite("weight", w)
-    w, scale = grid.working_floats(w, params["scale"])
-    if len(bits) > 1:
-      return {"weight": w, "scale": scale}
-    codes = grid.first_codes(w, scale[0], *grid.code_range(bits[0]))
-    return {"codes": codes.astype(jnp.int8), "scale": scale}
-
-  def decode(encoded, index):
-    grid.check_index(index, bits)
-    scale = encoded["scale"][index]
-    if "codes" in encoded:
-      return encoded["codes"].astype(scale.dtype) * scale
-    target = grid.select(grids, index)
-    w = encoded["weight"]
-    return grid.first_codes(w, scale, target.low, target.high) * scale
-
-  return WeightQuantizer(
-    bits=bits,
-    init=init,
-    fake_quantize=fake_quantize,
-    encode=encode,
-    decode=decode,
-    stored_bits=stored_bits,
-    storage=storage(bits, stored_bits),
-    name="lsq",
-    options=(("bits", bits), ("per_channel", per_channel)),
-  )
+  return scale_per_bit_width(bits, scale_of)
 
 
+@method()
 def lsq_activation(
   bits: Sequence[int] = (8, 6, 4, 2), *, signed: bool | None = None
 ) -> ActivationQuantizer:
@@ -112,19 +81,15 @@ def lsq_activation(
   References:
     arXiv 1902.08153; arXiv 2502.01199, section 3.1 (a scale per bit-width).
   """
-  bits = grid.check_bits(bits)
+  bits = checks.check_bits(bits)
   grids = grid.single_grids(bits, signed=bool(signed))
 
   def init(x):
-    grid.check_sign(signed)
-    grid.check_finite("activation", x)
     size = 2 * jnp.abs(grid.widened(x)).mean()
     return {"scale": jnp.stack([_scale(size, g.high) for g in grids])}
 
   def fake_quantize(params, x, index):
-    grid.check_sign(signed)
-    grid.check_index(index, bits)
-    return grid.round_straight_through(x, params["scale"][index], grids, index)
+    return round_straight_through(x, params["scale"][index], grids, index)
 
   return ActivationQuantizer(
     bits=bits,
@@ -132,8 +97,6 @@ def lsq_activation(
     fake_quantize=fake_quantize,
     signed=signed,
     with_sign=lambda sign: lsq_activation(bits, signed=sign),
-    name="lsq_activation",
-    options=(("bits", bits), ("signed", signed)),
   )
 
 
@@ -162,15 +125,60 @@ def fake_quantize(
   References:
     arXiv 1902.08153, eq. 1 to 3.
   """
-  grids = grid.single_grids(grid.check_bits([bits]), signed=signed)
+  grids = grid.single_grids(checks.check_bits([bits]), signed=signed)
   x, scale = jnp.asarray(x), jnp.asarray(scale)
   pairs = zip(scale.shape, x.shape, strict=False)
   if scale.ndim not in (0, x.ndim) or any(s not in (1, n) for s, n in pairs):
     raise ValueError(
-      f"scale: shape {scale.shape}; allowed are () and, axis by axis, 1 or the "
-      f"size of x, {x.shape}"
+      f"scale must have shape () or, axis by axis, 1 or the size of x, "
+      f"{x.shape}, got {scale.shape}"
     )
-  return grid.round_straight_through(x, scale, grids, 0)
+  return round_straight_through(x, scale, grids, 0)
+
+
+def scale_per_bit_width(
+  bits: tuple[int, ...],
+  scale_of: Callable[[Float[Array, ...], int], Float[Array, ...]],
+) -> WeightQuantizer:
+  """Builds a quantizer that rounds float weights with a scale per bit-width.
+
+  Args:
+    bits: candidate bit-widths, checked.
+    scale_of: `scale_of(w, b)`, initial scale of a weight at b bits.
+  """
+  grids = grid.single_grids(bits, signed=True)
+  stored_bits = bits[0] if len(bits) == 1 else 32
+
+  def init(w):
+    return {"scale": jnp.stack([scale_of(w, b) for b in bits])}
+
+  def fake_quantize(params, w, index):
+    return round_straight_through(w, params["scale"][index], grids, index)
+
+  def encode(params, w):
+    w, scale = grid.working_floats(w, params["scale"])
+    if len(bits) > 1:
+      return {"weight": w, "scale": scale}
+    codes = grid.first_codes(w, scale[0], *grid.code_range(bits[0]))
+    return {"codes": codes.astype(jnp.int8), "scale": scale}
+
+  def decode(encoded, index):
+    scale = encoded["scale"][index]
+    if "codes" in encoded:
+      return encoded["codes"].astype(scale.dtype) * scale
+    target = grid.select(grids, index)
+    w = encoded["weight"]
+    return grid.first_codes(w, scale, target.low, target.high) * scale
+
+  return WeightQuantizer(
+    bits=bits,
+    init=init,
+    fake_quantize=fake_quantize,
+    encode=encode,
+    decode=decode,
+    stored_bits=stored_bits,
+    storage=storage(bits, stored_bits),
+  )
 
 
 def initial_scale(

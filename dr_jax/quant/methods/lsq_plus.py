@@ -15,16 +15,19 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dr_jax.quant.core import grid
+from dr_jax.quant.core import checks, grid
 from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
+from dr_jax.quant.core.straight_through import transpose
 from dr_jax.quant.methods.double_rounding import three_sigma_scale
-from dr_jax.quant.methods.lsq import lsq
+from dr_jax.quant.methods.lsq import scale_per_bit_width
+from dr_jax.quant.registry import Recipe, method
 
 # Offsets are read through a clamp to as many of the largest scale as 8-bit
 # codes have levels, which keeps them finite whatever an optimizer does.
 _OFFSET_MAX = grid.SCALE_MAX * 2.0**8
 
 
+@method(lsq_plus=Recipe("lsq_plus", "lsq_plus_activation"))
 def lsq_plus(
   bits: Sequence[int] = (8, 6, 4, 2), *, per_channel: bool = True
 ) -> WeightQuantizer:
@@ -49,17 +52,15 @@ def lsq_plus(
   References:
     arXiv 2004.09576, section 3.3.1. Gradients as in `lsq`.
   """
-  bits = grid.check_bits(bits, method="lsq_plus")
+  bits = checks.check_bits(bits, method="lsq_plus")
 
-  def init(w):
-    grid.check_finite("weight", w)
-    scales = [three_sigma_scale(w, b, per_channel=per_channel) for b in bits]
-    return {"scale": jnp.stack(scales)}
+  def scale_of(w, b):
+    return three_sigma_scale(w, b, per_channel=per_channel)
 
-  quantizer = lsq(bits, per_channel=per_channel)
-  return quantizer._replace(init=init, name="lsq_plus")
+  return scale_per_bit_width(bits, scale_of)
 
 
+@method()
 def lsq_plus_activation(
   bits: Sequence[int] = (8, 6, 4, 2), *, signed: bool | None = None
 ) -> ActivationQuantizer:
@@ -91,11 +92,10 @@ def lsq_plus_activation(
   References:
     arXiv 2004.09576, section 3.1 and 3.2.
   """
-  bits = grid.check_bits(bits, method="lsq_plus_activation")
+  bits = checks.check_bits(bits, method="lsq_plus_activation")
   grids = grid.single_grids(bits, signed=False)
 
   def init(x):
-    grid.check_finite("activation", x)
     x = grid.widened(x)
     low, high = x.min(), x.max()
     scale = jnp.stack([(high - low) / g.high for g in grids])
@@ -106,7 +106,6 @@ def lsq_plus_activation(
     }
 
   def fake_quantize(params, x, index):
-    grid.check_index(index, bits)
     x, top = jnp.asarray(x), jnp.asarray([float(g.high) for g in grids])[index]
     return _shifted(x, params["scale"][index], params["offset"][index], top)
 
@@ -116,16 +115,14 @@ def lsq_plus_activation(
     fake_quantize=fake_quantize,
     signed=False,
     with_sign=lambda sign: lsq_plus_activation(bits, signed=sign),
-    name="lsq_plus_activation",
-    options=(("bits", bits), ("signed", signed)),
   )
 
 
 @jax.custom_vjp
 def _shifted(x, scale, offset, top):
   _, scale, offset, _, q = _quantize(x, scale, offset, top)
-  # The bound holds anyway: it parts the product from the sum, which some
-  # programs would contract to one operation with one rounding.
+  # The bound holds anyway: it prevents XLA from contracting product and sum
+  # into an FMA, with one rounding, in some programs and not in others.
   return (jnp.minimum(q * scale, top * scale) + offset).astype(x.dtype)
 
 
@@ -141,13 +138,10 @@ def _backward(residuals, g):
   slope = (q - jnp.where(inside, shifted, 0) * (1 / scale32)) * factor
   outside = jnp.where(inside, 0, factor)
 
-  # As in grid: JAX transposes every broadcast along with this stand-in.
-  def stand_in(x, scale, offset):
-    x, scale, offset = (a.astype(x32.dtype) for a in (x, scale, offset))
+  def surrogate(x, scale, offset):
     return jnp.where(inside, x, 0) + scale * slope + offset * outside
 
-  _, transposed = jax.vjp(stand_in, x, scale, offset)
-  return *transposed(g.astype(x32.dtype)), None
+  return *transpose(surrogate, (x, scale, offset), g, x32.dtype), None
 
 
 _shifted.defvjp(_forward, _backward)

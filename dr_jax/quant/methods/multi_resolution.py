@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dr_jax.quant.core import exact_mean, grid, signed_digits
+from dr_jax.quant.core import checks, exact_mean, grid, signed_digits
 from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
 from dr_jax.quant.core.packing import storage
 from dr_jax.quant.core.signed_digits import (
@@ -28,15 +28,24 @@ from dr_jax.quant.core.signed_digits import (
 )
 from dr_jax.quant.methods.term_quantization import (
   check_budgets,
-  check_integer,
   check_terms,
 )
+from dr_jax.quant.registry import Recipe, method
 
 # Three standard deviations of a normalized weight.
 _FIRST_SCALE = 3.0
 _ACTIVATION_TOP = 31
 
 
+@method(
+  multi_resolution=Recipe(
+    "multi_resolution",
+    "multi_resolution_activation",
+    schedule="accumulate",
+    sampling="pair",
+    distillation="resolution",
+  )
+)
 def multi_resolution(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -80,30 +89,25 @@ def multi_resolution(
   References:
     Zhang et al., ASPLOS 2021.
   """
-  bits = grid.check_bits(bits, method="multi_resolution")
-  group = check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
-  magnitude_bits = check_integer("magnitude_bits", magnitude_bits, 1, 8)
+  bits = checks.check_bits(bits, method="multi_resolution")
+  group = checks.check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
+  magnitude_bits = checks.check_integer("magnitude_bits", magnitude_bits, 1, 8)
   budgets = check_budgets(bits, budgets, group)
   top = 2**magnitude_bits - 1
   terms = Terms(top, top, "naf", group)
 
   def init(w):
-    grid.check_finite("weight", w)
     return {"scale": jnp.full((1,) * w.ndim, _FIRST_SCALE, jnp.float32)}
 
   def fake_quantize(params, w, index):
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
     w = jnp.asarray(w)
     out = round_terms(terms, _normalized(w), params["scale"], budgets, index)
     return out.astype(w.dtype)
 
   def encode(params, w):
-    grid.check_finite("weight", w)
     return encode_terms(terms, _normalized(jnp.asarray(w)), params["scale"])
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     return decode_terms(terms, encoded, budgets, index)
 
   return WeightQuantizer(
@@ -114,9 +118,7 @@ def multi_resolution(
     decode=decode,
     stored_bits=magnitude_bits + 1,
     storage=storage((magnitude_bits + 1,) * len(bits), magnitude_bits + 1),
-    name="multi_resolution",
     options=(
-      ("bits", bits),
       ("budgets", budgets),
       ("group", group),
       ("magnitude_bits", magnitude_bits),
@@ -124,6 +126,7 @@ def multi_resolution(
   )
 
 
+@method()
 def multi_resolution_activation(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -158,7 +161,7 @@ def multi_resolution_activation(
   References:
     Zhang et al., ASPLOS 2021.
   """
-  bits = grid.check_bits(bits, method="multi_resolution_activation")
+  bits = checks.check_bits(bits, method="multi_resolution_activation")
   if terms is None:
     terms = [3 if b >= 4 else 2 for b in bits]
   terms = check_terms(bits, terms)
@@ -172,15 +175,11 @@ def multi_resolution_activation(
   )
 
   def init(x):
-    grid.check_sign(signed)
-    grid.check_finite("activation", x)
     size = jnp.abs(jnp.asarray(x).astype(jnp.float32)).mean()
     scale = grid.positive(size * (2 * _ACTIVATION_TOP**0.5))
     return {"scale": scale.reshape(1)}
 
   def fake_quantize(params, x, index):
-    grid.check_sign(signed)
-    grid.check_index(index, bits)
     return round_terms(core, x, params["scale"][0], terms, index)
 
   return ActivationQuantizer(
@@ -191,8 +190,6 @@ def multi_resolution_activation(
     with_sign=lambda sign: multi_resolution_activation(
       bits, terms=terms, signed=sign
     ),
-    name="multi_resolution_activation",
-    options=(("bits", bits), ("terms", terms), ("signed", signed)),
   )
 
 
@@ -202,6 +199,6 @@ def _normalized(w):
   axes = exact_mean.channel_axes(w.ndim, per_channel=False)
   mean, std = exact_mean.mean_and_std(jax.lax.stop_gradient(w), axes)
   # XLA turns 1 / sqrt into another instruction in some programs: the clamp
-  # parts them. The bounds on v hold anyway and part its product from the next.
+  # prevents it. The bounds on v hold anyway and prevent merged products.
   v = (w - mean) * (1 / grid.positive(std))
   return jnp.clip(v, -grid.SCALE_MAX, grid.SCALE_MAX)

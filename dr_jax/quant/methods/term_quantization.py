@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from dr_jax.quant.core import exact_mean, grid, signed_digits
+from dr_jax.quant.core import checks, exact_mean, grid, signed_digits
 from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
 from dr_jax.quant.core.packing import storage
 from dr_jax.quant.core.signed_digits import (
@@ -27,11 +27,17 @@ from dr_jax.quant.core.signed_digits import (
   round_codes,
   round_terms,
 )
+from dr_jax.quant.registry import Recipe, method
 
 # Where the published search looks for an activation's scale.
 _REACH, _BINS, _SCALES = 50.0, 4096, 2047
 
 
+@method(
+  term_quantization=Recipe(
+    "term_quantization", "term_activation", curriculum="post_training"
+  )
+)
 def term_quantization(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -73,9 +79,9 @@ def term_quantization(
   References:
     Kung, McDanel, Zhang, SC 2020.
   """
-  bits = grid.check_bits(bits, method="term_quantization")
-  group = check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
-  weight_bits = check_integer("weight_bits", weight_bits, 1, 9)
+  bits = checks.check_bits(bits, method="term_quantization")
+  group = checks.check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
+  weight_bits = checks.check_integer("weight_bits", weight_bits, 1, 9)
   budgets = check_budgets(bits, budgets, group)
   top = 2 ** (weight_bits - 1)
   terms = Terms(top, 1, "hese", group)
@@ -85,24 +91,19 @@ def term_quantization(
     return exact_mean.largest_magnitude(w, axes) * (1 / top)
 
   def init(w):
-    grid.check_finite("weight", w)
     return {}
 
   def fake_quantize(params, w, index):
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
     w = jnp.asarray(w)
     x = w.astype(jnp.float32)
     scale = jax.lax.stop_gradient(scale_of(x))
     return round_terms(terms, x, scale, budgets, index).astype(w.dtype)
 
   def encode(params, w):
-    grid.check_finite("weight", w)
     x = jnp.asarray(w).astype(jnp.float32)
     return encode_terms(terms, x, scale_of(x))
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     return decode_terms(terms, encoded, budgets, index)
 
   return WeightQuantizer(
@@ -113,9 +114,7 @@ def term_quantization(
     decode=decode,
     stored_bits=weight_bits + 1,
     storage=storage((weight_bits + 1,) * len(bits), weight_bits + 1),
-    name="term_quantization",
     options=(
-      ("bits", bits),
       ("budgets", budgets),
       ("group", group),
       ("weight_bits", weight_bits),
@@ -123,6 +122,7 @@ def term_quantization(
   )
 
 
+@method()
 def term_activation(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -158,8 +158,8 @@ def term_activation(
   References:
     Kung, McDanel, Zhang, SC 2020.
   """
-  bits = grid.check_bits(bits, method="term_activation")
-  data_bits = check_integer("data_bits", data_bits, 1, 9)
+  bits = checks.check_bits(bits, method="term_activation")
+  data_bits = checks.check_integer("data_bits", data_bits, 1, 9)
   if terms is None:
     terms = [-(-b // 2) for b in bits]
   terms = check_terms(bits, terms)
@@ -167,13 +167,9 @@ def term_activation(
   core = Terms(top, 1, "hese", 0, signed=bool(signed), masked=True)
 
   def init(x):
-    grid.check_sign(signed)
-    grid.check_finite("activation", x)
     return {"scale": _best_scales(core, x, terms)}
 
   def fake_quantize(params, x, index):
-    grid.check_sign(signed)
-    grid.check_index(index, bits)
     scale = jax.lax.stop_gradient(params["scale"][index])
     return round_terms(core, x, scale, terms, index)
 
@@ -185,13 +181,7 @@ def term_activation(
     with_sign=lambda sign: term_activation(
       bits, data_bits=data_bits, terms=terms, signed=sign
     ),
-    name="term_activation",
-    options=(
-      ("bits", bits),
-      ("data_bits", data_bits),
-      ("terms", terms),
-      ("signed", signed),
-    ),
+    options=(("data_bits", data_bits), ("terms", terms)),
   )
 
 
@@ -230,18 +220,6 @@ def _replicated(x):
   return jax.sharding.reshard(x, P()) if spread else x
 
 
-def check_integer(name: str, value: int, lowest: int, highest: int) -> int:
-  """Returns an option that is an integer within bounds."""
-  allowed = f"{name}={value!r}: allowed are integers {lowest}..{highest}"
-  try:
-    checked = operator.index(value)
-  except TypeError:
-    raise ValueError(allowed) from None
-  if not lowest <= checked <= highest:
-    raise ValueError(allowed)
-  return checked
-
-
 def check_budgets(
   bits: tuple[int, ...], budgets: Sequence[int] | None, group: int
 ) -> tuple[int, ...]:
@@ -254,8 +232,8 @@ def check_budgets(
   if len(checked) != len(bits) or not descending or min(checked) < 1:
     default = f" (which is {tuple(given)})" if budgets is None else ""
     raise ValueError(
-      f"budgets={budgets!r}{default}: allowed are {len(bits)} integers from 1 "
-      f"up, strictly descending, one for each of bits={bits}"
+      f"budgets must be {len(bits)} integers >= 1, strictly descending, one "
+      f"for each of bits={bits}, got {budgets!r}{default}"
     )
   return checked
 
@@ -266,14 +244,14 @@ def check_terms(bits: tuple[int, ...], terms: Sequence[int]) -> tuple[int, ...]:
   ascending = any(a < b for a, b in zip(checked, checked[1:], strict=False))
   if len(checked) != len(bits) or ascending or min(checked) < 1:
     raise ValueError(
-      f"terms={terms!r}: allowed are {len(bits)} integers from 1 up, never "
-      f"ascending, one for each of bits={bits}"
+      f"terms must be {len(bits)} integers >= 1, never ascending, one for each "
+      f"of bits={bits}, got {terms!r}"
     )
   return checked
 
 
 def _integers(values):
-  """The values as integers; nothing if one is none."""
+  """The values as integers; empty if one is not an integer."""
   try:
     return tuple(operator.index(v) for v in values)
   except TypeError:

@@ -25,14 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dr_jax.quant.core import exact_mean, grid
+from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import WeightQuantizer
 from dr_jax.quant.core.packing import packed_size, storage
+from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.methods.double_rounding import (
   nested,
   shift_codes,
   three_sigma_scale,
 )
+from dr_jax.quant.registry import Recipe, method
 
 SCHEMES = ("truncquant", "matquant")
 
@@ -43,6 +45,15 @@ _ZERO_POINT_MAX = 2.0**24
 _LARGEST = float(np.finfo(np.float32).max)
 
 
+@method(
+  truncquant=Recipe("truncation", weight_options={"scheme": "truncquant"}),
+  matquant=Recipe(
+    "truncation",
+    weight_options={"scheme": "matquant"},
+    schedule="accumulate",
+    lowest_loss_weight=1.0,
+  ),
+)
 def truncation(
   bits: Sequence[int] = (8, 6, 4, 2),
   *,
@@ -59,8 +70,8 @@ def truncation(
   about a quantizer is to be learned, as for models fine-tuned briefly.
 
   "truncquant": signed codes, equations above. Params: {"scale": float32
-  [1, ..., 1, c_out]}, or all ones per tensor. Chosen: the value in the middle
-  of what a code stands for (with floors alone, weights would lose half a level
+  [1, ..., 1, c_out]}, or all ones per tensor. Chosen: the midpoint
+  of a code's bin (with floors alone, weights would lose half a level
   on average, more at fewer bits), so that no code stands for zero; one learned
   scale with LSQ's gradient, which passes where -2^(h-1) <= w/s <= 2^(h-1); it
   starts at max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1), as Double Rounding's.
@@ -88,29 +99,21 @@ def truncation(
   References:
     arXiv 2506.11431; arXiv 2502.06786, section 3.
   """
-  bits = grid.check_bits(bits, method="truncation")
-  if scheme not in SCHEMES:
-    raise ValueError(f"scheme={scheme!r}: allowed are {SCHEMES}")
+  bits = checks.check_bits(bits, method="truncation")
+  checks.one_of("scheme", scheme, SCHEMES)
   has_sign = scheme == "truncquant"
   if signed not in (None, has_sign):
-    raise ValueError(f"signed={signed}: {scheme} allows None and {has_sign}")
+    raise ValueError(
+      f"signed must be None or {has_sign} for {scheme}, got {signed}"
+    )
   if extra_precision and scheme == "truncquant":
     raise ValueError(
-      "extra_precision=True: truncquant allows False only, having no clamp to "
-      "leave out; allowed for matquant"
+      "extra_precision must be False for truncquant, which has no clamp to "
+      "leave out; matquant has one"
     )
   if scheme == "truncquant":
-    quantizer = _truncquant(bits, per_channel)
-  else:
-    quantizer = _matquant(bits, per_channel, extra_precision)
-  options = (
-    ("bits", bits),
-    ("scheme", scheme),
-    ("signed", signed),
-    ("per_channel", per_channel),
-    ("extra_precision", extra_precision),
-  )
-  return quantizer._replace(name="truncation", options=options)
+    return _truncquant(bits, per_channel)
+  return _matquant(bits, per_channel, extra_precision)
 
 
 def _truncquant(bits, per_channel):
@@ -140,25 +143,20 @@ def _matquant(bits, per_channel, extra_precision):
     return jnp.clip(levels.astype(scale.dtype) * scale, -_LARGEST, _LARGEST)
 
   def init(w):
-    grid.check_finite("weight", w)
     return {}
 
   def fake_quantize(params, w, index):
-    grid.check_index(index, bits)
-    grid.check_finite("weight", w)
     w = jnp.asarray(w)
     fixed = jax.lax.stop_gradient(w)
     w_hat = values(*_min_max_codes(fixed, bits[0], per_channel), index)
-    return grid.straight_through(w, w_hat.astype(w.dtype))
+    return straight_through(w, w_hat.astype(w.dtype))
 
   def encode(params, w):
-    grid.check_finite("weight", w)
     codes, scale, zero_point = _min_max_codes(w, bits[0], per_channel)
     codes = codes.astype(jnp.uint8)
     return {"codes": codes, "scale": scale, "zero_point": zero_point}
 
   def decode(encoded, index):
-    grid.check_index(index, bits)
     scale, zero_point = encoded["scale"], encoded["zero_point"]
     return values(encoded["codes"], scale, zero_point, index)
 

@@ -176,7 +176,7 @@ def test_a_damaged_share_gives_way_to_the_checkpoint_before(
     assert f"damaged checkpoint {workdir}" in warning
     assert warning.endswith(f"taking step {BEFORE}")
     assert "Traceback" not in text
-  assert f"goes on from step {BEFORE} of {LAST}" in said[0]
+  assert f"resumes from step {BEFORE} of {LAST}" in said[0]
   expected, found = final(together), final(workdir)
   for a, b in zip(
     jax.tree.leaves(expected), jax.tree.leaves(found), strict=True

@@ -120,7 +120,9 @@ def test_a_mixed_precision_job_of_two_processes_ends_as_that_of_one(
   shapes = [
     {
       name: (tensor.dtype, tensor.shape)
-      for name, tensor in deploy.read(place / "export" / "model")[1].items()
+      for name, tensor in deploy.open(
+        place / "export" / "model"
+      ).tensors.items()
     }
     for place in (one, two)
   ]
@@ -152,7 +154,7 @@ def test_the_first_process_counts_what_no_process_could_read(tmp_path, cache):
   values = {
     "stages": ("pretrain",),
     "data": {"name": "folder", "path": str(tmp_path / "images"),
-             "batch_size": 8, "damaged": "skip"},
+             "batch_size": 8, "on_decode_error": "skip"},
     "model": {"name": "resnet", "options": {"depth": 8, "widths": (4, 4, 4)}},
     "pretrain": {"epochs": 1, "learning_rate": 0.01},
   }  # fmt: skip

@@ -12,7 +12,9 @@ import pytest
 
 from dr_jax import nn
 from dr_jax.config import from_dict
-from dr_jax.pipeline.context import Run
+from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.stages.multi_precision import multi_precision_network
+from dr_jax.pipeline.stages.pretrain import float_network
 
 finish, losses = loopback.finish, loopback.losses
 
@@ -39,10 +41,8 @@ def started(count, workdir, cache, *flags, last=()):
 def trained(workdir):
   """The parameters of both stages, as the last checkpoints hold them."""
   values = json.loads((workdir / "config.json").read_text())
-  run = Run(
-    from_dict({**values, "devices": {"data": 1}}), workdir, lambda: None
-  )
-  networks = [run.float_network(), run.multi_precision_network()]
+  run = RunContext(from_dict({**values, "devices": {"data": 1}}), workdir)
+  networks = [float_network(run), multi_precision_network(run)]
   return [nn.functional(network).params for network in networks]
 
 

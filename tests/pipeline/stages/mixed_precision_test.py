@@ -13,8 +13,9 @@ from flax import nnx
 from dr_jax import allocate, deploy, hessian, models, nn, pipeline, quant, train
 from dr_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from dr_jax.config import ConfigError, from_dict
-from dr_jax.pipeline.context import Run
-from dr_jax.pipeline.stages import mixed_precision
+from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.stages.search import _problem
+from dr_jax.pipeline.stages.supernet import supernet
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.train import InterruptedRun
 
@@ -70,8 +71,8 @@ def found(workdir):
   return json.loads((workdir / "search" / "result.json").read_text())["rows"]
 
 
-def trials_of(workdir, judge="held_out"):
-  (path,) = (workdir / "search").glob(f"trials_{judge}_*.jsonl")
+def trials_of(workdir, split="held_out"):
+  (path,) = (workdir / "search").glob(f"trials_{split}_*.jsonl")
   return path
 
 
@@ -80,7 +81,7 @@ def test_every_layer_has_a_trace_with_its_error_bar(finished):
   estimates = hessian.load(workdir / "hessian" / "traces.json")
   assert all(e.probes == 8 and e.stderr > 0 for e in estimates.values())
   layers = [name for name in estimates]
-  manifest, _ = deploy.read(workdir / "export" / "model")
+  manifest = deploy.open(workdir / "export" / "model").manifest
   assert layers == [layer["name"] for layer in manifest["layers"]]
   result = summary["stages"]["hessian"]
   size = int(np.prod(manifest["layers"][0]["shape"]))
@@ -91,10 +92,10 @@ def test_every_layer_has_a_trace_with_its_error_bar(finished):
 
 def test_searches_minimise_traces_per_parameter_times_errors(finished):
   workdir, _ = finished
-  run = Run(config(), workdir, lambda: None)
-  problem, score_on_test = mixed_precision._problem(run)
+  run = RunContext(config(), workdir)
+  problem, score_on_test = _problem(run)
   traces = hessian.load(workdir / "hessian" / "traces.json")
-  network = mixed_precision.supernet(run)
+  network = supernet(run)
   for number, row in enumerate(problem.table):
     mean = max(traces[row.name].mean, 0) / row.parameters
     np.testing.assert_allclose(
@@ -128,7 +129,7 @@ def test_searches_keep_every_budget_and_name_every_layer(finished):
   assert [(r["budget"], r["strategy"]) for r in rows] == list(
     itertools.product((3.0, 5), STRATEGIES)
   )
-  manifest, _ = deploy.read(workdir / "export" / "model")
+  manifest = deploy.open(workdir / "export" / "model").manifest
   parameters = {
     layer["name"]: int(np.prod(layer["shape"])) for layer in manifest["layers"]
   }
@@ -237,13 +238,13 @@ def test_all_that_decides_a_search_gives_it_a_result_of_its_own(
   workdir = tmp_path / "run"
   shutil.copytree(finished[0], workdir)
   judged = {}
-  for judge in ("held_out", "train", "both"):
-    search = {"strategies": ("uniform",), "budgets": (5,), "judge": judge}
+  for split in ("held_out", "train", "both"):
+    search = {"strategies": ("uniform",), "budgets": (5,), "eval_split": split}
     pipeline.run(config(search=search), workdir)
     (row,) = found(workdir)
-    judged[judge] = row["judged"]["loss"]
-    assert trials_of(workdir, judge).exists()
-  run = Run(config(), workdir, lambda: None)
+    judged[split] = row["judged"]["loss"]
+    assert trials_of(workdir, split).exists()
+  run = RunContext(config(), workdir)
   train, held_out = len(run.data.train), len(run.held_out)
   assert judged["both"] == pytest.approx(
     (train * judged["train"] + held_out * judged["held_out"])
@@ -254,7 +255,7 @@ def test_all_that_decides_a_search_gives_it_a_result_of_its_own(
   greedy = {"strategies": ("greedy",), "budgets": (5,)}
   files = set()
   for changes in ({}, {"options": {"greedy": {"per_cost": True}}},
-                  {"prefer": "accuracy"}):  # fmt: skip
+                  {"metric": "accuracy"}):  # fmt: skip
     pipeline.run(config(search={**greedy, **changes}), workdir)
     before = len(files)
     files |= set((workdir / "search" / "found").glob("greedy_5_*"))
@@ -351,8 +352,9 @@ def test_a_supernet_checkpoint_does_not_fit_other_candidate_bits(finished):
       norm="transitional",
     )
   )
-  optimizer = train.make_optimizer("adam", kinds=network.kinds)
-  state = train.init_state(network, optimizer, jax.random.key(0))
+  optimizer = train.make_optimizer("adam", param_labels=network.param_labels)
+  trainer = train.make_trainer(network, optimizer, lambda step: 0.0)
+  state = trainer.init(jax.random.key(0))
   directory = workdir / "supernet" / "checkpoints"
   with Checkpoints(directory) as checkpoints:
     with pytest.raises(
@@ -374,8 +376,11 @@ def test_a_supernet_checkpoint_does_not_fit_other_candidate_bits(finished):
     ({"search": {"strategies": ("best",)}}, r"strategies='best'.*greedy"),
     ({"search": {"costs": ("bytes",)}}, r"costs='bytes'.*stored_bits"),
     ({"search": {"costs": ("latency",)}}, r"search\.latency=''"),
-    ({"search": {"judge": "test"}}, r"search\.judge='test'.*held_out"),
-    ({"search": {"prefer": "speed"}}, r"search\.prefer='speed'"),
+    (
+      {"search": {"eval_split": "test"}},
+      r"search\.eval_split='test'.*held_out",
+    ),
+    ({"search": {"metric": "speed"}}, r"search\.metric='speed'"),
     ({"data": {"holdout": 0.0}}, r"data\.holdout=0\.0: allowed with"),
     ({"data": {"holdout": 1.0}}, r"data\.holdout=1\.0: allowed with"),
     ({"hessian": {"rel_stderr": 0.0}}, r"hessian\.rel_stderr=0\.0"),
@@ -562,7 +567,9 @@ def test_a_damaged_file_is_named(finished, tmp_path, name, content):
   workdir = tmp_path / "run"
   shutil.copytree(finished[0], workdir)
   (workdir / name).write_text(content)
-  with pytest.raises(ConfigError, match=rf"{name}: damaged, no JSON; allowed"):
+  with pytest.raises(
+    ConfigError, match=rf"{name} is damaged, not a JSON object; "
+  ):
     pipeline.run(config(), workdir)
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dr_jax.quant.core import grid
+from dr_jax.quant.core import checks, grid
+from dr_jax.quant.core.straight_through import round_straight_through
 
 EXACT_ROUND = {
   "half_even": round,
@@ -46,7 +47,7 @@ def test_code_range_is_twos_complement_or_counts_from_zero(
   "bits", [(8, 6, 4, 2), [7, 5, 3], (2,), np.array([8, 4])]
 )
 def test_check_bits_returns_a_tuple_of_python_ints(bits):
-  checked = grid.check_bits(bits)
+  checked = checks.check_bits(bits)
   assert checked == tuple(int(b) for b in bits)
   assert all(type(b) is int for b in checked)
 
@@ -57,33 +58,33 @@ def test_check_bits_returns_a_tuple_of_python_ints(bits):
 )
 def test_check_bits_names_what_it_rejects_and_what_is_allowed(bits):
   with pytest.raises(ValueError) as error:
-    grid.check_bits(bits)
+    checks.check_bits(bits)
   assert repr(bits) in str(error.value)
   assert "integers from 8 down to 2, highest first" in str(error.value)
 
 
 def test_check_bits_accepts_one_bit_only_where_a_method_asks_for_it():
-  assert grid.check_bits((2, 1), lowest=1) == (2, 1)
+  assert checks.check_bits((2, 1), lowest=1) == (2, 1)
   with pytest.raises(ValueError, match="from 4 down to 1"):
-    grid.check_bits((5,), lowest=1, highest=4)
+    checks.check_bits((5,), lowest=1, highest=4)
 
 
 def test_check_rounding_names_the_three_rules():
-  for rounding in grid.ROUNDINGS:
-    assert grid.check_rounding(rounding) == rounding
+  for rounding in checks.ROUNDINGS:
+    assert checks.check_rounding(rounding) == rounding
   with pytest.raises(ValueError, match="'nearest'.*half_even.*half_up.*floor"):
-    grid.check_rounding("nearest")
+    checks.check_rounding("nearest")
 
 
 @pytest.mark.parametrize("index", [-1, 3, np.int32(7)])
 def test_check_index_rejects_a_python_index_that_xla_would_clamp(index):
   with pytest.raises(ValueError, match=rf"index={index}.*0\.\.2.*\(8, 4, 2\)"):
-    grid.check_index(index, (8, 4, 2))
+    checks.check_index(index, (8, 4, 2))
 
 
 def test_check_index_lets_traced_and_valid_indices_pass():
-  assert grid.check_index(2, (8, 4, 2)) == 2
-  traced = jax.jit(lambda i: grid.check_index(i, (8, 4, 2)))(jnp.int32(5))
+  assert checks.check_index(2, (8, 4, 2)) == 2
+  traced = jax.jit(lambda i: checks.check_index(i, (8, 4, 2)))(jnp.int32(5))
   assert traced == 5
 
 
@@ -92,15 +93,15 @@ def test_check_index_lets_traced_and_valid_indices_pass():
 def test_check_finite_counts_the_bad_values(bad, kind):
   x = kind(np.array([[1.0, bad], [bad, 0.0]], np.float32))
   with pytest.raises(ValueError, match="kernel: 2 of 4 values.*finite numbers"):
-    grid.check_finite("kernel", x)
+    checks.check_finite("kernel", x)
 
 
 def test_check_finite_is_silent_for_finite_values_and_under_jit():
-  grid.check_finite("w", jnp.array([0.0, 3e38, -1e-45]))
-  jax.jit(lambda x: grid.check_finite("w", x))(jnp.array([jnp.nan]))
+  checks.check_finite("w", jnp.array([0.0, 3e38, -1e-45]))
+  jax.jit(lambda x: checks.check_finite("w", x))(jnp.array([jnp.nan]))
 
 
-@pytest.mark.parametrize("rounding", grid.ROUNDINGS)
+@pytest.mark.parametrize("rounding", checks.ROUNDINGS)
 def test_round_by_is_exact_on_ties_and_on_both_sides_of_them(rounding):
   ties = np.arange(-260, 261, dtype=np.float32) / 2
   # The neighbors of zero are denormal, and XLA may flush those to zero.
@@ -118,7 +119,7 @@ def test_round_by_is_exact_on_ties_and_on_both_sides_of_them(rounding):
 
 
 def test_select_gives_the_same_numbers_for_int_and_traced_index():
-  for rounding in grid.ROUNDINGS:
+  for rounding in checks.ROUNDINGS:
     grids = grid.nested_grids((8, 7, 5, 2), rounding)
     for i in range(4):
       constants = grid.select(grids, i)
@@ -148,7 +149,7 @@ def test_positive_clamps_any_scale_to_its_interval():
 
 def _core_gradients(x, scale, g, grids, index, **kw):
   out, pull = jax.vjp(
-    lambda x, s: grid.round_straight_through(x, s, grids, index, **kw), x, scale
+    lambda x, s: round_straight_through(x, s, grids, index, **kw), x, scale
   )
   return out, *pull(g)
 
@@ -214,9 +215,7 @@ def test_gradients_match_central_differences_away_from_the_levels():
   """
   grids = grid.single_grids((4,), signed=True)
   x, scale, step = jnp.float32(0.83), jnp.float32(0.25), 2.0**-10
-  out = [
-    grid.round_straight_through(x, scale + d, grids, 0) for d in (step, -step)
-  ]
+  out = [round_straight_through(x, scale + d, grids, 0) for d in (step, -step)]
   slope = (out[0] - out[1]) / (2 * step)
   _, _, dscale = _core_gradients(x, scale, jnp.float32(1), grids, 0)
   np.testing.assert_allclose(

@@ -1,0 +1,117 @@
+"""Writes a trained network as an artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from dr_jax import nn, quant
+from dr_jax.deploy.artifact import (
+  FORMAT,
+  MANIFEST,
+  TENSORS,
+  VERSION,
+  manifest_digest,
+)
+from dr_jax.runtime import files
+
+
+def save(
+  path: str | os.PathLike,
+  model: nnx.Module,
+  *,
+  architecture: tuple[str, dict[str, Any]] | None = None,
+) -> None:
+  """Writes the integer artifact of a quantized network.
+
+  The directory appears complete or not at all.
+
+  Args:
+    path: directory to create.
+    model: what `nn.quantize` returned, trained.
+    architecture: (name, options) of `models.build`, so that `load` can build
+      the network by itself; without it `load` must be given the network.
+
+  Raises:
+    FileExistsError: if the path exists; nothing is overwritten.
+    ValueError: if the model is not quantized, or its method is not registered.
+  """
+  with files.atomic_directory(path) as directory:
+    parts = nn.freeze(model)
+    packed = {
+      name: layer.weight.storage.pack(layer.encoded)
+      for name, layer in parts.layers.items()
+    }
+    arrays = _arrays(parts, packed)
+    # safetensors reads no bfloat16 into numpy: its bits travel as uint16.
+    halves = [name for name, a in arrays.items() if a.dtype == jnp.bfloat16]
+    data = safetensors.numpy.save(
+      arrays | {name: arrays[name].view(np.uint16) for name in halves}
+    )
+    manifest = _manifest(parts, packed, architecture) | {
+      "bfloat16": halves,
+      "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    manifest["manifest_sha256"] = manifest_digest(manifest)
+    (directory / TENSORS).write_bytes(data)
+    text = json.dumps(manifest, separators=(",", ":"))
+    (directory / MANIFEST).write_text(text)
+
+
+def _arrays(parts, packed):
+  """All tensors by name."""
+  tensors = {}
+  for name, layer in parts.layers.items():
+    for key, value in packed[name].items():
+      tensors[f"{name}/{key}"] = value
+    for key, value in layer.input_params.items():
+      tensors[f"{name}/input/{key}"] = value
+  for name, norm in parts.norms.items():
+    tensors[f"{name}/gain"], tensors[f"{name}/offset"] = norm.gain, norm.offset
+  for name, value in parts.floats.items():
+    tensors[f"float/{name}"] = value
+  return {name: np.asarray(value) for name, value in tensors.items()}
+
+
+def _manifest(parts, packed, architecture):
+  first = next(iter(parts.layers.values()))
+  return {
+    "format": FORMAT,
+    "version": VERSION,
+    "method": _spec(first.weight),
+    "activation": _spec(first.activation),
+    "architecture": architecture,
+    "layers": [
+      {
+        "name": layer.place.name,
+        "order": layer.place.order,
+        "macs": layer.place.macs,
+        "shape": layer.shape,
+        "signed": layer.activation and layer.activation.signed,
+        "packed": list(packed[name]),
+        "input": list(layer.input_params),
+      }
+      for name, layer in parts.layers.items()
+    ],
+    "norms": {name: norm.orders for name, norm in parts.norms.items()},
+  }
+
+
+def _spec(quantizer):
+  if quantizer is None:
+    return None
+  if quantizer.name not in quant.NAMES:
+    raise ValueError(
+      f"quantizer must be registered to be stored (see quant.register), one of "
+      f"{', '.join(quant.NAMES)}, got {quantizer.name!r}"
+    )
+  options = dict(quantizer.options)
+  options.pop("signed", None)
+  return {"name": quantizer.name, "options": options}

@@ -1,0 +1,222 @@
+"""Stage search: allocations of bits under budgets, scored by inference.
+
+arXiv 2502.01199, section 3.3. Every search at every budget has a file of its
+own, whose name depends on all that decides its result, so that the same
+directory can take other searches later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+
+from dr_jax import nn, report, train
+from dr_jax import search as searches
+from dr_jax.config import ConfigError
+from dr_jax.pipeline import scoring
+from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.stages import search_space
+from dr_jax.pipeline.stages.hessian import traces
+from dr_jax.pipeline.stages.stage import Stage
+from dr_jax.pipeline.stages.supernet import supernet
+from dr_jax.pipeline.workdir import read_object
+from dr_jax.runtime.files import write_json
+
+Row = dict[str, Any]
+
+
+def check(run: RunContext) -> None:
+  """Checks budgets and options before anything is trained for them.
+
+  Raises:
+    ConfigError: naming the field.
+  """
+  config = run.config.search
+  network = nn.quantize(
+    run.untrained(),
+    weight=run.weight,
+    activation=run.activation,
+    sample=run.sample,
+    norm=run.config.quant.norm,
+  )
+  problem = search_space.problem(config, nn.layer_table(network), run.bits)
+  for budget in config.budgets:
+    try:
+      problem.check(search_space.budgets(problem, config.costs, budget))
+    except ValueError as error:
+      raise ConfigError(f"search.budgets={budget!r}: {error}") from None
+  for strategy, options in config.options.items():
+    parameters = inspect.signature(searches.SEARCHES[strategy]).parameters
+    known = [n for n in parameters if n not in ("problem", "budgets", "seed")]
+    for option in options:
+      if option not in known:
+        raise ConfigError(
+          f"search.options.{strategy} must have only the options "
+          f"{', '.join(known) or 'none'}, got {option!r}"
+        )
+
+
+def search(run: RunContext) -> None:
+  """Searches under every budget; writes what each search found."""
+  config = run.config.search
+  started = time.monotonic()
+  problem, score_on_test = _problem(run)
+  rows = []
+  for budget in config.budgets:
+    budgets = search_space.budgets(problem, config.costs, budget)
+    for strategy in config.strategies:
+      path = _path(run, problem, strategy, budget, budgets)
+      if not path.exists():
+        run.stop_if_asked(STAGE.name)
+        found = _search(run, problem, strategy, budgets)
+        test = score_on_test(found.allocation)
+        write_json(path, _row(strategy, budget, budgets, found, test))
+      rows.append(read_object(path))
+  directory = run.workdir.path / STAGE.name
+  write_json(directory / "pareto.json", report.pareto(rows))
+  # The result last: a stage with a result is not looked at again.
+  run.workdir.finish(STAGE.name, started, request=_request(run), rows=rows)
+  # Of searches by gradient, whose results are there now.
+  shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def is_done(run: RunContext) -> bool:
+  """Whether the result there is that of the same request."""
+  done = run.workdir.result(STAGE.name)
+  return done is not None and done.get("request") == _request(run)
+
+
+def found_allocations(run: RunContext) -> dict[str, Row]:
+  """What the searches found: {"<strategy>_<budget>": row}."""
+  found = run.workdir.result(STAGE.name) or {"rows": []}
+  return {f"{r['strategy']}_{r['budget']:g}": r for r in found["rows"]}
+
+
+def _problem(run):
+  """The problem of this run, and what scores an allocation on the test set."""
+  config = run.config.search
+  network = supernet(run)
+  table = nn.layer_table(network)
+  deployed = nn.functional(scoring.as_deployed(run, network))
+  evaluate = train.make_evaluate(deployed, run.local)
+  eval_batches = _eval_batches(run)
+
+  def score(index, batches):
+    return evaluate(deployed.params, deployed.batch_stats, index, batches)
+
+  estimates = traces(run)
+  trainable = nn.functional(network)
+  fingerprint = run.workdir.result("supernet")["network"][:8]
+  directory = run.workdir.path / STAGE.name
+  problem = dataclasses.replace(
+    search_space.problem(config, table, run.bits),
+    evaluate=searches.Evaluator(
+      lambda index: score(index, eval_batches),
+      path=directory / f"trials_{config.eval_split}_{fingerprint}.jsonl",
+    ),
+    sensitivity=searches.sensitivity_tables(
+      [estimates[row.name].mean for row in table],
+      [row.parameters for row in table],
+      run.bits,
+      searches.quantization_errors(network),
+    ),
+    network=trainable,
+    state=(trainable.params, trainable.batch_stats),
+    batches=run.batches(),
+    # Checkpoints are written by all processes together; here is one alone.
+    directory=directory / "checkpoints" if jax.process_count() == 1 else None,
+    interrupted=run.interrupted,
+  )
+
+  def score_on_test(allocation):
+    return score(allocation.index(run.bits), run.epoch(run.data.test))
+
+  return problem, score_on_test
+
+
+def _search(run, problem, strategy, budgets):
+  options = run.config.search.options.get(strategy, {})
+  try:
+    return searches.SEARCHES[strategy](
+      problem, budgets, seed=run.config.seed, **options
+    )
+  except (TypeError, ValueError) as error:
+    raise ConfigError(
+      f"search: {strategy} with options {options} under {budgets}: {error}"
+    ) from error
+
+
+def _eval_batches(run):
+  """Batches of the images that assignments are scored on."""
+  sources = {"train": run.data.train, "held_out": run.held_out}
+  split = run.config.search.eval_split
+  used = sources.values() if split == "both" else [sources[split]]
+  size = min(512, *(len(source) for source in used))
+  return [
+    batch for source in used for batch in run.epoch(source, batch_size=size)
+  ]
+
+
+def _path(run, problem, strategy, budget, budgets) -> pathlib.Path:
+  """The file of one search; its name depends on all that decides its result."""
+  config = run.config.search
+  decides = {
+    "network": run.workdir.result("supernet")["network"],
+    "costs": {n: problem.costs[n].tolist() for n in config.costs},
+    "budgets": budgets,
+    "options": config.options.get(strategy, {}),
+    "eval_split": config.eval_split,
+    "metric": config.metric,
+    "ties": config.ties,
+    "pinned": config.pinned,
+  }
+  digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
+  name = f"{strategy}_{budget:g}_{digest.hexdigest()[:8]}.json"
+  return run.workdir.path / STAGE.name / "found" / name
+
+
+def _request(run):
+  """What decides the stage's result; what was trained stays as it is."""
+  config = run.config.search
+  request = {
+    **dataclasses.asdict(config),
+    "latency": search_space.latency_table(config.latency)
+    if config.latency
+    else None,
+    "network": (run.workdir.result("supernet") or {}).get("network"),
+  }
+  return json.loads(json.dumps(request))
+
+
+def _row(strategy, budget, budgets, found, test) -> Row:
+  return {
+    "strategy": strategy,
+    "budget": budget,
+    "budgets": budgets,
+    "allocation": dict(found.allocation),
+    "judged": {"accuracy": found.accuracy, "loss": found.loss},
+    "test": test._asdict(),
+    "cost": found.cost,
+    "evaluations": found.evaluations,
+    "seconds": round(found.seconds, 3),
+    "evaluation_seconds": round(found.evaluation_seconds, 3),
+  }
+
+
+STAGE = Stage(
+  name="search",
+  help="search for allocations of bits under budgets",
+  run=search,
+  needs=("supernet",),
+  single_process=True,
+  check=check,
+  is_done=is_done,
+)

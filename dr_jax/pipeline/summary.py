@@ -1,0 +1,42 @@
+"""What a run has reached so far, and where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from dr_jax.pipeline.context import RunContext
+
+
+def summarize(run: RunContext) -> dict[str, Any]:
+  """What has been reached so far, by stage, and the environment."""
+  return {
+    "name": run.config.name,
+    "bits": run.bits,
+    "stages": run.workdir.results(),
+    "environment": environment(),
+  }
+
+
+def environment() -> dict[str, str]:
+  """Versions and device of this process."""
+  packages = ("dr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+  versions = {}
+  for package in packages:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = "not installed"
+  return {
+    "python": platform.python_version(),
+    "numpy": np.__version__,
+    **versions,
+    "device": jax.devices()[0].device_kind,
+    "backend": jax.default_backend(),
+    "cpus": str(os.cpu_count()),
+  }

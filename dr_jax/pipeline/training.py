@@ -1,0 +1,257 @@
+"""One phase of training: from its last checkpoint to its last step."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import optax
+from flax import nnx
+
+from dr_jax import data, nn, quant, train
+from dr_jax.checkpoint import Checkpoints, disk_bytes
+from dr_jax.config import QuantConfig, TrainConfig, prefixed, quantizers
+from dr_jax.pipeline import scoring
+from dr_jax.pipeline.context import RunContext
+from dr_jax.runtime import processes
+from dr_jax.runtime.metrics import MetricsWriter
+
+# Batches from which statistics of batch norm are re-estimated.
+_RECALIBRATION_BATCHES = 10
+
+
+class Phase(NamedTuple):
+  """One phase of a stage.
+
+  Attributes:
+    stage: directory and name of the phase.
+    bits: candidate bit-widths, (None,) for a float network.
+    recipe: how to train.
+    number, count: position of the phase, and how many divide the steps.
+    sampling: number of steps -> train.Sampling, or None for the recipe's.
+  """
+
+  stage: str
+  bits: tuple[int | None, ...]
+  recipe: TrainConfig
+  number: int = 0
+  count: int = 1
+  sampling: Callable[[int], train.Sampling] | None = None
+
+
+def train_quantized(
+  run: RunContext, stage: str, config: QuantConfig, recipe: TrainConfig
+) -> nnx.Module:
+  """Quantizes the float network and trains it; restored if the stage is done.
+
+  Args:
+    run: the run, whose networks already hold the float one.
+    stage: its name.
+    config: how to quantize.
+    recipe: how to train.
+  """
+  if stage in run.networks:
+    return run.networks[stage]
+  weight, activation = run.weight, run.activation
+  if config is not run.config.quant:
+    weight, activation = quantizers(config)
+  network = nn.quantize(
+    run.networks["float"],
+    weight=weight,
+    activation=activation,
+    sample=run.sample,
+    norm=config.norm,
+  )
+  started = time.monotonic()
+  curriculum = train.CURRICULA[recipe.curriculum]
+  current, steps = weight, 0
+  for number, phase in enumerate(curriculum.phases):
+    wanted = weight
+    if phase.weight is not None:
+      wanted = quant.get(phase.weight, bits=weight.bits)
+    network = nn.requantize(
+      network,
+      weight=None if wanted is current else wanted,
+      norm=phase.norm or config.norm,
+    )
+    current = wanted
+    steps = train_phase(
+      run,
+      network,
+      Phase(
+        "/".join(filter(None, (stage, phase.name))),
+        weight.bits,
+        dataclasses.replace(recipe, sampling=phase.sampling or recipe.sampling),
+        number,
+        len(curriculum.phases),
+      ),
+    )
+  # Norms shared by all bit-widths have the statistics of all of them.
+  if curriculum.recalibrate and config.norm != "shared":
+    _recalibrate(run, network, weight.bits)
+  scoring.finish_stage(
+    run, stage, network, weight.bits, steps=steps, started=started
+  )
+  run.networks[stage] = network
+  return network
+
+
+def _recalibrate(run, network, bits):
+  batches = run.batches()
+  images = [batches[step]["image"] for step in range(_RECALIBRATION_BATCHES)]
+  for b in bits:
+    nn.set_bits(network, b)
+    nn.recalibrate(network, images)
+
+
+def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
+  """Trains a model in place to the end of a phase, from its last checkpoint.
+
+  Returns:
+    The number of steps of the phase.
+  """
+  steps = _steps(run, phase)
+  layout, trainer = _trainer(run, model, phase, steps)
+  run.workdir.record_network(
+    phase.stage,
+    {"bits": phase.bits, "layers": [row.name for row in nn.layer_table(model)]},
+  )
+  key = jax.random.fold_in(jax.random.key(run.config.seed), phase.number)
+  directory = run.workdir.path / phase.stage / "checkpoints"
+  with Checkpoints(directory) as checkpoints, _metrics(run) as metrics:
+    state = trainer.init(key)
+    if checkpoints.latest() is not None:
+      state = checkpoints.restore(like=state)
+    if int(state.step) < steps:
+      run.workdir.check_space({phase.stage: disk_bytes(state)})
+      if metrics is not None:
+        metrics.resume(phase.stage, int(state.step))
+      shard, shards = layout.share
+      loop = train.Loop(
+        stage=phase.stage,
+        steps=steps,
+        labels=trainer.labels,
+        step=trainer.step,
+        batches=data.batches(
+          run.data.train,
+          batch_size=run.config.data.batch_size,
+          seed=run.config.seed,
+          process_index=shard,
+          process_count=shards,
+          workers=run.config.data.workers,
+        ),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        checkpoint_every=run.config.checkpoint_every,
+        log_every=run.config.log_every,
+        interrupted=run.agreed,
+        put=layout.put,
+        show_progress=processes.is_first(),
+      )
+      with _count_unreadable(run, phase.stage, shard):
+        state = loop.run(state)
+    params, batch_stats = train.gather(
+      layout, (state.params, state.batch_stats)
+    )
+    nn.update(model, params=params, batch_stats=batch_stats)
+  return steps
+
+
+def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:
+  """Estimates the bytes of a stage's checkpoints from the float network.
+
+  That network lacks the scales and norms of every bit-width; each phase checks
+  the disk again for its own state.
+  """
+
+  def state(params, batch_stats):
+    network = run.shape._replace(params=params, batch_stats=batch_stats)
+    trainer = train.make_trainer(
+      network,
+      train.make_optimizer(recipe.optimizer, param_labels=network.param_labels),
+      lambda step: 0.0,
+      schedule=recipe.schedule,
+      distillation=recipe.distillation,
+      num_classes=run.data.num_classes,
+    )
+    return trainer.init(jax.random.key(0))
+
+  # As many sets of checkpoints as the curriculum has phases.
+  phases = train.CURRICULA[recipe.curriculum].phases
+  shapes = jax.eval_shape(state, run.shape.params, run.shape.batch_stats)
+  return len(phases) * disk_bytes(shapes)
+
+
+def _steps(run, phase):
+  images = phase.recipe.epochs * len(run.data.train)
+  return max(images // (run.config.data.batch_size * phase.count), 1)
+
+
+def _trainer(run, model, phase, steps):
+  """The layout and the trainer of a phase."""
+  network, recipe = nn.functional(model), phase.recipe
+  sampling = train.SAMPLINGS[recipe.sampling]
+  if phase.sampling is not None:
+    sampling = phase.sampling(steps)
+  vectorize = train.resolve_vectorize(recipe.vectorize, recipe.schedule)
+  # Bit-widths of one step over devices, if they train at once.
+  passes = len(train.pass_labels(network.bits, sampling))
+  at_once = vectorize == "vmap" and passes % run.layout.bits == 0
+  layout = run.layout if at_once else run.layout.flat()
+  optimizer = train.make_optimizer(
+    recipe.optimizer,
+    param_labels=network.param_labels,
+    weight_decay=recipe.weight_decay,
+    momentum=recipe.momentum,
+  )
+  try:
+    trainer = train.make_trainer(
+      network,
+      optimizer,
+      optax.cosine_decay_schedule(recipe.learning_rate, steps),
+      schedule=recipe.schedule,
+      vectorize=vectorize,
+      alrs=recipe.alrs,
+      sampling=sampling,
+      distillation=recipe.distillation,
+      loss_weights=recipe.loss_weights,
+      steps=steps,
+      layout=layout,
+      num_classes=run.data.num_classes,
+    )
+  except ValueError as error:
+    raise prefixed("devices", error) from None
+  return layout, trainer
+
+
+def _metrics(run):
+  """The metrics file, in the process that writes it."""
+  if processes.is_first():
+    return MetricsWriter(run.workdir.metrics)
+  return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _count_unreadable(run, stage, shard):
+  """Warns, in the first process, of the images that no process could read."""
+
+  def unreadable():
+    return collections.Counter(getattr(run.data.train, "unreadable", ()))
+
+  before = unreadable()
+  yield
+  # Processes that feed the same shard have counted the same images.
+  shards = dict(processes.gathered([shard, unreadable() - before]))
+  count = sum(map(collections.Counter, shards.values()), collections.Counter())
+  if count and processes.is_first():
+    warnings.warn(
+      f"{stage}: unreadable images: {len(count)}; the next readable one took "
+      f"their place {count.total()} times since the stage started or resumed",
+      stacklevel=2,
+    )

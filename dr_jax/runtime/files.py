@@ -1,0 +1,88 @@
+"""Files that are complete or absent.
+
+A file is written beside its place and renamed: a reader, or a process that
+starts after a kill, sees the old content or the new, never a part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+Path = str | os.PathLike
+
+# Of a file that is being written; a kill can leave one behind.
+PARTIAL = ".partial"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes a file as a whole, and the directories that it needs.
+
+  >>> import tempfile
+  >>> path = pathlib.Path(tempfile.mkdtemp()) / "a" / "b"
+  >>> write_bytes(path, b"content")
+  >>> path.read_bytes()
+  b'content'
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = partial_path(path)
+  partial.write_bytes(content)
+  partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a UTF-8 text file as a whole."""
+  write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file as a whole."""
+  write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    ValueError: if it does not hold JSON, naming the file.
+    FileNotFoundError: if there is no file.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
+
+
+def partial_path(path: Path) -> pathlib.Path:
+  """Where a file is while it is being written."""
+  path = pathlib.Path(path)
+  return path.with_name(path.name + PARTIAL)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
+  """A directory that appears at `path` when the block ends without an error.
+
+  Raises:
+    FileExistsError: if the path exists; nothing is overwritten.
+  """
+  path = pathlib.Path(path)
+  if path.exists():
+    raise FileExistsError(f"{path} exists already; choose a new path")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = pathlib.Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+  try:
+    yield draft
+    # mkdtemp lets only the owner read.
+    draft.chmod(0o755)
+    draft.rename(path)
+  except BaseException:
+    shutil.rmtree(draft, ignore_errors=True)
+    raise

@@ -1,0 +1,47 @@
+"""Leaves of a pytree by name: slash paths, as stage1/conv1/kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """Returns {slash path: leaf}, in the order of `jax.tree.leaves`.
+
+  The path of a tree that is a leaf itself is "".
+
+  Raises:
+    ValueError: if two leaves have the same path, as {"a/b": x, "a": {"b": y}}.
+
+  >>> named_leaves({"conv": {"kernel": 1, "bias": 2}})
+  {'conv/bias': 2, 'conv/kernel': 1}
+  """
+  named = {}
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name in named:
+      raise ValueError(f"{name}: two leaves have the same path")
+    named[name] = leaf
+  return named
+
+
+def fingerprint(tree: Any) -> str:
+  """Returns a SHA-256 of all arrays: paths, dtypes, shapes and bytes.
+
+  Args:
+    tree: pytree of arrays, such as (params, batch_stats).
+
+  >>> fingerprint({"a": np.zeros(2)})[:8]
+  '9dea3ff4'
+  """
+  digest = hashlib.sha256()
+  for path, leaf in named_leaves(tree).items():
+    leaf = np.asarray(leaf)
+    header = json.dumps([path, str(leaf.dtype), leaf.shape])
+    digest.update(header.encode() + leaf.tobytes())
+  return digest.hexdigest()
