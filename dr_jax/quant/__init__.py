@@ -39,10 +39,12 @@ from dr_jax.quant.methods.term_quantization import (
 )
 from dr_jax.quant.methods.truncation import truncation
 from dr_jax.quant.registry import (
-  _FACTORIES,
   NAMES,
   RECIPES,
+  Description,
   Recipe,
+  describe,
+  find,
   get,
   method,
   options_of,
@@ -57,6 +59,7 @@ __all__ = [
   "SCALE_MAX",
   "SCALE_MIN",
   "ActivationQuantizer",
+  "Description",
   "Recipe",
   "Storage",
   "WeightQuantizer",
@@ -67,6 +70,7 @@ __all__ = [
   "bitwave",
   "check_bits",
   "code_range",
+  "describe",
   "double_rounding",
   "fake_quantize",
   "float_weight",
@@ -98,7 +102,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-  """Serves factories that only the registry knows."""
+  """Returns a factory that is not imported above by its name."""
   if name in NAMES:
-    return _FACTORIES[name]
+    return find(name)
   raise AttributeError(f"module 'dr_jax.quant' has no attribute {name!r}")

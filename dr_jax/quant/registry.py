@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import numpy as np
 
 from dr_jax.quant.core import checks
 from dr_jax.quant.core.interface import (
   ActivationQuantizer,
-  Options,
   WeightQuantizer,
 )
 
@@ -62,6 +65,22 @@ class Recipe(NamedTuple):
     return (0.1,) * (len(bits) - 1) + (self.lowest_loss_weight,)
 
 
+class Description(NamedTuple):
+  """What a factory's docstring says of its method, for tables.
+
+  Attributes:
+    summary: the first line.
+    shared: what all bit-widths share; "" for activations.
+    stored: what a deployed weight consists of; "" for activations.
+    choose: when to choose the method; "" if the docstring does not say.
+  """
+
+  summary: str
+  shared: str
+  stored: str
+  choose: str
+
+
 _FACTORIES: dict[str, Callable[..., Quantizer]] = {}
 RECIPES: dict[str, Recipe] = {}
 
@@ -76,7 +95,8 @@ def method(
   The quantizer gets the factory's name, and its arguments as options (a factory
   that resolves a default returns what it resolved to in `options`). Its
   functions get the checks that all methods share: finite arrays outside of a
-  trace, an index among the candidates, a sign that is decided.
+  trace, an index among the candidates, a sign that is decided. An activation
+  quantizer gets `with_sign`: the same call with another `signed`.
 
   Args:
     **recipes: recipes by name; none for a quantizer that only others use.
@@ -90,10 +110,15 @@ def method(
     def build(*args: P.args, **kwargs: P.kwargs) -> Q:
       bound = signature.bind(*args, **kwargs)
       bound.apply_defaults()
-      quantizer = factory(*args, **kwargs)
-      options = bound.arguments | dict(quantizer.options)
-      options["bits"] = quantizer.bits
-      return _checked(quantizer)._replace(name=name, options=_frozen(options))
+      given = {key: _plain(value) for key, value in bound.arguments.items()}
+      quantizer = factory(**given)
+      given |= {"bits": quantizer.bits, **dict(quantizer.options)}
+      named = {"name": name, "options": tuple(given.items())}
+      if isinstance(quantizer, WeightQuantizer):
+        return _checked_weight(quantizer)._replace(**named)
+      return _checked_activation(quantizer)._replace(
+        with_sign=lambda signed: build(**{**given, "signed": signed}), **named
+      )
 
     register(name, build)
     for recipe_name, recipe in recipes.items():
@@ -143,15 +168,25 @@ def get(name: str, **options: Any) -> Quantizer:
   >>> get("lsq", bits=(4, 2)).options
   (('bits', (4, 2)), ('per_channel', True))
   """
-  checks.one_of("name", name, list(NAMES))
-  known = list(inspect.signature(_FACTORIES[name]).parameters)
+  factory = find(name)
+  known = inspect.signature(factory).parameters
   for option in sorted(options):
     if option not in known:
       raise ValueError(
-        f"{option} is not an option of {name}; it must be one of "
+        f"{option} is not an option of {name}; its options are "
         f"{', '.join(known)}"
       )
-  return _FACTORIES[name](**options)
+  return factory(**options)
+
+
+def find(name: str) -> Callable[..., Quantizer]:
+  """Returns the factory of a name.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  checks.one_of("name", name, list(NAMES))
+  return _FACTORIES[name]
 
 
 def options_of(role: str) -> dict[str, type]:
@@ -161,47 +196,76 @@ def options_of(role: str) -> dict[str, type]:
     role: "weight" or "activation".
 
   Returns:
-    {option: bool, int, float, str or tuple}. `bits` belongs to all and is not
-    among them, nor is the sign of an activation, which calibration decides.
+    {option: bool, int, float, str or tuple}, by the default, or by the
+    annotation where the default is None. `bits` belongs to all and is not among
+    them, nor is the sign of an activation, which calibration decides. Where
+    methods disagree about a type, the one registered first has its way.
+
+  >>> options_of("activation")["terms"]
+  <class 'tuple'>
   """
-  kinds = {"weight": "WeightQuantizer", "activation": "ActivationQuantizer"}
+  kind = {"weight": WeightQuantizer, "activation": ActivationQuantizer}[role]
   found: dict[str, type] = {}
   for factory in _FACTORIES.values():
-    signature = inspect.signature(factory)
-    if signature.return_annotation not in (kinds[role], Quantizer):
-      continue
-    for parameter in signature.parameters.values():
-      if parameter.kind is parameter.KEYWORD_ONLY:
-        found[parameter.name] = _flag_type(parameter)
-  if role == "activation":
-    found.pop("signed", None)
+    signature = inspect.signature(factory, eval_str=True)
+    returned = signature.return_annotation
+    if returned is signature.empty:
+      returned = type(factory())
+    if returned is kind:
+      for parameter in signature.parameters.values():
+        found.setdefault(parameter.name, _flag_type(parameter))
+  for name in ("bits", "signed")[: 1 if role == "weight" else 2]:
+    found.pop(name, None)
   return found
 
 
-def _flag_type(parameter):
-  """The type of a flag, from an annotation such as "Sequence[int] | None"."""
-  words = str(parameter.annotation)
-  if "Sequence" in words or "tuple" in words:
-    return tuple
-  for kind in (bool, int, float, str):
-    if kind.__name__ in words:
+def describe(name: str) -> Description:
+  """Reads the description of a method from its docstring.
+
+  Args:
+    name: one of `NAMES`.
+
+  Raises:
+    ValueError: for an unknown name.
+
+  >>> describe("double_rounding").stored
+  'codes of bits[0] bits and float32 scales'
+  """
+  text = inspect.getdoc(find(name)) or ""
+  summary, words = text.partition("\n")[0], " ".join(text.split())
+
+  def sentence(start: str) -> str:
+    found = re.search(rf"{start} (.*?)\.( |$)", words)
+    return found[1] if found else ""
+
+  return Description(
+    summary=summary,
+    shared=sentence("Shared between bit-widths:"),
+    stored=sentence("Stored:"),
+    choose=sentence("Choose it"),
+  )
+
+
+def _flag_type(parameter: inspect.Parameter) -> type:
+  if parameter.default not in (None, parameter.empty):
+    return type(_plain(parameter.default))
+  hint = parameter.annotation
+  for kind in typing.get_args(hint) or (hint,):
+    kind = typing.get_origin(kind) or kind
+    if kind in (Sequence, list, tuple):
+      return tuple
+    if kind in (bool, int, float, str):
       return kind
   return str
 
 
-def _frozen(options: Mapping[str, Any]) -> Options:
-  """Options as hashable pairs."""
-  return tuple(
-    (key, tuple(value) if isinstance(value, list) else value)
-    for key, value in options.items()
-  )
-
-
-def _checked(quantizer: Any) -> Any:
-  """The quantizer with the checks that all methods share."""
-  if isinstance(quantizer, WeightQuantizer):
-    return _checked_weight(quantizer)
-  return _checked_activation(quantizer)
+def _plain(value: Any) -> Any:
+  """The value as JSON and a hash can take it."""
+  if isinstance(value, np.generic):
+    return value.item()
+  if isinstance(value, list | tuple):
+    return tuple(map(_plain, value))
+  return value
 
 
 def _checked_weight(q: WeightQuantizer) -> WeightQuantizer:

@@ -554,7 +554,9 @@ def test_nan_and_infinite_weights_are_an_error_outside_jit(case, bad):
     lambda: quantizer.fake_quantize(params, w, 0),
     lambda: quantizer.encode(params, w),
   ):
-    with pytest.raises(ValueError, match="weight: 1 of 288 values are NaN or"):
+    with pytest.raises(
+      ValueError, match="weight must be finite, but 1 of 288 values"
+    ):
       call()
   jax.jit(quantizer.fake_quantize)(params, w, jnp.int32(0))
 
@@ -565,7 +567,7 @@ def test_a_python_index_out_of_range_is_an_error(case):
   quantizer, params = fitted(case, w)
   n = len(quantizer.bits)
   for index in (n, -1):
-    message = rf"index={index}: allowed are 0\.\.{n - 1}"
+    message = rf"index must be in 0\.\.{n - 1}, .*got {index}$"
     with pytest.raises(ValueError, match=message):
       quantizer.fake_quantize(params, w, index)
     if is_weight(case):
@@ -575,20 +577,5 @@ def test_a_python_index_out_of_range_is_an_error(case):
 
 @pytest.mark.parametrize("name", quant.NAMES)
 def test_wrong_bits_are_an_error_that_names_them(name):
-  with pytest.raises(ValueError, match=r"\(9, 4\).*highest first"):
+  with pytest.raises(ValueError, match=r"bits.*must be.*got \(9, 4\)"):
     quant.get(name, bits=(9, 4))
-
-
-@pytest.mark.parametrize("name", quant.NAMES)
-def test_an_unknown_option_is_an_error_that_lists_the_known_ones(name):
-  known = dict(build((name, SETTLED.get(name, {}))).options)
-  with pytest.raises(ValueError) as error:
-    quant.get(name, temperature=1)
-  assert f"'temperature' of {name}" in str(error.value)
-  assert all(option in str(error.value) for option in known)
-
-
-def test_an_unknown_method_is_an_error_that_lists_the_known_ones():
-  with pytest.raises(ValueError, match="'dorefa'") as error:
-    quant.get("dorefa")
-  assert all(name in str(error.value) for name in quant.NAMES)

@@ -1,4 +1,8 @@
-"""Checks of arguments; an error names the argument, its value, and the rule."""
+"""Checks of arguments, which raise before XLA would clamp or cast them.
+
+A message starts with the argument's name, says what it must be, and ends with
+what was given.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ def check_bits(
 
   Args:
     bits: candidates, highest first.
-    lowest, highest: what is allowed.
+    lowest, highest: bounds of a bit-width, both included.
     method: whose bit-widths they are, for the message.
 
   Raises:
@@ -39,8 +43,8 @@ def check_bits(
   constraint = f"integers from {highest} down to {lowest}, highest first"
   if lowest == highest:
     constraint = f"({lowest},)"
-  whose = f" for {method}" if method else ""
-  message = f"bits must be {constraint}{whose}, got {bits!r}"
+  whose = f" of {method}" if method else ""
+  message = f"bits{whose} must be {constraint}, got {bits!r}"
   try:
     checked = tuple(operator.index(b) for b in bits)
   except TypeError:
@@ -53,7 +57,10 @@ def check_bits(
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-  """Raises ValueError unless a value is one of those allowed."""
+  """Raises ValueError unless a value is one of those allowed.
+
+  >>> one_of("rounding", "floor", ROUNDINGS)
+  """
   if value not in allowed:
     known = ", ".join(map(repr, allowed))
     raise ValueError(f"{name} must be one of {known}, got {value!r}")

@@ -75,6 +75,13 @@ class WeightQuantizer(NamedTuple):
   options: Options = ()
 
 
+def _no_other_sign(signed: bool) -> ActivationQuantizer:
+  raise NotImplementedError(
+    "this activation quantizer has no with_sign: decorate its factory with "
+    "quant.method, or pass with_sign"
+  )
+
+
 class ActivationQuantizer(NamedTuple):
   """A multi-precision activation quantizer.
 
@@ -95,6 +102,6 @@ class ActivationQuantizer(NamedTuple):
   init: Callable[[jax.Array], Params]
   fake_quantize: Callable[[Params, jax.Array, Any], jax.Array]
   signed: bool | None
-  with_sign: Callable[[bool], ActivationQuantizer]
+  with_sign: Callable[[bool], ActivationQuantizer] = _no_other_sign
   name: str = ""
   options: Options = ()

@@ -42,7 +42,7 @@ def pack(
     ValueError: if bits is outside 1..16, codes are not integers, or, outside
       jit, a code does not fit.
   """
-  (bits,) = checks.check_bits([bits], lowest=1, highest=16)
+  bits = checks.check_integer("bits", bits, 1, 16)
   codes = checks.check_integers("codes", codes)
   low, high = grid.code_range(bits, signed=signed)
   if not isinstance(codes, jax.core.Tracer) and codes.size:
@@ -78,7 +78,7 @@ def unpack(
   Raises:
     ValueError: if bits is outside 1..16 or the number of bytes is not right.
   """
-  (bits,) = checks.check_bits([bits], lowest=1, highest=16)
+  bits = checks.check_integer("bits", bits, 1, 16)
   data = jnp.asarray(data)
   if data.shape != (packed_size(size, bits),):
     raise ValueError(

@@ -3,5 +3,11 @@
 import importlib
 import pkgutil
 
-for _module in pkgutil.iter_modules(__path__):
-  importlib.import_module(f"{__name__}.{_module.name}")
+
+def discover() -> None:
+  """Imports every module of this package, and so registers its methods."""
+  for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")
+
+
+discover()

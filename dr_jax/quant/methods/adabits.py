@@ -226,9 +226,6 @@ def pact_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
-    with_sign=lambda sign: pact_activation(
-      bits, scheme=scheme, initial=initial, signed=sign
-    ),
     options=(("initial", initial),),
   )
 

@@ -155,7 +155,6 @@ def unit_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
-    with_sign=lambda sign: unit_activation(bits, signed=sign),
   )
 
 

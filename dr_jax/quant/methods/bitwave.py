@@ -84,7 +84,7 @@ def bitwave(
     Shi et al., HPCA 2024.
   """
   bits = checks.check_bits(bits, method="bitwave")
-  _check_group(group)
+  checks.one_of("group", group, GROUPS)
 
   def init(w):
     return {}
@@ -137,19 +137,14 @@ def skipped_columns(
     ValueError: for bits outside 2..8, another group, or codes that are no
       integers or outside -127..127.
   """
-  (bits,) = checks.check_bits([bits], method="bitwave")
-  _check_group(group)
+  bits = checks.check_integer("bits", bits, 2, 8)
+  checks.one_of("group", group, GROUPS)
   codes = checks.check_integers("codes", codes)
   low, high = int(codes.min()), int(codes.max())
   if low < -_HIGH or high > _HIGH:
     raise ValueError(f"codes must be in -{_HIGH}..{_HIGH}, got {low}..{high}")
   planes = _planes(_flip(codes, jnp.int32(bits), group=group), group)
   return 1 - float(planes.any(2).mean())
-
-
-def _check_group(group):
-  if group not in GROUPS:
-    raise ValueError(f"group={group!r}: bitwave takes one of {GROUPS}")
 
 
 @functools.partial(jax.jit, static_argnames="group")

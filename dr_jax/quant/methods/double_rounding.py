@@ -170,8 +170,8 @@ def switch_codes(
     arXiv 2502.01199, eq. 2.
   """
   checks.check_rounding(rounding)
-  (from_bits,) = checks.check_bits([from_bits])
-  (to_bits,) = checks.check_bits([to_bits])
+  from_bits = checks.check_integer("from_bits", from_bits, 2, 8)
+  to_bits = checks.check_integer("to_bits", to_bits, 2, from_bits)
   if to_bits > from_bits:
     raise ValueError(
       f"to_bits must be in 2..{from_bits}, at most from_bits, got {to_bits}"

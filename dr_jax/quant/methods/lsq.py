@@ -67,6 +67,9 @@ def lsq_activation(
 
     x_hat = clip(round(x / s_b), Q_N, Q_P) * s_b
 
+  Choose it unless a method says otherwise: it is the usual partner of all
+  methods with learned weight scales.
+
   Params: {"scale": float32 [B]}; starts at 2 mean|x| / sqrt(Q_P).
 
   Args:
@@ -96,7 +99,6 @@ def lsq_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
-    with_sign=lambda sign: lsq_activation(bits, signed=sign),
   )
 
 
@@ -125,7 +127,8 @@ def fake_quantize(
   References:
     arXiv 1902.08153, eq. 1 to 3.
   """
-  grids = grid.single_grids(checks.check_bits([bits]), signed=signed)
+  bits = checks.check_integer("bits", bits, 2, 8)
+  grids = grid.single_grids((bits,), signed=signed)
   x, scale = jnp.asarray(x), jnp.asarray(scale)
   pairs = zip(scale.shape, x.shape, strict=False)
   if scale.ndim not in (0, x.ndim) or any(s not in (1, n) for s, n in pairs):

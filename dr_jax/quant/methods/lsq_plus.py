@@ -114,7 +114,6 @@ def lsq_plus_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=False,
-    with_sign=lambda sign: lsq_plus_activation(bits, signed=sign),
   )
 
 

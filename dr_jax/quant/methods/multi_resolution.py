@@ -187,9 +187,6 @@ def multi_resolution_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
-    with_sign=lambda sign: multi_resolution_activation(
-      bits, terms=terms, signed=sign
-    ),
   )
 
 

@@ -178,9 +178,6 @@ def term_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
-    with_sign=lambda sign: term_activation(
-      bits, data_bits=data_bits, terms=terms, signed=sign
-    ),
     options=(("data_bits", data_bits), ("terms", terms)),
   )
 

@@ -66,8 +66,8 @@ def truncation(
 
   Shared between bit-widths: everything. Stored: codes of bits[0] bits, and per
   channel a float32 scale, to which MatQuant adds an int32 zero point. Choose
-  "truncquant" where a device can only drop bits, and "matquant" where nothing
-  about a quantizer is to be learned, as for models fine-tuned briefly.
+  it as "truncquant" where a device can only drop bits, as "matquant" where
+  nothing about a quantizer is to be learned, as for models fine-tuned briefly.
 
   "truncquant": signed codes, equations above. Params: {"scale": float32
   [1, ..., 1, c_out]}, or all ones per tensor. Chosen: the midpoint

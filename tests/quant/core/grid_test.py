@@ -71,28 +71,33 @@ def test_check_bits_accepts_one_bit_only_where_a_method_asks_for_it():
 
 def test_check_rounding_names_the_three_rules():
   for rounding in checks.ROUNDINGS:
-    assert checks.check_rounding(rounding) == rounding
-  with pytest.raises(ValueError, match="'nearest'.*half_even.*half_up.*floor"):
+    checks.check_rounding(rounding)
+  with pytest.raises(
+    ValueError, match="one of 'half_even', 'half_up', 'floor', got"
+  ):
     checks.check_rounding("nearest")
 
 
 @pytest.mark.parametrize("index", [-1, 3, np.int32(7)])
 def test_check_index_rejects_a_python_index_that_xla_would_clamp(index):
-  with pytest.raises(ValueError, match=rf"index={index}.*0\.\.2.*\(8, 4, 2\)"):
+  with pytest.raises(
+    ValueError, match=rf"index .*0\.\.2.*\(8, 4, 2\), got {index}"
+  ):
     checks.check_index(index, (8, 4, 2))
 
 
 def test_check_index_lets_traced_and_valid_indices_pass():
-  assert checks.check_index(2, (8, 4, 2)) == 2
-  traced = jax.jit(lambda i: checks.check_index(i, (8, 4, 2)))(jnp.int32(5))
-  assert traced == 5
+  checks.check_index(2, (8, 4, 2))
+  jax.jit(lambda i: checks.check_index(i, (8, 4, 2)))(jnp.int32(5))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_check_finite_counts_the_bad_values(bad, kind):
   x = kind(np.array([[1.0, bad], [bad, 0.0]], np.float32))
-  with pytest.raises(ValueError, match="kernel: 2 of 4 values.*finite numbers"):
+  with pytest.raises(
+    ValueError, match="kernel must be finite, but 2 of 4 values"
+  ):
     checks.check_finite("kernel", x)
 
 

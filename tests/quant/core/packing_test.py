@@ -111,20 +111,20 @@ def test_a_code_that_does_not_fit_is_an_error(bits, signed, wrong):
 @pytest.mark.parametrize("length", [0, 2, 4])
 def test_a_wrong_number_of_bytes_is_an_error(length):
   data = jnp.zeros(length, jnp.uint8)
-  with pytest.raises(ValueError, match=rf"\({length},\).*\(3,\).*7 codes"):
+  with pytest.raises(ValueError, match=rf"\(3,\) for 7 codes.*\({length},\)"):
     quant.unpack(data, 3, 7)
 
 
 def test_bytes_with_a_second_axis_are_an_error():
-  with pytest.raises(ValueError, match=r"\(1, 3\).*\(3,\)"):
+  with pytest.raises(ValueError, match=r"\(3,\).*got \(1, 3\)"):
     quant.unpack(jnp.zeros((1, 3), jnp.uint8), 3, 8)
 
 
 @pytest.mark.parametrize("bits", [0, 17])
 def test_bit_widths_outside_one_to_sixteen_are_an_error(bits):
-  with pytest.raises(ValueError, match=rf"\[{bits}\].*from 16 down to 1"):
+  with pytest.raises(ValueError, match=rf"bits must be .* 1\.\.16, got {bits}"):
     quant.pack(jnp.zeros(4, jnp.int8), bits)
-  with pytest.raises(ValueError, match=rf"\[{bits}\].*from 16 down to 1"):
+  with pytest.raises(ValueError, match=rf"bits must be .* 1\.\.16, got {bits}"):
     quant.unpack(jnp.zeros(4, jnp.uint8), bits, 4)
 
 
@@ -134,6 +134,6 @@ def test_codes_that_are_no_integers_are_an_error():
     lambda x: quant.switch_codes(x, 8, 4),
   ):
     with pytest.raises(
-      ValueError, match="codes: dtype float32; allowed are in"
+      ValueError, match="codes must be integers, got dtype float32"
     ):
       call(np.float32([1.7]))

@@ -178,9 +178,12 @@ def test_low_precision_weights_are_computed_in_float32(scheme):
 @pytest.mark.parametrize(
   "options, message",
   [
-    ({"bits": (8, 0)}, r"\(8, 0\): adabits takes integers from 8 down to 1"),
-    ({"scheme": "floor"}, "scheme='floor'.*modified.*centered.*original"),
-    ({"rescale": "constant"}, "rescale='constant'.*False, True, 'stddev'"),
+    ({"bits": (8, 0)}, r"bits of adabits .*from 8 down to 1.*\(8, 0\)"),
+    ({"scheme": "floor"}, "scheme .*modified.*centered.*original.*got 'floor'"),
+    (
+      {"rescale": "constant"},
+      "rescale .*False, True, 'stddev', got 'constant'",
+    ),
   ],
 )
 def test_adabits_names_what_it_rejects(options, message):
@@ -304,9 +307,11 @@ def test_learning_rates_100_times_too_large_keep_clip_levels_finite(optimizer):
 def test_a_pact_quantizer_with_an_open_sign_asks_for_it():
   still_open = quant.pact_activation((8, 4), scheme="modified", initial=6)
   assert still_open.signed is None
-  with pytest.raises(ValueError, match="signed=None.*True and False"):
+  with pytest.raises(
+    ValueError, match="signed must be True or False, got None"
+  ):
     still_open.init(jnp.ones(3))
-  with pytest.raises(ValueError, match="signed=None.*with_sign"):
+  with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     still_open.fake_quantize({"clip": jnp.ones(2)}, jnp.ones(3), 0)
   for sign in (True, False):
     settled = still_open.with_sign(sign)
@@ -317,19 +322,21 @@ def test_a_pact_quantizer_with_an_open_sign_asks_for_it():
       "initial": 6.0,
       "signed": sign,
     }
-  with pytest.raises(ValueError, match="activation: 1 of 2 values are NaN or"):
+  with pytest.raises(
+    ValueError, match="activation must be finite.*1 of 2 values are NaN"
+  ):
     settled.init(jnp.array([1.0, jnp.inf]))
 
 
 @pytest.mark.parametrize(
   "options, message",
   [
-    ({"bits": (9, 4)}, r"\(9, 4\): pact_activation takes integers from 8"),
-    ({"scheme": "floor"}, "scheme='floor'.*modified.*centered.*original"),
-    ({"initial": 0.0}, "initial=0.0: allowed are None and numbers from"),
-    ({"initial": -8}, "initial=-8: allowed are None and numbers from"),
-    ({"initial": "max"}, "initial='max': allowed are None and numbers from"),
-    ({"initial": math.nan}, "initial=nan: allowed are None and numbers from"),
+    ({"bits": (9, 4)}, r"bits of pact_activation .*from 8.*\(9, 4\)"),
+    ({"scheme": "floor"}, "scheme .*modified.*centered.*original.*got 'floor'"),
+    ({"initial": 0.0}, "initial must be None or a number.*got 0.0"),
+    ({"initial": -8}, "initial must be None or a number.*got -8"),
+    ({"initial": "max"}, "initial must be None or a number.*got 'max'"),
+    ({"initial": math.nan}, "initial must be None or a number.*got nan"),
   ],
 )
 def test_pact_names_what_it_rejects(options, message):

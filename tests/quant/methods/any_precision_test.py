@@ -128,15 +128,19 @@ def test_unit_activations_pass_the_gradient_at_both_ends_but_not_beyond():
 def test_unit_activations_have_no_parameters_and_ask_for_an_open_sign():
   quantizer = quant.unit_activation((8, 1))
   assert quantizer.signed is None
-  with pytest.raises(ValueError, match="signed=None.*True and False"):
+  with pytest.raises(
+    ValueError, match="signed must be True or False, got None"
+  ):
     quantizer.init(jnp.ones(3))
-  with pytest.raises(ValueError, match="signed=None.*with_sign"):
+  with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({}, jnp.ones(3), 0)
   settled = quantizer.with_sign(False)
   assert settled.signed is False
   assert settled.init(jnp.ones(3)) == {}
   assert dict(settled.options) == {"bits": (8, 1), "signed": False}
-  with pytest.raises(ValueError, match="activation: 1 of 2 values are NaN or"):
+  with pytest.raises(
+    ValueError, match="activation must be finite.*1 of 2 values are NaN"
+  ):
     settled.init(jnp.array([1.0, jnp.nan]))
 
 
@@ -145,15 +149,15 @@ def test_unit_activations_have_no_parameters_and_ask_for_an_open_sign():
   [
     (
       lambda: quant.any_precision((8, 0)),
-      r"\(8, 0\): any_precision takes integers from 8 down to 1",
+      r"bits of any_precision .*from 8 down to 1.*\(8, 0\)",
     ),
     (
       lambda: quant.unit_activation((4, 4)),
-      r"\(4, 4\): unit_activation takes integers from 8 down to 1",
+      r"bits of unit_activation .*from 8 down to 1.*\(4, 4\)",
     ),
     (
       lambda: quant.unit_activation((8, 1)).with_sign(True),
-      r"\(8, 1\): unit_activation with signed=True takes .* 8 down to 2",
+      r"unit_activation with signed=True .* 8 down to 2.*\(8, 1\)",
     ),
   ],
 )

@@ -120,11 +120,11 @@ def test_binary_takes_a_bit_and_ternary_two():
 
 @pytest.mark.parametrize("bits", [(2,), (8, 1), (0,), ()])
 def test_other_bits_than_one_are_an_error_that_names_binary(bits):
-  with pytest.raises(ValueError, match=r"binary takes \(1,\) only"):
+  with pytest.raises(ValueError, match=r"bits of binary must be \(1,\), got"):
     quant.binary(bits)
 
 
 @pytest.mark.parametrize("bits", [(1,), (8, 2), (3,), ()])
 def test_other_bits_than_two_are_an_error_that_names_ternary(bits):
-  with pytest.raises(ValueError, match=r"ternary takes \(2,\) only"):
+  with pytest.raises(ValueError, match=r"bits of ternary must be \(2,\), got"):
     quant.ternary(bits)

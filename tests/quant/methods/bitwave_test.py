@@ -259,7 +259,7 @@ def test_skipped_columns_are_a_share_of_seven_per_group():
 
 @pytest.mark.parametrize("group", [0, 7, 64, "8"])
 def test_another_group_is_an_error(group):
-  message = rf"group={group!r}: bitwave takes one of \(8, 16, 32\)"
+  message = rf"group must be one of 8, 16, 32, got {group!r}"
   with pytest.raises(ValueError, match=message):
     quant.bitwave(group=group)
   with pytest.raises(ValueError, match=message):
@@ -267,13 +267,15 @@ def test_another_group_is_an_error(group):
 
 
 def test_wrong_bits_and_codes_are_errors():
-  with pytest.raises(ValueError, match="bitwave takes integers from 8 down"):
+  with pytest.raises(ValueError, match="bits of bitwave must be integers from"):
     quant.bitwave((8, 1))
-  with pytest.raises(ValueError, match="bitwave takes integers from 8 down"):
+  with pytest.raises(ValueError, match=r"bits must be an integer in 2\.\.8"):
     quant.skipped_columns(random_codes((8, 2)), 1)
   with pytest.raises(
-    ValueError, match=r"codes: -128..3; allowed are -127..127"
+    ValueError, match=r"codes must be in -127..127, got -128..3"
   ):
     quant.skipped_columns(np.array([[-128], [3]], np.int8), 8)
-  with pytest.raises(ValueError, match="codes: dtype float32"):
+  with pytest.raises(
+    ValueError, match="codes must be integers, got dtype float32"
+  ):
     quant.skipped_columns(np.ones((8, 1), np.float32), 8)

@@ -1,8 +1,7 @@
-"""Weights that stay float, and methods registered from outside."""
+"""Weights that stay float."""
 
 import jax
 import numpy as np
-import pytest
 
 from dr_jax import quant
 
@@ -15,17 +14,3 @@ def test_weights_and_their_gradients_pass_unchanged():
     np.testing.assert_array_equal(out, w)
     np.testing.assert_array_equal(pull(w)[0], w)
     assert quantizer.storage.size(quantizer.encode({}, w), index) == w.nbytes
-
-
-def test_a_registered_name_is_found_and_cannot_be_taken_twice():
-  def mine(bits=(8, 4), *, option=1):
-    return quant.lsq(bits)
-
-  quant.register("mine_for_a_test", mine)
-  quant.register("mine_for_a_test", mine)  # again: nothing new
-  assert "mine_for_a_test" in quant.NAMES
-  assert quant.get("mine_for_a_test", bits=(6,)).bits == (6,)
-  with pytest.raises(ValueError, match="'mine_for_a_test': is taken"):
-    quant.register("mine_for_a_test", quant.lsq)
-  with pytest.raises(ValueError, match="'lsq': is taken"):
-    quant.register("lsq", mine)

@@ -90,7 +90,9 @@ def test_fake_quantize_rejects_a_scale_that_does_not_fit(scale_shape):
 
 @pytest.mark.parametrize("bits", [1, 9, 2.5])
 def test_fake_quantize_names_a_wrong_bit_width(bits):
-  with pytest.raises(ValueError, match=rf"{bits}.*from 8 down to 2"):
+  with pytest.raises(
+    ValueError, match=rf"bits must be an integer in 2\.\.8, got {bits}"
+  ):
     quant.fake_quantize(jnp.ones(3), jnp.float32(1), bits)
 
 
@@ -157,9 +159,11 @@ def test_unsigned_activations_send_negative_inputs_to_zero_without_gradient():
 def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
   quantizer = quant.lsq_activation((8, 4))
   assert quantizer.signed is None
-  with pytest.raises(ValueError, match="signed=None.*True and False"):
+  with pytest.raises(
+    ValueError, match="signed must be True or False, got None"
+  ):
     quantizer.init(jnp.ones(3))
-  with pytest.raises(ValueError, match="signed=None.*with_sign"):
+  with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({"scale": jnp.ones(2)}, jnp.ones(3), 0)
   for sign in (True, False):
     settled = quantizer.with_sign(sign)

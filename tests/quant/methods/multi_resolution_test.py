@@ -230,18 +230,26 @@ def test_any_finite_activation_scale_is_read_as_a_positive_one(raw):
 @pytest.mark.parametrize(
   "name, options, message",
   [
-    ("multi_resolution", {"budgets": (20, 8)}, r"budgets=\(20, 8\).*4 integer"),
-    ("multi_resolution", {"group": 40}, r"group=40.*1\.\.32"),
-    ("multi_resolution", {"magnitude_bits": 9}, r"magnitude_bits=9.*1\.\.8"),
+    (
+      "multi_resolution",
+      {"budgets": (20, 8)},
+      r"budgets .*4 integer.*\(20, 8\)",
+    ),
+    ("multi_resolution", {"group": 40}, r"group .*1\.\.32, got 40"),
+    (
+      "multi_resolution",
+      {"magnitude_bits": 9},
+      r"magnitude_bits .*1\.\.8, got 9",
+    ),
     (
       "multi_resolution",
       {"bits": (1,)},
-      r"bits=\(1,\): multi_resolution takes",
+      r"bits of multi_resolution .*\(1,\)",
     ),
     (
       "multi_resolution_activation",
       {"terms": (3,)},
-      r"terms=\(3,\).*4 integer",
+      r"terms .*4 integer.*\(3,\)",
     ),
     ("multi_resolution_activation", {"terms": (1, 2, 3, 4)}, "never ascending"),
     ("multi_resolution_activation", {"bits": ()}, r"multi_resolution_activat"),
@@ -255,9 +263,11 @@ def test_wrong_options_are_named(name, options, message):
 def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
   quantizer = quant.multi_resolution_activation((8, 4), terms=(2, 1))
   assert quantizer.signed is None
-  with pytest.raises(ValueError, match="signed=None.*True and False"):
+  with pytest.raises(
+    ValueError, match="signed must be True or False, got None"
+  ):
     quantizer.init(jnp.ones(3))
-  with pytest.raises(ValueError, match="signed=None.*with_sign"):
+  with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({"scale": jnp.ones(1)}, jnp.ones(3), 0)
   for sign in (True, False):
     settled = quantizer.with_sign(sign)

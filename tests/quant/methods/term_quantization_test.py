@@ -205,17 +205,17 @@ def test_a_copy_for_one_budget_is_as_large_as_all_together():
 @pytest.mark.parametrize(
   "options, message",
   [
-    ({"budgets": (8, 4)}, r"budgets=\(8, 4\).*4 integers.*descending"),
-    ({"budgets": (8, 4, 4, 2)}, r"budgets=\(8, 4, 4, 2\).*descending"),
-    ({"budgets": (8, 4, 2, 0)}, r"budgets=\(8, 4, 2, 0\).*from 1 up"),
-    ({"budgets": (8, 4, 2, 1.5)}, r"budgets=\(8, 4, 2, 1.5\).*integers"),
-    ({"budgets": 8, "bits": (4,)}, r"budgets=8.*1 integers"),
-    ({"group": 1}, r"budgets=None \(which is \(2, 1, 1, 1\)\).*descending"),
-    ({"group": 0}, r"group=0: allowed are integers 1\.\.32"),
-    ({"group": 33}, r"group=33: allowed are integers 1\.\.32"),
-    ({"group": 2.0}, r"group=2\.0: allowed are integers 1\.\.32"),
-    ({"weight_bits": 10}, r"weight_bits=10: allowed are integers 1\.\.9"),
-    ({"bits": (4, 4)}, r"bits=\(4, 4\): term_quantization takes integers"),
+    ({"budgets": (8, 4)}, r"budgets .*4 integers.*descending.*\(8, 4\)"),
+    ({"budgets": (8, 4, 4, 2)}, r"budgets .*descending.*\(8, 4, 4, 2\)"),
+    ({"budgets": (8, 4, 2, 0)}, r"budgets .*>= 1.*\(8, 4, 2, 0\)"),
+    ({"budgets": (8, 4, 2, 1.5)}, r"budgets .*integers.*\(8, 4, 2, 1.5\)"),
+    ({"budgets": 8, "bits": (4,)}, r"budgets .*1 integers.*got 8"),
+    ({"group": 1}, r"descending.*got None \(which is \(2, 1, 1, 1\)\)"),
+    ({"group": 0}, r"group must be an integer in 1\.\.32, got 0"),
+    ({"group": 33}, r"group must be an integer in 1\.\.32, got 33"),
+    ({"group": 2.0}, r"group must be an integer in 1\.\.32, got 2\.0"),
+    ({"weight_bits": 10}, r"weight_bits .*integer in 1\.\.9, got 10"),
+    ({"bits": (4, 4)}, r"bits of term_quantization .*\(4, 4\)"),
   ],
 )
 def test_wrong_options_of_weights_are_named(options, message):
@@ -226,12 +226,12 @@ def test_wrong_options_of_weights_are_named(options, message):
 @pytest.mark.parametrize(
   "options, message",
   [
-    ({"terms": (3, 2)}, r"terms=\(3, 2\).*4 integers.*ascending"),
-    ({"terms": (3, 2, 1, 2)}, r"terms=\(3, 2, 1, 2\).*ascending"),
-    ({"terms": (3, 2, 1, 0)}, r"terms=\(3, 2, 1, 0\).*from 1 up"),
-    ({"terms": "3221"}, r"terms='3221'.*integers"),
-    ({"data_bits": 0}, r"data_bits=0: allowed are integers 1\.\.9"),
-    ({"bits": (2, 4)}, r"bits=\(2, 4\): term_activation takes integers"),
+    ({"terms": (3, 2)}, r"terms .*4 integers.*ascending.*\(3, 2\)"),
+    ({"terms": (3, 2, 1, 2)}, r"terms .*ascending.*\(3, 2, 1, 2\)"),
+    ({"terms": (3, 2, 1, 0)}, r"terms .*>= 1.*\(3, 2, 1, 0\)"),
+    ({"terms": "3221"}, r"terms .*integers.*'3221'"),
+    ({"data_bits": 0}, r"data_bits .*integer in 1\.\.9, got 0"),
+    ({"bits": (2, 4)}, r"bits of term_activation .*\(2, 4\)"),
   ],
 )
 def test_wrong_options_of_activations_are_named(options, message):
@@ -318,9 +318,11 @@ def test_any_finite_scale_of_an_activation_is_read_as_a_positive_one(raw):
 def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
   quantizer = quant.term_activation((8, 4), data_bits=6, terms=(3, 1))
   assert quantizer.signed is None
-  with pytest.raises(ValueError, match="signed=None.*True and False"):
+  with pytest.raises(
+    ValueError, match="signed must be True or False, got None"
+  ):
     quantizer.init(jnp.ones(3))
-  with pytest.raises(ValueError, match="signed=None.*with_sign"):
+  with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({"scale": jnp.ones(2)}, jnp.ones(3), 0)
   for sign in (True, False):
     settled = quantizer.with_sign(sign)

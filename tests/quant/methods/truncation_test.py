@@ -274,17 +274,20 @@ def test_the_sign_may_be_spelled_out_where_it_is_the_schemes_own():
 @pytest.mark.parametrize(
   "options, message",
   [
-    ({"bits": (8, 1)}, r"\(8, 1\).*truncation takes.*from 8 down to 2"),
-    ({"bits": (4, 4)}, r"\(4, 4\).*highest first"),
-    ({"scheme": "floor"}, "scheme='floor'.*truncquant.*matquant"),
+    ({"bits": (8, 1)}, r"bits of truncation .*from 8 down to 2.*\(8, 1\)"),
+    ({"bits": (4, 4)}, r"highest first, got \(4, 4\)"),
+    ({"scheme": "floor"}, "scheme .*truncquant.*matquant.*got 'floor'"),
     (
       {"scheme": "matquant", "signed": True},
-      "signed=True: matquant allows None and False",
+      "signed must be None or False for matquant, got True",
     ),
-    ({"signed": False}, "signed=False: truncquant allows None and True"),
+    (
+      {"signed": False},
+      "signed must be None or True for truncquant, got False",
+    ),
     (
       {"extra_precision": True},
-      "extra_precision=True: truncquant allows False only.*matquant",
+      "extra_precision must be False for truncquant.*matquant",
     ),
   ],
 )
