@@ -35,12 +35,8 @@ class Allocation(Mapping[str, int]):
     self._bits = {}
     for layer, b in bits.items():
       if not isinstance(layer, str) or not layer:
-        raise ValueError(f"layer={layer!r}: no path; allowed are strings")
-      field, allowed = f"bits[{layer!r}]", "a positive integer"
-      width = integer(field, b, allowed)
-      if width < 1:
-        raise ValueError(f"{field}={width}: too small; allowed is {allowed}")
-      self._bits[layer] = width
+        raise ValueError(f"layer must be a non-empty string, got {layer!r}")
+      self._bits[layer] = integer(f"bits[{layer!r}]", b, at_least=1)
 
   @classmethod
   def uniform(cls, layers: Iterable[str], bits: int) -> Allocation:
@@ -59,18 +55,16 @@ class Allocation(Mapping[str, int]):
       index: [L] positions among them, as `solve` returns.
 
     Raises:
-      ValueError: if lengths differ, a path repeats or a position is none.
+      ValueError: if lengths differ, a path repeats or a position is unknown.
     """
     positions = np.asarray(index).tolist()
     if len(positions) != len(layers) or len(set(layers)) != len(layers):
       raise ValueError(
-        f"index={positions}: {len(positions)} positions for {len(layers)} "
-        f"layers, {len(set(layers))} different; allowed is one for each"
+        f"index must have one position for each of {len(layers)} layers, "
+        f"{len(set(layers))} of them different, got {positions}"
       )
-    allowed = f"0..{len(bits) - 1}"
     for position in positions:
-      if not 0 <= integer("index", position, allowed) < len(bits):
-        raise ValueError(f"index={position}: no position; allowed is {allowed}")
+      integer("index", position, at_least=0, below=len(bits))
     pairs = zip(layers, positions, strict=True)
     return cls({layer: bits[position] for layer, position in pairs})
 
@@ -85,14 +79,16 @@ class Allocation(Mapping[str, int]):
     try:
       values = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
-      raise ValueError("allocation: nested too deep") from None
+      raise ValueError(
+        "allocation must be {layer: bits}, got deep nesting"
+      ) from None
     except json.JSONDecodeError as error:
       raise ValueError(
-        f"allocation: no JSON ({error}); allowed is an object {{layer: bits}}"
+        f"allocation must be a JSON object {{layer: bits}}: {error}"
       ) from None
     if not isinstance(values, dict):
       raise ValueError(
-        f"allocation={text[:40]!r}: no object; allowed is {{layer: bits}}"
+        f"allocation must be a JSON object {{layer: bits}}, got {text[:40]!r}"
       )
     return cls(values)
 
@@ -126,27 +122,27 @@ class Allocation(Mapping[str, int]):
 
     Raises:
       ValueError: naming unknown and missing layers, or the first bit-width
-        that is no candidate.
+        that is not a candidate.
     """
     names = list(layers)
     unknown = [layer for layer in self if layer not in set(names)]
     missing = [layer for layer in names if layer not in self]
     if unknown or missing:
       raise ValueError(
-        f"allocation: unknown layers {unknown}, missing layers {missing}; "
-        f"allowed are exactly {names}"
+        f"allocation must name exactly the layers {names}, but has unknown "
+        f"layers {unknown}, missing layers {missing}"
       )
     for layer, b in self.items():
       if b not in bits:
         raise ValueError(
-          f"bits[{layer!r}]={b}: no candidate; allowed are {tuple(bits)}"
+          f"bits[{layer!r}] must be one of {tuple(bits)}, got {b}"
         )
 
   def index(self, bits: Sequence[int]) -> np.ndarray:
     """Returns positions among candidate bit-widths, int64 [L].
 
     Raises:
-      ValueError: if a bit-width is no candidate.
+      ValueError: if a bit-width is not a candidate.
     """
     self.check(self, bits)
     return np.array([list(bits).index(b) for b in self.values()], np.int64)
@@ -202,5 +198,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(values) < len(pairs):
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f"layer={twice!r}: appears twice; allowed is once")
+    raise ValueError(
+      f"allocation must have each layer once, got {twice!r} twice"
+    )
   return values

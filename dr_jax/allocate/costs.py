@@ -65,8 +65,8 @@ def bops(
     inputs = _positive("activation_bits", activation_bits)
   if len(inputs) != len(widths):
     raise ValueError(
-      f"activation_bits={tuple(inputs)}: wrong length; allowed is one for each "
-      f"of {tuple(widths)}"
+      f"activation_bits must be one for each of {tuple(widths)}, got "
+      f"{tuple(inputs)}"
     )
   pairs = list(zip(widths, inputs, strict=True))
   return _table([[count * w * a for w, a in pairs] for count in counts])
@@ -98,9 +98,7 @@ def mean_bits_budget(mean: float, layers: int) -> int:
   """
   (count,) = _positive("layers", [layers])
   if not (math.isfinite(mean) and mean > 0):
-    raise ValueError(
-      f"mean={mean!r}: not positive; allowed is a finite number above 0"
-    )
+    raise ValueError(f"mean must be > 0 and finite, got {mean!r}")
   return math.floor(Fraction(str(mean)) * count)
 
 
@@ -127,21 +125,18 @@ def latency(
   for layer in layers:
     if layer not in table:
       raise ValueError(
-        f"table={layer!r}: is missing; allowed are tables with all of "
-        f"{list(layers)}"
+        f"table must have all layers of {list(layers)}, but lacks {layer!r}"
       )
     row = []
     for b in widths:
       if b not in table[layer]:
         raise ValueError(
-          f"table[{layer!r}]={b}: is missing; allowed are tables with all of "
-          f"{widths}"
+          f"table[{layer!r}] must have all bits of {widths}, but lacks {b}"
         )
       seconds = float(table[layer][b])
       if not (math.isfinite(seconds) and seconds >= 0):
         raise ValueError(
-          f"table[{layer!r}][{b}]={seconds}: no time; allowed are seconds of "
-          "at least 0"
+          f"table[{layer!r}][{b}] must be seconds >= 0, got {seconds}"
         )
       row.append(round(Fraction(seconds) * 10**9))
     rows.append(row)
@@ -149,7 +144,7 @@ def latency(
 
 
 def between(cost: ArrayLike, fraction: float) -> int:
-  """Returns a budget between the cheapest and the dearest allocation.
+  """Returns a budget between the cheapest and the most expensive allocation.
 
     low + fraction (high - low), rounded down
 
@@ -165,25 +160,20 @@ def between(cost: ArrayLike, fraction: float) -> int:
     arXiv 2011.10680, section 3.4 and appendix.
   """
   if not 0 <= fraction <= 1:
-    raise ValueError(f"fraction={fraction!r}: outside; allowed is 0..1")
+    raise ValueError(f"fraction must be in 0..1, got {fraction!r}")
   entries = np.asarray(cost).astype(object)
   low, high = int(entries.min(1).sum()), int(entries.max(1).sum())
   return low + math.floor(Fraction(str(fraction)) * (high - low))
 
 
 def _positive(field: str, values: Sequence[int]) -> list[int]:
-  allowed = "positive integers"
-  checked = [integer(field, value, allowed) for value in values]
-  if not checked:
-    raise ValueError(f"{field}=(): empty; allowed are {allowed}")
-  for value in checked:
-    if value < 1:
-      raise ValueError(f"{field}={value}: too small; allowed are {allowed}")
-  return checked
+  if not len(values):
+    raise ValueError(f"{field} must not be empty")
+  return [integer(field, value, at_least=1) for value in values]
 
 
 def _table(rows: Sequence[Sequence[int]]) -> np.ndarray:
   largest = max((entry for row in rows for entry in row), default=0)
   if largest >= _INT64:
-    raise ValueError(f"cost={largest}: too large; allowed is below 2^63")
+    raise ValueError(f"cost must be < 2^63, got {largest}")
   return np.array(rows, np.int64)

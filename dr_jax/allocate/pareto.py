@@ -50,8 +50,7 @@ class Front(NamedTuple):
     if place < 0:
       smallest = int(self.cost[0])
       raise Infeasible(
-        f"budget={budget}: no allocation is so small; allowed is {smallest} or "
-        "more",
+        f"budget must be >= {smallest}, the smallest cost, got {budget}",
         _NAME,
         (smallest,),
         budget,

@@ -73,36 +73,51 @@ def check(
   return problem._replace(objective=tuple(problem._merge(_integers(values))))
 
 
-def integer(field: str, value: Any, allowed: str) -> int:
-  """Returns an int; bools and floats are none.
+def integer(
+  field: str,
+  value: Any,
+  *,
+  at_least: int | None = None,
+  below: int | None = None,
+) -> int:
+  """Returns a Python integer.
 
   Raises:
-    ValueError: `field=value: no integer; allowed is ...`.
+    ValueError: for booleans, floats, and integers outside of the bounds.
   """
+  rule = "an integer"
+  if below is not None:
+    rule = f"an integer in {at_least}..{below - 1}"
+  elif at_least is not None:
+    rule = f"an integer >= {at_least}"
+  message = f"{field} must be {rule}, got {value!r}"
   try:
     if isinstance(value, bool | np.bool_):
       raise TypeError
-    return operator.index(value)
+    number = operator.index(value)
   except TypeError:
-    raise ValueError(
-      f"{field}={value!r}: no integer; allowed is {allowed}"
-    ) from None
+    raise ValueError(message) from None
+  if at_least is not None and number < at_least:
+    raise ValueError(message)
+  if below is not None and number >= below:
+    raise ValueError(message)
+  return number
 
 
 def _check_sensitivity(sensitivity: Any) -> np.ndarray:
   values = np.asarray(sensitivity)
   if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu":
     raise ValueError(
-      f"sensitivity={values.dtype} {values.shape}: wrong shape or type; "
-      "allowed is one number per layer and bit-width, [L, B]"
+      "sensitivity must be one number per layer and bit-width, [L, B], got "
+      f"{values.dtype} {values.shape}"
     )
   values = values.astype(np.float64)
   wrong = np.argwhere(~np.isfinite(values))
   if len(wrong):
     layer, column = wrong[0].tolist()
     raise ValueError(
-      f"sensitivity[{layer}, {column}]={values[layer, column]}: not finite; "
-      f"allowed is a finite number for layer {layer}"
+      f"sensitivity[{layer}, {column}] must be finite, got "
+      f"{values[layer, column]}"
     )
   return values
 
@@ -112,20 +127,18 @@ def _check_cost(name: str, cost: Any, shape: tuple[int, ...]) -> np.ndarray:
   values = np.asarray(cost)
   if values.shape != shape:
     raise ValueError(
-      f"{field}={values.dtype} {values.shape}: wrong shape; allowed is that of "
-      f"the sensitivity, {shape}"
+      f"{field} must have the shape of the sensitivity, {shape}, got "
+      f"{values.shape}"
     )
   exact = values.astype(object)
   for place in np.ndindex(*shape):
-    allowed = "an integer of at least 0"
     at = f"{field}[{', '.join(map(str, place))}]"
-    if integer(at, exact[place], allowed) < 0:
-      raise ValueError(f"{at}={exact[place]}: negative; allowed is {allowed}")
+    integer(at, exact[place], at_least=0)
   total = int(exact.max(1).sum())
   if total >= LARGEST:
     raise ValueError(
-      f"{field}={total} in sum over the layers: too large; allowed is less "
-      "than 2^62, so take a larger unit"
+      f"{field} must be < 2^62 in sum over the layers, got {total}: use a "
+      "larger unit"
     )
   return exact.astype(np.int64)
 
@@ -136,15 +149,16 @@ def _check_ties(
   """Returns all groups, those of a single layer included, in layer order."""
   tied: dict[int, tuple[int, ...]] = {}
   for group in ties:
-    allowed = f"layer numbers 0..{layers - 1}, each in one group"
     if isinstance(group, str) or not isinstance(group, Iterable):
-      raise ValueError(f"ties={ties!r}: no groups; allowed are {allowed}")
-    numbers = tuple(sorted(integer("ties", layer, allowed) for layer in group))
+      raise ValueError(f"ties must be groups of layer numbers, got {ties!r}")
+    numbers = tuple(
+      sorted(
+        integer("ties", layer, at_least=0, below=layers) for layer in group
+      )
+    )
     for layer in numbers:
-      if not 0 <= layer < layers:
-        raise ValueError(f"ties={layer}: no layer; allowed are {allowed}")
       if layer in tied:
-        raise ValueError(f"ties={layer}: appears twice; allowed are {allowed}")
+        raise ValueError(f"ties must have each layer once, got {layer} twice")
       tied[layer] = numbers
   return tuple(
     tied.get(layer, (layer,))
@@ -161,19 +175,14 @@ def _check_pinned(
   columns = [np.arange(width) for _ in groups]
   pins: dict[int, int] = {}
   for key, value in pinned.items():
-    allowed = f"layers 0..{len(owner) - 1}"
-    layer = integer("pinned", key, allowed)
-    if layer not in owner:
-      raise ValueError(f"pinned={layer}: no layer; allowed are {allowed}")
-    field, allowed = f"pinned[{layer}]", f"columns 0..{width - 1}"
-    column = integer(field, value, allowed)
-    if not 0 <= column < width:
-      raise ValueError(f"{field}={column}: no column; allowed are {allowed}")
+    layer = integer("pinned", key, at_least=0, below=len(owner))
+    field = f"pinned[{layer}]"
+    column = integer(field, value, at_least=0, below=width)
     v = owner[layer]
     if pins.setdefault(v, column) != column:
       raise ValueError(
-        f"{field}={column}: conflicts with a layer it is tied to; allowed is "
-        f"{pins[v]}, as for the others of {groups[v]}"
+        f"{field} must be {pins[v]}, as for the layers it is tied to, "
+        f"{groups[v]}, got {column}"
       )
     columns[v] = np.array([column])
   return tuple(columns)

@@ -3,7 +3,7 @@
   minimize    sum_l sensitivity[l, x_l]
   subject to  sum_l cost[l, x_l] <= budget   for every budget
 
-An integer linear programme with one 0/1 variable per layer and bit-width
+An integer linear program with one 0/1 variable per layer and bit-width
 (arXiv 2011.10680, HAWQ-V3, eq. 11 to 14), solved to proven optimality:
 `allocate.exact` says how.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
   from numpy.typing import ArrayLike
 
 # Splits of a search for the nearest budget, which only a message waits for.
-_PATIENCE = 50
+_MAX_SPLITS = 50
 
 
 class Infeasible(ValueError):
@@ -32,19 +32,19 @@ class Infeasible(ValueError):
 
   Attributes:
     budget: name of the budget to change.
-    allowed: the nearest values of it that can be met while the others stay:
+    feasible: the nearest values of it that can be met while the others stay:
       the smallest one, or, for a budget to be met exactly, the nearest below
       and above. Empty where none is known.
-    smallest: the smallest of `allowed` that is not below the budget, or None.
+    smallest: the smallest of `feasible` that is not below the budget, or None.
   """
 
   def __init__(
-    self, message: str, budget: str, allowed: Sequence[int], at: int
+    self, message: str, budget: str, feasible: Sequence[int], at: int
   ):
     super().__init__(message)
     self.budget = budget
-    self.allowed = tuple(allowed)
-    self.smallest = min((a for a in self.allowed if a > at), default=None)
+    self.feasible = tuple(feasible)
+    self.smallest = min((a for a in self.feasible if a > at), default=None)
 
 
 class Solution(NamedTuple):
@@ -125,15 +125,9 @@ def _check_budgets(
   for name, value in budgets.items():
     if name not in costs:
       raise ValueError(
-        f"budgets={name!r}: has no cost; allowed are {list(costs)}"
+        f"budgets must be of the costs {list(costs)}, got {name!r}"
       )
-    allowed = "an integer of at least 1"
-    budget = integer(f"budgets[{name!r}]", value, allowed)
-    if budget < 1:
-      raise ValueError(
-        f"budgets[{name!r}]={budget}: too small; allowed is {allowed}"
-      )
-    checked[name] = budget
+    checked[name] = integer(f"budgets[{name!r}]", value, at_least=1)
   return checked
 
 
@@ -144,7 +138,7 @@ def _check_equal(
   for name in names:
     if name not in budgets:
       raise ValueError(
-        f"equal={name!r}: is no budget; allowed are {list(budgets)}"
+        f"equal must be of the budgets {list(budgets)}, got {name!r}"
       )
   return frozenset(names)
 
@@ -156,7 +150,7 @@ def _program(
   exactly: frozenset[str],
   more: Sequence[tuple[Sequence[np.ndarray], int]] = (),
 ) -> branch_and_bound.Program:
-  """Builds the integer programme; `more` are further rows and limits."""
+  """Builds the integer program; `more` are further rows and limits."""
   rows: list[tuple[Sequence[np.ndarray], int]] = []
   for name, budget in budgets.items():
     # Larger budgets mean the same and would not fit int64.
@@ -190,16 +184,17 @@ def _infeasible(
     changes = _changes(problem, within, exactly)
   name = next(iter(changes or within))
   fixed = [f"{other!r}" for other in within if other != name]
-  allowed = " or else ".join(
-    f"budgets[{n!r}] of {' or '.join(map(str, values))}"
-    + ("" if n in exactly else " or more")
+  feasible = " or else ".join(
+    f"budgets[{n!r}] "
+    + ("" if n in exactly else ">= ")
+    + " or ".join(map(str, values))
     for n, values in changes.items()
   )
   message = (
-    f"budgets[{name!r}]={budgets[name]}: no allocation "
+    f"budgets[{name!r}]={budgets[name]} is infeasible: no allocation "
     f"{'meets it exactly' if name in exactly else 'is so small'}"
     f"{' within the budgets of ' + ', '.join(fixed) if fixed else ''}; "
-    f"allowed is {allowed or 'unknown'}"
+    f"feasible is {feasible or 'unknown'}"
   )
   return Infeasible(message, name, changes.get(name, ()), budgets[name])
 
@@ -223,7 +218,7 @@ def _changes(
       objective = [part.astype(object) for part in aim]
       program = _program(problem, objective, others, exactly, more)
       try:
-        positions = branch_and_bound.minimize(program, parts=_PATIENCE)
+        positions = branch_and_bound.minimize(program, parts=_MAX_SPLITS)
       except branch_and_bound.Unsettled:
         continue
       if positions is not None:

@@ -126,7 +126,7 @@ def _network(bits):
   """Times the steps of a named network, and prints images per second."""
   for name, given in (("method", _METHODS.value), ("torch", _TORCH.value)):
     if given:
-      raise ValueError(f"{name}={given}: not with --model; allowed is neither")
+      raise ValueError(f"{name} must not be set with --model, got {given}")
   compilation.cache_on_disk()
   layout = sharding.layout()
   setting = network.Setting(_MODEL.value, _SIZE.value, _DTYPE.value, bits)

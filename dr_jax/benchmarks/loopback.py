@@ -85,8 +85,8 @@ def _wait(running, files):
   while any(process.poll() is None for process in running):
     if time.monotonic() > deadline:
       raise ValueError(
-        f"processes={len(running)}: not ready after {_SECONDS} s; allowed are "
-        "fewer, or fewer steps"
+        f"processes={len(running)}: not ready after {_SECONDS} s; use fewer, "
+        "or fewer steps"
       )
     if any(process.poll() for process in running):
       break

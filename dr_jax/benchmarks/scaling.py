@@ -235,9 +235,7 @@ def _device_counts():
   default = [str(n) for n in (1, 2, 4, 8) if n <= available]
   counts = numbers("devices", _DEVICES.value or default)
   if max(counts) > available:
-    raise ValueError(
-      f"devices={max(counts)}: too many; allowed are 1 to {available}"
-    )
+    raise ValueError(f"devices must be in 1..{available}, got {max(counts)}")
   return counts
 
 
@@ -245,9 +243,7 @@ def numbers(name: str, texts: Sequence[str]) -> list[int]:
   """Returns numbers from 1; raises ValueError for anything else."""
   for text in texts:
     if not text.isdecimal() or int(text) < 1:
-      raise ValueError(
-        f"{name}={text}: no number of {name}; allowed are whole numbers from 1"
-      )
+      raise ValueError(f"{name} must be integers >= 1, got {text}")
   return [int(text) for text in texts]
 
 

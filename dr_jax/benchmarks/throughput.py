@@ -60,7 +60,7 @@ def modes(
   known = {"/".join(mode): mode for mode in MODES}
   for name in names:
     if name not in known:
-      raise ValueError(f"modes={name}: unknown; allowed are {', '.join(known)}")
+      raise ValueError(f"modes must be of {', '.join(known)}, got {name}")
   left_out = ["unroll"] * quick + ["vmap"] * (not vmap)
   return [known[name] for name in names] or [
     mode for mode in MODES if mode[1] not in left_out
@@ -91,8 +91,8 @@ def measure(
   """
   if batch_size % layout.data:
     raise ValueError(
-      f"batch_size={batch_size}: cannot be shared; allowed are multiples of "
-      f"{layout.data}, the number of devices"
+      f"batch_size must be a multiple of {layout.data}, the number of devices, "
+      f"got {batch_size}"
     )
   batch = layout.put(setting.batch(batch_size))
   quantized = setting.quantized()

@@ -66,15 +66,15 @@ def load(
     }
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
-      f"{path}: damaged ({error!r}); allowed is a file of hessian.save"
+      f"{path} is damaged, not a file of hessian.save: {error!r}"
     ) from error
   if fingerprint is not None and fingerprint != found:
     raise ValueError(
-      f"{path}: traces of another network, {str(found)[:12]}; allowed are "
-      f"those of this one, {fingerprint[:12]}"
+      f"{path} must have traces of this network, {fingerprint[:12]}, got those "
+      f"of {str(found)[:12]}"
     )
   return estimates
 
 
 def _refuse(constant):
-  raise ValueError(f"{constant} is no finite number")
+  raise ValueError(f"{constant} is not a finite number")

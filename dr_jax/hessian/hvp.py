@@ -104,7 +104,7 @@ def dots(v, product):
 def check_mode(mode):
   """Raises a ValueError for an unknown mode."""
   if mode not in MODES:
-    raise ValueError(f"mode={mode!r}: unknown; allowed are {', '.join(MODES)}")
+    raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
 def _dot(a, b):
@@ -119,15 +119,15 @@ def _check_vector(params, v):
     field = f"v/{path}".removesuffix("/")
     if path not in given:
       raise ValueError(
-        f"{field}: missing; allowed is {_describe(expected[path])}"
+        f"{field} must be {_describe(expected[path])}, but is missing"
       )
     if path not in expected:
       raise ValueError(
-        f"{field}: not in params; allowed are {', '.join(expected)}"
+        f"{field} is not in params, which has {', '.join(expected)}"
       )
     found, right = _describe(given[path]), _describe(expected[path])
     if found != right:
-      raise ValueError(f"{field}={found}: does not fit; allowed is {right}")
+      raise ValueError(f"{field} must be {right}, got {found}")
   structure, other = jax.tree.structure(params), jax.tree.structure(v)
   if structure != other:
     raise ValueError(f"v must have the structure {structure}, got {other}")

@@ -153,8 +153,7 @@ def sensitivity(
   for path in estimates:
     if parameters.get(path, 0) < 1:
       raise ValueError(
-        f"parameters[{path!r}]={parameters.get(path)}: no number of "
-        "parameters; allowed are 1 and more"
+        f"parameters[{path!r}] must be >= 1, got {parameters.get(path)}"
       )
   return {path: e.mean / parameters[path] for path, e in estimates.items()}
 
@@ -174,7 +173,7 @@ def _stderr(squares, probes):
 
 
 def _selected(leaves, select):
-  allowed = f"allowed are {', '.join(leaves)}"
+  known = ", ".join(leaves)
   if callable(select):
     chosen = [path for path in leaves if select(path)]
   elif select is None:
@@ -183,53 +182,53 @@ def _selected(leaves, select):
     names = [select] if isinstance(select, str) else list(select)
     unknown = [name for name in names if name not in leaves]
     if unknown:
-      raise ValueError(f"select={', '.join(unknown)}: not in params; {allowed}")
+      raise ValueError(f"select must be of {known}, got {', '.join(unknown)}")
     chosen = [path for path in leaves if path in names]
   if not chosen:
-    raise ValueError(f"select={select}: selects nothing; {allowed}")
+    raise ValueError(f"select must select some of {known}, got {select}")
   for path in chosen:
     dtype = jax.typeof(leaves[path]).dtype
     if not jnp.issubdtype(dtype, jnp.floating):
       raise ValueError(
-        f"select={path}: is {dtype}; allowed are floating arrays"
+        f"select must be of floating arrays, but {path} is {dtype}"
       )
   return chosen
 
 
 def _shares(batches):
-  """Returns each batch's share of all examples, float64 [batches]."""
+  """Returns each batch's fraction of all examples, float64 [batches]."""
   if isinstance(batches, Iterator):
     raise ValueError(
-      f"batches={type(batches).__name__}: can be passed over only once; "
-      "allowed is a sequence, as a list"
+      "batches must be a sequence, as a list, which can be iterated more than "
+      f"once, got {type(batches).__name__}"
     )
   examples = []
   for i, batch in enumerate(batches):
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or not all(size and size[0] for size in sizes):
       raise ValueError(
-        f"batches[{i}]: leading axes {sorted(sizes)}; allowed is one number "
-        "of examples, at least 1, in all its arrays"
+        f"batches[{i}] must have the same number of examples, >= 1, in all its "
+        f"arrays, got leading axes {sorted(sizes)}"
       )
     examples.append(sizes.pop()[0])
   if not examples:
-    raise ValueError("batches: empty; allowed is at least one batch")
+    raise ValueError("batches must not be empty")
   return np.array(examples) / sum(examples)
 
 
 def _check_stopping(rel_stderr, min_probes, max_probes):
   if not rel_stderr > 0:
-    raise ValueError(f"rel_stderr={rel_stderr}: allowed are numbers above 0")
+    raise ValueError(f"rel_stderr must be > 0, got {rel_stderr}")
   if min_probes < 2:
     raise ValueError(
-      f"min_probes={min_probes}: has no error bar; allowed are 2 and more"
+      f"min_probes must be >= 2, to have an error bar, got {min_probes}"
     )
   if max_probes < min_probes:
     raise ValueError(
-      f"max_probes={max_probes}: allowed are min_probes={min_probes} and more"
+      f"max_probes must be >= min_probes={min_probes}, got {max_probes}"
     )
 
 
 def _check_finite(field, value):
   if not np.isfinite(value):
-    raise ValueError(f"{field}={value}: allowed are finite numbers")
+    raise ValueError(f"{field} must be finite, got {value}")

@@ -58,10 +58,10 @@ def from_values(values: Mapping[str, Any]) -> Comparison:
   base = from_dict({**shared, "stages": ("pretrain",)})
   if not isinstance(methods, Mapping) or not methods:
     raise ConfigError(
-      f"methods={methods!r}: allowed are {{name: fields}}, at least one"
+      f"methods must be {{name: fields}}, at least one, got {methods!r}"
     )
   if not _are_seeds(seeds):
-    raise ConfigError(f"seeds={seeds!r}: allowed are different integers from 0")
+    raise ConfigError(f"seeds must be different integers >= 0, got {seeds!r}")
   entries = {
     name: _entry(name, given, shared) for name, given in methods.items()
   }
@@ -70,8 +70,8 @@ def from_values(values: Mapping[str, Any]) -> Comparison:
     cells = {(row, b) for b in config.quant.bits}
     if cells & taken:
       raise ConfigError(
-        f"methods.{name}: row {row!r} has one of its bit-widths already; "
-        "allowed are other bit-widths or another row"
+        f"methods.{name}: row {row!r} has one of its bit-widths already; use "
+        "other bit-widths or another row"
       )
     taken |= cells
   return Comparison(base, entries, tuple(seeds))
@@ -81,18 +81,19 @@ def _entry(name, given, shared):
   """One method, checked."""
   where = f"methods.{name}"
   if not isinstance(given, Mapping):
-    raise ConfigError(f"{where}={given!r}: allowed is a group of fields")
+    raise ConfigError(f"{where} must be a group of fields, got {given!r}")
   unknown = set(given) - {"row", "method", "quant", "train"}
   if unknown:
     raise ConfigError(
-      f"{where}.{min(unknown)}: allowed are row, method, quant, train"
+      f"{where}.{min(unknown)} is not a field; it must be one of row, method, "
+      "quant, train"
     )
   row = given.get("row", name)
   for field, value in (("", name), (".row", row)):
     if not isinstance(value, str) or value == "float" or "/" in value:
       raise ConfigError(
-        f"{where}{field}={value!r}: allowed is another name than 'float', "
-        "without slashes"
+        f"{where}{field} must be a name other than 'float', without slashes, "
+        f"got {value!r}"
       )
   fields = {key: value for key, value in given.items() if key != "row"}
   fields["stages"] = ("multi_precision", "export")

@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, and what its stages have reached.
+"""The directory of a run: which configuration owns it, and its results.
 
 A stage is done when its `result.json` is there. Every file is complete or
 absent; what belongs to another configuration is never overwritten. Of several
@@ -63,8 +63,7 @@ class Workdir:
       files.write_json(self.path / "config.json", dataclasses.asdict(config))
     except OSError as error:
       raise ConfigError(
-        f"workdir={self.path}: cannot be written to ({error}); allowed is "
-        "a directory that can"
+        f"workdir {self.path} cannot be written to: {error}"
       ) from None
 
   def _lock(self, file):
@@ -72,8 +71,7 @@ class Workdir:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise ConfigError(
-        f"workdir={self.path}: another process is at work in it; allowed "
-        "is one at a time"
+        f"workdir {self.path} is in use by another process"
       ) from None
 
   def check_space(self, stages: Mapping[str, int]) -> None:
@@ -99,9 +97,8 @@ class Workdir:
     free = shutil.disk_usage(self.path).free
     if free < needed:
       raise ConfigError(
-        f"workdir={self.path}: its disk has {free / 2**20:,.1f} MiB free, but "
-        f"{', '.join(missing)} may take {needed / 2**20:,.1f} MiB more; "
-        "allowed is a directory with as much space"
+        f"workdir {self.path}: its disk has {free / 2**20:,.1f} MiB free, but "
+        f"{', '.join(missing)} may take {needed / 2**20:,.1f} MiB more"
       )
 
   def _check(self, config):
@@ -116,17 +113,17 @@ class Workdir:
           mine[group][field] = theirs[group][field]
       if theirs != mine:
         raise ConfigError(
-          f"workdir={self.path}: holds another configuration "
-          f"({_first_difference(theirs, mine)}); allowed is a new directory, "
-          "or the same configuration"
+          f"workdir {self.path} holds another configuration "
+          f"({_first_difference(theirs, mine)}); use a new directory, or the "
+          "same configuration"
         )
       return
     ours = (files.partial_path(path), self.path / "lock")
     entries = self.path.iterdir() if self.path.is_dir() else ()
     if any(entry not in ours for entry in entries):
       raise ConfigError(
-        f"workdir={self.path}: is not empty and holds no run; allowed is a "
-        "new or empty directory"
+        f"workdir {self.path} is not empty and holds no run; use a new or "
+        "empty directory"
       )
 
   def record_network(self, stage: str, network: dict[str, Any]) -> None:
@@ -150,7 +147,7 @@ class Workdir:
     elif (theirs := read_object(path, advice="use a new directory")) != network:
       raise ConfigError(
         f"{path}: checkpoints of another network "
-        f"({_first_difference(theirs, network)}); allowed is a new directory"
+        f"({_first_difference(theirs, network)}); use a new directory"
       )
 
   def result(self, stage: str) -> dict[str, Any] | None:

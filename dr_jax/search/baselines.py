@@ -39,8 +39,8 @@ def uniform(
     if problem.fits(index, budgets):
       return ledger.result(index)
   raise ValueError(
-    f"budgets={dict(budgets)}: no bit-width fits everywhere; allowed are "
-    "searches that mix them"
+    f"budgets={dict(budgets)}: no bit-width fits everywhere; use a search that "
+    "mixes them"
   )
 
 
@@ -199,8 +199,6 @@ def nearest(
   return problem.solve(away, budgets)
 
 
-def check_count(name: str, value: int, least: int) -> None:
-  """Raises ValueError unless an option is an integer of at least `least`."""
-  allowed = f"an integer of at least {least}"
-  if integer(name, value, allowed) < least:
-    raise ValueError(f"{name}={value}: too small; allowed is {allowed}")
+def check_count(name: str, value: int, at_least: int) -> None:
+  """Raises ValueError unless an option is an integer >= `at_least`."""
+  integer(name, value, at_least=at_least)

@@ -100,7 +100,7 @@ def edmips(
     checkpoint_every: steps between checkpoints in `problem.directory`.
 
   Raises:
-    ValueError: for an option that is not allowed, a problem without a network,
+    ValueError: for a wrong option, a problem without a network,
       and as `Problem.check`.
     train.NonFiniteError: if the loss or a parameter becomes NaN or infinite.
 
@@ -318,13 +318,13 @@ def _check(problem, name, options):
   for field in ("network", "state", "batches"):
     if getattr(problem, field) is None:
       raise ValueError(
-        f"problem.{field}=None: {name} trains; allowed is a problem with a "
+        f"problem.{field} must not be None, since {name} trains: it needs a "
         "network, its state, and training batches"
       )
   for field, value in options.items():
-    allowed, fits = _ALLOWED[field]
+    rule, fits = _ALLOWED[field]
     if not fits(value):
-      raise ValueError(f"{field}={value!r}: outside; allowed are {allowed}")
+      raise ValueError(f"{field} must be {rule}, got {value!r}")
 
 
 def _counts(value):

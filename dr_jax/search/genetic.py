@@ -77,7 +77,7 @@ def genetic(
   ):
     check_count(name, value, least)
   if not isinstance(probability, int | float) or not 0 <= probability <= 1:
-    raise ValueError(f"probability={probability!r}: outside; allowed is 0..1")
+    raise ValueError(f"probability must be in 0..1, got {probability!r}")
   breed = _Breed(
     genes=Genes(problem, budgets),
     tries=tries,

@@ -43,7 +43,7 @@ def greedy(
   ledger = Ledger(problem, budgets)
   if per_cost and len(budgets) > 1:
     raise ValueError(
-      f"per_cost={per_cost}: {len(budgets)} budgets; allowed is one"
+      f"budgets must be a single one with per_cost=True, got {len(budgets)}"
     )
   index = problem.start(0)
   ledger(index)

@@ -1,4 +1,4 @@
-"""Allocation by prior knowledge: Hessian traces and an integer programme.
+"""Allocation by prior knowledge: Hessian traces and an integer program.
 
   error  minimize sum_l (t_l / n_l) ||Q_b(W_l) - W_l||^2   (HAWQ-V2, -V3)
   bits   maximize sum_l (t_l / n_l) b_l                    (arXiv 2502.01199)
@@ -59,8 +59,8 @@ def hessian_ilp(
   ledger = Ledger(problem, budgets)
   if not isinstance(objective, str) or objective not in problem.sensitivity:
     raise ValueError(
-      f"objective={objective!r}: the problem has no such sensitivity; allowed "
-      f"are {', '.join(problem.sensitivity) or 'none: it has no table'}"
+      "objective must be a sensitivity of the problem, of "
+      f"{', '.join(problem.sensitivity) or 'none'}, got {objective!r}"
     )
   if max_candidates is not None:
     check_count("max_candidates", max_candidates, 1)
@@ -120,20 +120,20 @@ def sensitivity_tables(
   traces, errors = np.asarray(traces, float), np.asarray(errors, float)
   parameters = np.asarray(parameters, float)
   shape = (len(traces), len(bits))
-  for name, array, allowed in (
+  for name, array, expected in (
     ("parameters", parameters, shape[:1]),
     ("errors", errors, shape),
   ):
-    if array.shape != allowed:
-      raise ValueError(f"{name}: shape {array.shape}; allowed is {allowed}")
-  for name, array, wrong, allowed in (
-    ("traces", traces, ~np.isfinite(traces), "finite numbers"),
-    ("errors", errors, ~np.isfinite(errors).all(1), "finite numbers"),
-    ("parameters", parameters, ~(parameters >= 1), "1 and more"),
+    if array.shape != expected:
+      raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
+  for name, array, wrong, rule in (
+    ("traces", traces, ~np.isfinite(traces), "finite"),
+    ("errors", errors, ~np.isfinite(errors).all(1), "finite"),
+    ("parameters", parameters, ~(parameters >= 1), ">= 1"),
   ):
     if wrong.any():
       layer = int(wrong.argmax())
-      raise ValueError(f"{name}[{layer}]={array[layer]}: allowed are {allowed}")
+      raise ValueError(f"{name}[{layer}] must be {rule}, got {array[layer]}")
   weight = (np.maximum(traces, 0) / parameters)[:, None]
   return {"error": weight * errors, "bits": -weight * np.asarray(bits, float)}
 
@@ -160,8 +160,7 @@ def quantization_errors(model: nnx.Module) -> np.ndarray:
 def _errors(name, layer):
   if not hasattr(layer, "weight_params"):
     raise ValueError(
-      f"layer {name!r}: holds stored codes; allowed are layers with a float "
-      "kernel"
+      f"layer {name!r} must have a float kernel, but holds stored codes"
     )
   quantizer, kernel = layer.weight_quantizer, layer.kernel[...]
   positions = range(len(quantizer.bits))

@@ -103,8 +103,8 @@ class Evaluator:
         key = tuple(map(int, index))
       except (ValueError, TypeError):
         raise ValueError(
-          f"{self.path}: {line[:40]!r} is no trial; allowed is a file that an "
-          "Evaluator wrote"
+          f"{self.path} must be a file that an Evaluator wrote, but "
+          f"{line[:40]!r} is not a trial"
         ) from None
       self._known[key] = Trial(key, accuracy, loss, seconds)
 
@@ -120,7 +120,7 @@ class Problem:
       measured latency may also rise with fewer bits.
     evaluate: scores an assignment by inference; never on the test set. None
       for a problem that is only checked.
-    sensitivity: {objective: float [L, B]}, to be minimised; see
+    sensitivity: {objective: float [L, B]}, to be minimized; see
       `search.hessian_ilp`.
     ties: groups of layer numbers that share a bit-width.
     pinned: {layer number: position} of layers that are not searched.
@@ -150,19 +150,17 @@ class Problem:
 
   def __post_init__(self):
     if list(self.bits) != sorted(self.bits, reverse=True):
-      raise ValueError(
-        f"bits={self.bits}: not highest first; allowed are falling bit-widths"
-      )
+      raise ValueError(f"bits must be highest first, got {self.bits}")
     shape = (len(self.table), len(self.bits))
     for group in ("costs", "sensitivity"):
       for name, table in getattr(self, group).items():
         if np.shape(table) != shape:
           raise ValueError(
-            f"{group}[{name!r}]: shape {np.shape(table)}; allowed is {shape}, "
-            "layers by candidate bit-widths"
+            f"{group}[{name!r}] must have shape {shape}, layers by candidate "
+            f"bit-widths, got {np.shape(table)}"
           )
     if self.metric not in ("loss", "accuracy"):
-      raise ValueError(f"metric={self.metric!r}: allowed are loss, accuracy")
+      raise ValueError(f"metric must be loss or accuracy, got {self.metric!r}")
 
   @property
   def layers(self) -> tuple[str, ...]:
@@ -232,8 +230,8 @@ class Problem:
     unknown = set(budgets) - set(self.costs)
     if unknown or not budgets:
       raise ValueError(
-        f"budgets: {sorted(unknown) or 'empty'}; allowed are "
-        f"{', '.join(self.costs)}"
+        f"budgets must be of the costs {', '.join(self.costs)}, got "
+        f"{sorted(unknown) or 'none'}"
       )
     solution = allocate.solve(
       objective,
@@ -329,12 +327,12 @@ class Ledger:
     trial = self(index)
     if not (math.isfinite(trial.loss) and math.isfinite(trial.accuracy)):
       raise ValueError(
-        f"accuracy={trial.accuracy}, loss={trial.loss} of the best assignment; "
-        "allowed is a network whose scores are finite"
+        "scores of the network must be finite, but the best assignment has "
+        f"accuracy={trial.accuracy}, loss={trial.loss}"
       )
     cost = problem.cost(trial.index)
     if not problem.fits(trial.index, self._budgets):
-      raise ValueError(f"found {cost}: allowed is at most {self._budgets}")
+      raise ValueError(f"found {cost}, which exceeds {self._budgets}")
     elapsed = time.perf_counter() - self._started
     return Result(
       allocation=allocate.Allocation.from_index(

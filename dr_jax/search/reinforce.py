@@ -104,7 +104,7 @@ def reinforce(
     ("baseline", baseline, 1),
   ):
     if not (isinstance(number, numbers.Real) and 0 <= number <= most):
-      raise ValueError(f"{name}={number!r}: outside; allowed are 0..{most}")
+      raise ValueError(f"{name} must be in 0..{most}, got {number!r}")
   groups = problem.groups()
   if not groups:
     return ledger.result(problem.start(0))

@@ -254,7 +254,7 @@ def test_a_single_budget_names_its_smallest_value(options, smallest):
   error = infeasible(losses, costs, {"size": smallest - 1}, **options)
   assert error.budget == "size"
   assert error.smallest == smallest
-  assert error.allowed == (smallest,)
+  assert error.feasible == (smallest,)
   assert str(error) == (
     f"budgets['size']={smallest - 1}: no allocation is so small; allowed is "
     f"budgets['size'] of {smallest} or more"
@@ -284,11 +284,11 @@ def test_budgets_that_contradict_each_other_are_named_without_the_rest():
   budgets = {"loose": 1, "size": 4, "time": 10}
   error = infeasible(np.zeros((2, 2)), costs, budgets)
   assert error.budget == "loose"
-  assert error.allowed == (2,)
+  assert error.feasible == (2,)
   budgets = {"loose": 2, "size": 3, "time": 9}
   error = infeasible(np.zeros((2, 2)), costs, budgets)
   assert error.budget == "size"
-  assert error.allowed == (4,)
+  assert error.feasible == (4,)
   assert "within" not in str(error)
 
 
@@ -299,7 +299,7 @@ def test_budgets_that_contradict_each_other_are_named_without_the_rest():
 def test_an_exact_budget_names_the_nearest_ones(budget, allowed, smallest):
   costs = {"bits": [[8, 6, 4, 2]] * 2}
   error = infeasible(np.zeros((2, 4)), costs, {"bits": budget}, equal=["bits"])
-  assert error.allowed == allowed
+  assert error.feasible == allowed
   assert error.smallest == smallest
   assert str(error).endswith(
     "no allocation meets it exactly; allowed is budgets['bits'] of "
@@ -316,7 +316,7 @@ def test_the_search_for_a_nearest_exact_budget_is_given_up(monkeypatch):
   odd = int(costs["size"].min(1).sum()) + 10**9 + 1
   error = infeasible(np.zeros((60, 4)), costs, {"size": odd}, equal=["size"])
   assert error.budget == "size"
-  assert error.allowed == ()
+  assert error.feasible == ()
   assert error.smallest is None
   assert str(error).endswith("allowed is unknown")
 

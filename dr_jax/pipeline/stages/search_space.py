@@ -1,6 +1,6 @@
 """The search problem that a configuration describes.
 
-A budget is told as a mean bit-width; layers are told by name. Searches
+A budget is given as a mean bit-width, layers by name. Searches
 (`dr_jax.search`) know costs and positions.
 """
 
@@ -24,7 +24,7 @@ def problem(
   """The problem without what scores assignments: layers, costs, ties, pins.
 
   Args:
-    config: what the search is told.
+    config: of the search.
     table: `nn.layer_table` of the quantized network.
     bits: candidate bit-widths, highest first.
 
@@ -76,8 +76,8 @@ def latency_table(path: str) -> dict[str, dict[int, float]]:
     raise ConfigError(f"search.latency={path!r}: {error.strerror}") from None
   except (ValueError, AttributeError, TypeError):
     raise ConfigError(
-      f"search.latency={path!r}: damaged; allowed is JSON of "
-      "{layer: {bits: seconds}}"
+      "search.latency must be a JSON file of {layer: {bits: seconds}}, but "
+      f"{path!r} is damaged"
     ) from None
 
 
@@ -113,8 +113,8 @@ def _position(names, field):
   def position(name):
     if name not in names:
       raise ConfigError(
-        f"search.{field}={name!r}: no quantized layer; allowed are "
-        f"{', '.join(names)}"
+        f"search.{field} must be of the quantized layers {', '.join(names)}, "
+        f"got {name!r}"
       )
     return names.index(name)
 
@@ -126,6 +126,7 @@ def _pinned(pinned, names, bits):
     _position(names, "pinned")(name)
     if b not in bits:
       raise ConfigError(
-        f"search.pinned.{name}={b!r}: allowed are {', '.join(map(str, bits))}"
+        f"search.pinned.{name} must be one of {', '.join(map(str, bits))}, got "
+        f"{b!r}"
       )
   return {names.index(name): bits.index(b) for name, b in pinned.items()}
