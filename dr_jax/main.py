@@ -21,7 +21,6 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 from rich.console import Console
-from rich.table import Table
 
 from dr_jax import pipeline, report
 from dr_jax.config import from_dict
@@ -124,59 +123,14 @@ def _run(values):
     compared = comparison.from_values(values)
     workdir = _WORKDIR.value or os.path.join("runs", compared.base.name)
     results = comparison.run(compared, workdir, interrupted=_on_signals())
-    return [comparison.table(results)], workdir
+    return [report.comparison_table(results)], workdir
   config = from_dict(values)
   workdir = _WORKDIR.value or os.path.join("runs", config.name)
   summary = pipeline.run(config, workdir, interrupted=_on_signals())
-  tables = [table(summary)]
+  tables = [report.summary_table(summary)]
   if search := summary["stages"].get("search"):
-    tables.append(report.pareto_table(search["rows"], title="searches"))
+    tables.append(report.search_table(search["rows"], title="searches"))
   return tables, workdir
-
-
-def table(summary: dict) -> Table:
-  """Bit-width, accuracy and size, against the float network."""
-  stages = summary["stages"]
-  separate = any(name.startswith("separate/") for name in stages)
-  export = stages.get("export")
-  columns = ["bits", "accuracy %", "cross-entropy", "bytes", "of float %"]
-  shown = Table(*columns, title=summary["name"])
-  if separate:
-    shown.add_column("separate LSQ %")
-  for column in shown.columns:
-    column.justify = "right"
-  if "pretrain" in stages:
-    score = stages["pretrain"]["scores"]["float"]
-    size = export and export["float_bytes"]
-    shown.add_row(*_row("float", score, size, size))
-  for bits in summary["bits"]:
-    result = export or stages.get("supernet") or stages.get("multi_precision")
-    alone = stages.get(f"separate/{bits}")
-    row = [str(bits)] + [""] * 4
-    if result is not None:
-      size = export and export["bytes_at"][str(bits)]
-      whole = export and export["float_bytes"]
-      row = _row(str(bits), result["scores"][str(bits)], size, whole)
-    if alone is not None:
-      row.append(f"{alone['scores'][str(bits)]['accuracy']:.2f}")
-    shown.add_row(*row)
-  if export:
-    stored, whole = export["stored_bytes"], export["float_bytes"]
-    shown.caption = (
-      f"one artifact of {stored:,} bytes, {100 * stored / whole:.1f} % of "
-      "float, serves every bit-width"
-    )
-  return shown
-
-
-def _row(name, score, size, whole):
-  return [
-    name,
-    f"{score['accuracy']:.2f}",
-    f"{score['loss']:.4f}",
-    f"{size:,}" if size else "",
-    f"{100 * size / whole:.1f}" if size else "",
-  ]
 
 
 def _leave(code):

@@ -130,17 +130,49 @@ def test_the_top_level_of_the_repository_holds_nothing_else():
   assert {name for name in top - TOP_LEVEL if name[0] != "."} == set()
 
 
-def test_quant_alone_loads_jax_and_numpy_but_none_of_the_heavy_packages():
-  code = "import sys, dr_jax.quant; print(*sys.modules)"
-  loaded = subprocess.run(
-    [sys.executable, "-c", code],
+# What no subpackage for arrays and networks may load.
+HEAVY = {
+  *("absl", "grain", "matplotlib", "ml_collections", "orbax", "PIL", "rich"),
+  *("sklearn", "tensorflow", "tensorflow_datasets", "jaxtyping"),
+}
+
+
+def loaded_by(code):
+  """Returns the modules that a fresh interpreter has after running code."""
+  program = f"{code}\nimport sys; print(*sys.modules)"
+  output = subprocess.run(
+    [sys.executable, "-c", program],
     cwd=ROOT,
     check=True,
     capture_output=True,
     text=True,
-  ).stdout.split()
-  assert {"jax", "numpy"} <= set(loaded)
-  assert not {
-    *("flax", "optax", "orbax", "grain"),
-    *("tensorflow_datasets", "sklearn", "jaxtyping"),
-  } & set(loaded)
+  ).stdout
+  return set(output.split())
+
+
+@pytest.mark.parametrize(
+  ("name", "also"),
+  [
+    ("quant", {"flax", "optax", "scipy"}),
+    ("allocate", {"flax", "optax"}),
+    ("hessian", {"flax", "optax"}),
+    ("nn", {"optax"}),
+    ("models", {"optax"}),
+    ("deploy", {"optax"}),
+  ],
+)
+def test_a_subpackage_loads_only_what_it_needs(name, also):
+  loaded = loaded_by(f"import dr_jax.{name}")
+  assert "numpy" in loaded
+  # Flax itself loads optax, Orbax and their helpers.
+  if "flax" in loaded:
+    flax = loaded_by("from flax import nnx")
+    loaded -= flax
+  assert not (HEAVY | also) & loaded
+
+
+def test_subpackages_are_attributes_without_being_imported_before():
+  loaded = loaded_by("import dr_jax")
+  assert "jax" not in loaded and "dr_jax.quant" not in loaded
+  loaded_by("import dr_jax; assert dr_jax.quant.get('lsq').name == 'lsq'")
+  loaded_by("import dr_jax; assert dr_jax.__version__ and dir(dr_jax)")

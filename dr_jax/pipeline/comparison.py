@@ -16,8 +16,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
+from dr_jax import report
 from dr_jax.config import Config, ConfigError, from_dict
 from dr_jax.pipeline import pipeline
 from dr_jax.pipeline.context import RunContext
@@ -153,7 +152,7 @@ def run(
     "environment": environment(),
   }
   write_json(workdir / "compare.json", results)
-  write_text(workdir / "compare.md", markdown(results))
+  write_text(workdir / "compare.md", report.comparison_markdown(results))
   return results
 
 
@@ -166,68 +165,6 @@ def _float_run(config, workdir, interrupted):
     size = context.float_bytes()
     row = context.workdir.result("pretrain")
     return network, row | {"tensor_bytes": size, "bytes_at": {"float": size}}
-
-
-def table(results: dict[str, Any]) -> Table:
-  """One row per method; per bit-width accuracy, cross-entropy and bytes.
-
-  Bytes are those of all tensors, without names and manifest: of a copy whose
-  weights serve one bit-width, with norms and input scales of every bit-width.
-  """
-  shown = Table(
-    title=f"accuracy % (mean and standard deviation of {len(results['seeds'])}"
-    " seeds), cross-entropy, bytes of a copy",
-    show_lines=True,
-  )
-  header, *rows = _cells(results, "\n")
-  for column, name in enumerate(header):
-    shown.add_column(name, justify="right" if column else "left")
-  for row in rows:
-    shown.add_row(*row)
-  return shown
-
-
-def markdown(results: dict[str, Any]) -> str:
-  """The same table for a text file."""
-  header, *rows = _cells(results, "<br>")
-  align = ["---", *["---:"] * (len(header) - 1)]
-  lines = [header, align, *rows]
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cells(results, newline):
-  """The table as text, header first."""
-  rows = results["rows"]
-  columns = list(
-    dict.fromkeys(b for row in rows.values() for b in row["scores"])
-  )
-  yield [
-    "method",
-    *(_heading(b) for b in columns),
-    "bytes stored",
-    "training s",
-  ]
-  for name, row in rows.items():
-    cells = [name]
-    for b in columns:
-      lines = []
-      if b in row["scores"]:
-        accuracy, loss = (row["scores"][b][k] for k in ("accuracy", "loss"))
-        lines = [
-          f"{accuracy['mean']:.2f} ± {accuracy['std']:.2f}",
-          f"{loss['mean']:.3f} ± {loss['std']:.3f}",
-          f"{row['bytes_at'][b]:,}",
-        ]
-      cells.append(newline.join(lines))
-    cells.append(f"{row['tensor_bytes']:,}")
-    cells.append(f"{row['train_seconds']:.1f}")
-    yield cells
-
-
-def _heading(bits):
-  if not bits.isdigit():
-    return bits
-  return f"{bits} bits" if bits != "1" else "1 bit"
 
 
 def _joined(before, result):

@@ -1,11 +1,29 @@
-"""Tables and plots from what a run wrote."""
+"""Tables and figures from what runs wrote: functions of plain dicts."""
 
-from dr_jax.report.pareto import (
+from dr_jax.report.comparison import (
+  comparison_markdown,
+  comparison_table,
+  plot_comparison,
+)
+from dr_jax.report.figure import new_figure
+from dr_jax.report.searches import (
   COLUMNS,
   front,
-  pareto,
-  pareto_table,
-  plot_pareto,
+  plot_searches,
+  search_summary,
+  search_table,
 )
+from dr_jax.report.summary import summary_table
 
-__all__ = ["COLUMNS", "front", "pareto_table", "plot_pareto", "pareto"]
+__all__ = [
+  "COLUMNS",
+  "comparison_markdown",
+  "comparison_table",
+  "front",
+  "new_figure",
+  "plot_comparison",
+  "plot_searches",
+  "search_summary",
+  "search_table",
+  "summary_table",
+]

@@ -116,7 +116,7 @@ def test_the_table_is_written_and_a_second_run_repeats_nothing(finished):
   again = comparison.run(comparison.from_values(VALUES), workdir)
   assert again["rows"] == results["rows"]
   assert (metrics.read_text(), metrics.stat().st_mtime_ns) == before
-  assert comparison.table(again).row_count == len(again["rows"])
+  assert report.comparison_table(again).row_count == len(again["rows"])
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import pytest
 from dr_jax import pipeline
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.deploy import ArtifactError
-from dr_jax.main import table
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.pipeline import check_space, check_stages
 from dr_jax.pipeline.stages import STAGES
 from dr_jax.pipeline.workdir import Workdir
+from dr_jax.report import summary_table
 
 
 @pytest.fixture(autouse=True)
@@ -166,14 +166,14 @@ def test_a_run_takes_no_more_disk_than_it_asked_for(finished, asked):
 
 def test_the_table_shows_separate_runs_also_without_a_joint_one(finished):
   _, summary = finished
-  column = table(summary).columns[-1]
+  column = summary_table(summary).columns[-1]
   scores = [
     summary["stages"][f"separate/{b}"]["scores"][b]["accuracy"]
     for b in ("8", "2")
   ]
   assert list(column.cells)[1:] == [f"{score:.2f}" for score in scores]
   del summary["stages"]["multi_precision"], summary["stages"]["export"]
-  assert list(table(summary).columns[-1].cells)[1:] == [
+  assert list(summary_table(summary).columns[-1].cells)[1:] == [
     f"{score:.2f}" for score in scores
   ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dr_jax import report
+from dr_jax.config import ConfigError
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.stage import Stage
 from dr_jax.pipeline.summary import summarize
@@ -15,8 +16,21 @@ def write_report(run: RunContext) -> None:
   if search is not None:
     directory = run.workdir.path / STAGE.name
     directory.mkdir(exist_ok=True)
-    report.plot_pareto(directory / "pareto.png", search["rows"])
+    report.plot_searches(directory / "pareto.png", search["rows"])
   write_json(run.workdir.path / "summary.json", summarize(run))
+
+
+def check(run: RunContext) -> None:
+  """Checks that figures can be drawn, before anything is trained for them.
+
+  Raises:
+    ConfigError: if a search needs matplotlib, and it is not installed.
+  """
+  if "search" in run.config.stages:
+    try:
+      report.new_figure(1, 1)
+    except ImportError as error:
+      raise ConfigError(f"stages: report after search: {error}") from None
 
 
 STAGE = Stage(
@@ -24,6 +38,7 @@ STAGE = Stage(
   help="write summary.json and the figures",
   run=write_report,
   single_process=True,
+  check=check,
   results=lambda run: (),
   is_done=lambda run: False,
 )

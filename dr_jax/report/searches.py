@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
+from dr_jax.report.figure import new_figure, save_figure
+
 Row = dict[str, Any]
 
 # Of the table, after the budget and the search.
@@ -56,7 +58,7 @@ def front(rows: Sequence[Row], cost: str, score: str = "accuracy") -> list[Row]:
   return kept
 
 
-def pareto(rows: Sequence[Row]) -> dict[str, Any]:
+def search_summary(rows: Sequence[Row]) -> dict[str, Any]:
   """Returns the points of every search and the fronts over all of them.
 
   {"points": {strategy: [{"budget", "stored_bytes", "bops", "accuracy", "loss",
@@ -90,17 +92,12 @@ def _point(row):
   }
 
 
-def plot_pareto(path: str | os.PathLike, rows: Sequence[Row]) -> None:
+def plot_searches(path: str | os.PathLike, rows: Sequence[Row]) -> None:
   """Draws test accuracy against weight bytes and BOPs, as a PNG.
 
   A line per strategy, through its budgets; the front of all in gray.
   """
-  # Slow to import, and only reports need it. Its pyplot would look for a
-  # display and keep figures alive.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(12, 5), layout="constrained")
+  figure = new_figure(12, 5)
   for axes, (cost, (label, unit)) in zip(
     figure.subplots(1, 2, sharey=True), _AXES.items(), strict=True
   ):
@@ -128,10 +125,10 @@ def plot_pareto(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.3)
   figure.axes[0].set_ylabel("test accuracy, %")
   figure.axes[1].legend(loc="lower right", fontsize="small")
-  FigureCanvasAgg(figure).print_png(os.fspath(path))
+  save_figure(figure, path)
 
 
-def pareto_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
+def search_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
   """Lists what each search found, by budget."""
   table = Table(title=title)
   table.add_column("budget")

@@ -41,7 +41,7 @@ def test_of_equal_scores_the_cheapest_is_on_the_front():
 
 
 def test_every_point_is_given_in_bytes_and_bops():
-  content = report.pareto(ROWS)
+  content = report.search_summary(ROWS)
   assert json.loads(json.dumps(content)) == content
   assert content["front"] == {
     "stored_bits": [["uniform", 2], ["greedy", 4]],
@@ -66,7 +66,7 @@ def test_the_plot_is_an_image_that_depends_on_the_rows(tmp_path):
   pictures = []
   for name, rows in (("a", ROWS), ("b", ROWS[:2])):
     path = tmp_path / f"{name}.png"
-    report.plot_pareto(path, rows)
+    report.plot_searches(path, rows)
     pictures.append(matplotlib.image.imread(path))
   first, second = pictures
   assert first.shape[1] > first.shape[0] > 100
@@ -74,7 +74,7 @@ def test_the_plot_is_an_image_that_depends_on_the_rows(tmp_path):
 
 
 def test_the_table_has_a_row_for_every_search():
-  table = report.pareto_table(ROWS, title="searches")
+  table = report.search_table(ROWS, title="searches")
   cells = list(zip(*(column.cells for column in table.columns), strict=True))
   assert cells[0] == (
     "4", "greedy", "95.00", "0.2000", "400", "0.02", "7", "0.2", "1.5"

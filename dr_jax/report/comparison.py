@@ -1,0 +1,127 @@
+"""Tables and a figure of what a comparison of methods found.
+
+Results are what compare.json holds: {"rows": {row: {"scores": {bits:
+{"accuracy", "loss": {"mean", "std", "seeds"}}}, "bytes_at": {bits: n},
+"tensor_bytes", "train_seconds"}}, "seeds", "environment"}.
+
+    python -m dr_jax.report.comparison COMPARE.json FIGURE.svg
+
+draws accuracy against bytes for all methods.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from rich.table import Table
+
+from dr_jax.report.figure import new_figure, save_figure
+from dr_jax.runtime.files import read_json
+
+Results = dict[str, Any]
+
+
+def comparison_table(results: Results) -> Table:
+  """One row per method; per bit-width accuracy, cross-entropy and bytes.
+
+  Bytes are those of all tensors, without names and manifest: of a copy whose
+  weights serve one bit-width, with norms and input scales of every bit-width.
+  """
+  shown = Table(
+    title=f"accuracy % (mean and standard deviation of {len(results['seeds'])}"
+    " seeds), cross-entropy, bytes of a copy",
+    show_lines=True,
+  )
+  header, *rows = _cells(results, "\n")
+  for column, name in enumerate(header):
+    shown.add_column(name, justify="right" if column else "left")
+  for row in rows:
+    shown.add_row(*row)
+  return shown
+
+
+def comparison_markdown(results: Results) -> str:
+  """The same table for a text file."""
+  header, *rows = _cells(results, "<br>")
+  align = ["---", *["---:"] * (len(header) - 1)]
+  lines = [header, align, *rows]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(results, newline):
+  """The table as text, header first."""
+  rows = results["rows"]
+  columns = list(
+    dict.fromkeys(b for row in rows.values() for b in row["scores"])
+  )
+  yield [
+    "method",
+    *(_heading(b) for b in columns),
+    "bytes stored",
+    "training s",
+  ]
+  for name, row in rows.items():
+    cells = [name]
+    for b in columns:
+      lines = []
+      if b in row["scores"]:
+        accuracy, loss = (row["scores"][b][k] for k in ("accuracy", "loss"))
+        lines = [
+          f"{accuracy['mean']:.2f} ± {accuracy['std']:.2f}",
+          f"{loss['mean']:.3f} ± {loss['std']:.3f}",
+          f"{row['bytes_at'][b]:,}",
+        ]
+      cells.append(newline.join(lines))
+    cells.append(f"{row['tensor_bytes']:,}")
+    cells.append(f"{row['train_seconds']:.1f}")
+    yield cells
+
+
+def _heading(bits):
+  if not bits.isdigit():
+    return bits
+  return f"{bits} bits" if bits != "1" else "1 bit"
+
+
+def plot_comparison(path: str | os.PathLike, results: Results) -> None:
+  """Draws mean test accuracy against bytes, a line per method.
+
+  A point is a bit-width, at the bytes of a copy that serves it alone; the
+  dashed line is the float network's accuracy.
+
+  Args:
+    path: of an SVG or PNG file.
+    results: of a comparison.
+  """
+  figure = new_figure(9, 5)
+  axes = figure.subplots()
+  rows = dict(results["rows"])
+  base = rows.pop("float")["scores"]["float"]["accuracy"]["mean"]
+  axes.axhline(base, color="0.5", linestyle="--", linewidth=1, label="float")
+  for number, (name, row) in enumerate(rows.items()):
+    points = [
+      (row["bytes_at"][bits], score["accuracy"]["mean"])
+      for bits, score in row["scores"].items()
+    ]
+    axes.plot(
+      *zip(*sorted(points), strict=True),
+      marker="os^Dv"[number % 5],
+      markersize=4,
+      linewidth=2.5 if name == "double rounding" else 1,
+      color=None if number < 10 else f"C{number % 10}",
+      linestyle="-" if number < 10 else ":",
+      label=name,
+    )
+  axes.set_xlabel("bytes of a copy for one bit-width")
+  axes.set_ylabel("test accuracy, %")
+  axes.grid(alpha=0.3)
+  axes.legend(
+    loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False
+  )
+  save_figure(figure, path)
+
+
+if __name__ == "__main__":
+  plot_comparison(sys.argv[2], read_json(sys.argv[1]))

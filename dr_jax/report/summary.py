@@ -1,0 +1,56 @@
+"""The table that a run ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+  """Bit-width, accuracy and size, compared with the float network.
+
+  Args:
+    summary: what summary.json holds.
+  """
+  stages = summary["stages"]
+  separate = any(name.startswith("separate/") for name in stages)
+  export = stages.get("export")
+  columns = ["bits", "accuracy %", "cross-entropy", "bytes", "of float %"]
+  shown = Table(*columns, title=summary["name"])
+  if separate:
+    shown.add_column("separate LSQ %")
+  for column in shown.columns:
+    column.justify = "right"
+  if "pretrain" in stages:
+    score = stages["pretrain"]["scores"]["float"]
+    size = export and export["float_bytes"]
+    shown.add_row(*_row("float", score, size, size))
+  for bits in summary["bits"]:
+    result = export or stages.get("supernet") or stages.get("multi_precision")
+    alone = stages.get(f"separate/{bits}")
+    row = [str(bits)] + [""] * 4
+    if result is not None:
+      size = export and export["bytes_at"][str(bits)]
+      whole = export and export["float_bytes"]
+      row = _row(str(bits), result["scores"][str(bits)], size, whole)
+    if alone is not None:
+      row.append(f"{alone['scores'][str(bits)]['accuracy']:.2f}")
+    shown.add_row(*row)
+  if export:
+    stored, whole = export["stored_bytes"], export["float_bytes"]
+    shown.caption = (
+      f"one artifact of {stored:,} bytes, {100 * stored / whole:.1f} % of "
+      "float, serves every bit-width"
+    )
+  return shown
+
+
+def _row(name, score, size, whole):
+  return [
+    name,
+    f"{score['accuracy']:.2f}",
+    f"{score['loss']:.4f}",
+    f"{size:,}" if size else "",
+    f"{100 * size / whole:.1f}" if size else "",
+  ]
