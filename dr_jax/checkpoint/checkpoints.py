@@ -38,6 +38,7 @@ from dr_jax.checkpoint.snapshot import (
   unsealed,
 )
 from dr_jax.runtime.processes import all_agree, on_first
+from dr_jax.runtime.tree import named_leaves
 
 
 class CheckpointError(Exception):

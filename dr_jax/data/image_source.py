@@ -120,13 +120,13 @@ class ImageSource:
       start: position of the first one in the endless stream of examples. Each
         example's random choices are a function of seed and position alone.
     """
-    transforms = []
+    augmentations = []
     for position in range(start, start + len(indices)):
       # Three words, where the order of an epoch is drawn from two.
       bits = np.random.Philox(np.random.SeedSequence([seed, position, 1]))
       words = bits.random_raw(transforms.WORDS)
-      transforms.append(functools.partial(self.transform.train, words=words))
-    return self._batch(indices, transforms)
+      augmentations.append(functools.partial(self.transform.train, words=words))
+    return self._batch(indices, augmentations)
 
   def choose(self, indices):
     """Returns a source of the examples at `indices` ([N]) alone."""

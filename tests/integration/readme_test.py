@@ -1,5 +1,6 @@
-"""The README's examples, run as they stand there."""
+"""The examples in the READMEs, run as they stand there."""
 
+import functools
 import pathlib
 import re
 
@@ -11,7 +12,12 @@ from flax import nnx
 
 from dr_jax import config, data, deploy, models, nn, pipeline, quant
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = {
+  str(page.relative_to(ROOT)): page
+  for page in [ROOT / "README.md", *ROOT.glob("*/**/README.md")]
+  if ".venv" not in page.parts
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +35,82 @@ def method():
 
 
 def block(title):
-  """The first Python block of a section."""
-  text = README.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-  return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+  """The first Python block of a section, on whatever page it is."""
+  for page in PAGES.values():
+    _, found, rest = page.read_text().partition(f"\n## {title}\n")
+    if found:
+      section = rest.split("\n## ")[0]
+      return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+  raise KeyError(title)
+
+
+def test_the_readme_has_at_most_250_lines():
+  assert len(PAGES["README.md"].read_text().splitlines()) <= 250
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_between_pages_resolve(name):
+  text = PAGES[name].read_text()
+  for target in re.findall(r"\]\(([^)#]*)(?:#[\w-]+)?\)", text):
+    if target and "://" not in target:
+      assert (PAGES[name].parent / target).exists(), target
+
+
+def test_the_table_of_methods_lists_every_weight_quantizer():
+  rows = re.findall(r"^\| (`.*?) \|", PAGES["README.md"].read_text(), re.M)
+  listed = set(re.findall(r"`(\w+)`", " ".join(rows)))
+  weights = {
+    name
+    for name in quant.NAMES
+    if isinstance(quant.get(name), quant.WeightQuantizer)
+  } - {"fixed_point"}
+  assert weights <= listed
+
+
+@functools.cache
+def small_network(bits, widths=(4, 4, 4)):
+  """A float network for 8x8 digits and its quantized form."""
+  model = models.ResNet(
+    8, num_classes=10, widths=widths, channels=1, rngs=nnx.Rngs(0)
+  )
+  stream = data.batches(data.load("digits").train, batch_size=128, seed=0)
+  network = nn.quantize(
+    model,
+    weight=quant.double_rounding(bits),
+    activation=quant.lsq_activation(bits),
+    sample=stream[0]["image"],
+  )
+  return model, network, stream
+
+
+def test_the_example_of_the_front_page_quantizes_saves_and_loads(
+  monkeypatch, tmp_path
+):
+  monkeypatch.chdir(tmp_path)
+  source = block("Use it in your own Flax project")
+  source = source.replace("(16, 32, 32, 3)", "(2, 8, 8, 3)")
+  source = source.replace(
+    "models.resnet20(num_classes=10, rngs=nnx.Rngs(0))",
+    "models.ResNet(8, num_classes=10, widths=(2, 2, 2), rngs=nnx.Rngs(0))",
+  )
+  names = {}
+  exec(compile(source, "front.py", "exec"), names)
+  assert {row.bits for row in nn.layer_table(names["network"])} == {4}
+  assert {row.bits for row in nn.layer_table(names["stored"])} == {2}
+  code = [x for x in source.splitlines() if x and "import" not in x]
+  assert len(code) <= 20
+  print(block("Artifacts"))
+  names = {"deploy": deploy}
+  artifact = block("Artifacts").replace(
+    '{"conv1": 8, "conv2": 4}', "dict.fromkeys(artifact.layer_bytes, 8)"
+  )
+  artifact = artifact.replace("artifact.load(bits=4)", "artifact")
+  exec(compile(artifact, "artifact.py", "exec"), names)
+
+
+def test_the_examples_for_arrays_keep_what_they_say():
+  w = np.random.default_rng(0).normal(size=(3, 3, 4, 8)).astype("f4")
+  exec(compile(block("Arrays"), "arrays.py", "exec"), {"w": w})
 
 
 def test_it_is_ten_to_twenty_lines_beside_imports_and_space(method):
@@ -41,16 +120,7 @@ def test_it_is_ten_to_twenty_lines_beside_imports_and_space(method):
 
 def test_the_training_example_lowers_the_loss_at_every_bit_width():
   bits = (8, 4)
-  stream = data.batches(data.load("digits").train, batch_size=128, seed=0)
-  model = models.ResNet(
-    8, num_classes=10, widths=(4, 4, 4), channels=1, rngs=nnx.Rngs(0)
-  )
-  network = nn.quantize(
-    model,
-    weight=quant.double_rounding(bits),
-    activation=quant.lsq_activation(bits),
-    sample=stream[0]["image"],
-  )
+  _, network, stream = small_network(bits)
   names, seen = {"nn": nn, "network": network, "bits": bits}, []
 
   def batches():
@@ -58,13 +128,13 @@ def test_the_training_example_lowers_the_loss_at_every_bit_width():
       yield stream[number]
       seen.append(names["losses"])
 
-  # The section on devices trains it anew, from where this one ends.
+  # The section on devices trains it again, from where this one ends.
   for section in ("Training", "Devices"):
     seen.clear()
     names["batches"] = batches()
     exec(compile(block(section), f"{section}.py", "exec"), names)
     assert (np.mean(seen[-5:], 0) < np.mean(seen[:5], 0)).all()
-    names["network_of"] = nn.functional(network)
+    names["split"] = nn.functional(network)
   kernel = names["params"]["stage1"]["block0"]["conv1"]["kernel"]
   assert (kernel != network.stage1.block0.conv1.kernel[...]).any()
 
