@@ -139,6 +139,8 @@ def register(name: str, factory: Callable[..., Quantizer]) -> None:
 
   Raises:
     ValueError: if the name belongs to another factory.
+
+  >>> register("lsq", find("lsq"))  # again: no change
   """
   if _FACTORIES.setdefault(name, factory) is not factory:
     raise ValueError(f"name must be a new one, got {name!r}, which is taken")
@@ -149,6 +151,8 @@ def register_recipe(name: str, recipe: Recipe) -> None:
 
   Raises:
     ValueError: if the name belongs to another recipe.
+
+  >>> register_recipe("lsq", RECIPES["lsq"])  # again: no change
   """
   if RECIPES.setdefault(name, recipe) != recipe:
     raise ValueError(f"name must be a new one, got {name!r}, which is taken")
@@ -184,6 +188,9 @@ def find(name: str) -> Callable[..., Quantizer]:
 
   Raises:
     ValueError: for an unknown name.
+
+  >>> find("lsq") is _FACTORIES["lsq"]
+  True
   """
   checks.one_of("name", name, list(NAMES))
   return _FACTORIES[name]

@@ -6,6 +6,8 @@ Equal "bit for bit" leaves out the sign of a zero, which no integer code has.
 import functools
 import itertools
 import json
+from collections.abc import Callable
+from typing import NamedTuple
 
 import hypothesis
 import hypothesis.extra.numpy as arrays_of
@@ -58,52 +60,81 @@ VARIANTS = {
   ],
   "unit_activation": [{"signed": False, "bits": (8, 3, 1)}],
 }
-# Methods with learned scales: their parameters can be set, and drift.
-SCALED = (
-  "double_rounding",
-  "bit_mixer",
-  "lsq",
-  "lsq_activation",
-  "lsq_plus",
-  "truncation",
-  "multi_resolution",
-)
-SETTLED = {
-  "lsq_activation": {"signed": True},
-  "term_activation": {"signed": True},
-  "multi_resolution_activation": {"signed": True},
-  "pact_activation": {"signed": True},
-  "unit_activation": {"signed": True},
-}
+# Scales of these are found by calibration; no gradient moves them.
+CALIBRATED = ("term_activation",)
+
+
+class Case(NamedTuple):
+  """A method and its options."""
+
+  name: str
+  options: tuple = ()
+
+
 CASES = [
-  (name, {**SETTLED.get(name, {}), **options})
+  Case(name, tuple(options.items()))
   for name in quant.NAMES
   for options in [{}, *VARIANTS.get(name, [])]
 ]
 
 
-def build(case):
-  name, options = case
-  return quant.get(name, **options)
+class Fitted(NamedTuple):
+  """A quantizer with parameters under which some weights clip.
+
+  Its compiled programs take weights [3, 3, 4, 8] and a traced index; tests
+  share them, since compiling is most of the time.
+  """
+
+  quantizer: quant.WeightQuantizer | quant.ActivationQuantizer
+  params: dict
+  w: np.ndarray
+  fake_quantize: Callable  # (params, w, index)
+  gradients: Callable  # of sum(sin(target) * w_hat): (params, w, index, target)
+  encode: Callable | None  # (params, w)
+
+
+@functools.cache
+def build(case, **options):
+  """The quantizer; open signs are settled."""
+  quantizer = quant.get(case.name, **{**dict(case.options), **options})
+  still_open = getattr(quantizer, "signed", True) is None
+  return quantizer.with_sign(True) if still_open else quantizer
+
+
+@functools.cache
+def fitted(case):
+  quantizer, w = build(case), kernel()
+  w.flags.writeable = False
+  weight = is_weight(case)
+  return Fitted(
+    quantizer,
+    jax.tree.map(lambda p: p / 2, quantizer.init(w)),
+    w,
+    jax.jit(quantizer.fake_quantize),
+    jax.jit(jax.grad(loss_of(quantizer), (0, 1))),
+    jax.jit(quantizer.encode) if weight else None,
+  )
 
 
 def is_weight(case):
   return isinstance(build(case), quant.WeightQuantizer)
 
 
+def learns_a_scale(case):
+  w = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+  has_scale = "scale" in jax.eval_shape(build(case).init, w)
+  return has_scale and case.name not in CALIBRATED
+
+
 def label(case):
-  name, options = case
-  return "-".join([name, *map(str, options.values())])
+  return "-".join([case.name, *(str(value) for _, value in case.options)])
 
 
 every_method = pytest.mark.parametrize("case", CASES, ids=label)
-every_scaled = pytest.mark.parametrize(
-  "case",
-  [c for c in CASES if c[0] in SCALED and c[1].get("scheme") != "matquant"],
-  ids=label,
-)
+SCALED = list(filter(learns_a_scale, CASES))
+every_scaled = pytest.mark.parametrize("case", SCALED, ids=label)
 every_weight = pytest.mark.parametrize(
-  "case", [c for c in CASES if is_weight(c)], ids=label
+  "case", list(filter(is_weight, CASES)), ids=label
 )
 
 
@@ -113,95 +144,12 @@ def kernel(shape=(3, 3, 4, 8), seed=0):
   return w
 
 
-def fitted(case, w):
-  """The quantizer and parameters under which some weights clip."""
-  quantizer = build(case)
-  return quantizer, jax.tree.map(lambda p: p / 2, quantizer.init(w))
-
-
-@every_method
-def test_bits_and_options_rebuild_the_quantizer_through_json(case):
-  quantizer = build(case)
-  options = json.loads(json.dumps(dict(quantizer.options)))
-  again = quant.get(quantizer.name, **options)
-  assert quantizer.name == case[0]
-  assert again.bits == quantizer.bits
-  assert again.options == quantizer.options
-  assert hash(again.options) == hash(quantizer.options)
-  w, last = kernel(), len(quantizer.bits) - 1
-  params = quantizer.init(w)
-  np.testing.assert_array_equal(
-    again.fake_quantize(params, w, last),
-    quantizer.fake_quantize(params, w, last),
-  )
-
-
-@every_method
-def test_shape_and_dtype_are_those_of_the_input(case):
-  for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-    w = jnp.asarray(kernel(), dtype)
-    quantizer, params = fitted(case, w)
-    assert all(p.dtype == jnp.float32 for p in params.values())
-    out = jax.jit(quantizer.fake_quantize)(
-      params, w, jnp.int32(1 % len(quantizer.bits))
-    )
-    assert (out.shape, out.dtype) == (w.shape, dtype)
-
-
-@every_method
-def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
-  w = kernel()
-  quantizer, params = fitted(case, w)
-  # Multiples of half a scale put weights on the ties of the first rounding.
-  if "scale" in params:
-    first = np.asarray(params["scale"].reshape(-1)[0])
-    w[1, 1] = np.arange(-16, 16).reshape(4, 8) / 2 * first
-  indices = jnp.arange(len(quantizer.bits))
-  traced = jax.jit(quantizer.fake_quantize)
-  constant = jax.jit(lambda w, i: quantizer.fake_quantize(params, w, i))
-  vmapped = jax.vmap(quantizer.fake_quantize, (None, None, 0))
-  stacked = jax.jit(vmapped)(params, w, indices)
-  stacked_eagerly = vmapped(params, w, indices)
-  for i in range(len(quantizer.bits)):
-    expected = quantizer.fake_quantize(params, w, i)
-    folded = jax.jit(lambda w, i=i: quantizer.fake_quantize(params, w, i))
-    for name, found in {
-      "eager, array index": quantizer.fake_quantize(params, w, jnp.int32(i)),
-      "numpy index": quantizer.fake_quantize(params, w, np.int64(i)),
-      "jit, index traced": traced(params, w, jnp.int32(i)),
-      "jit, scale constant": constant(w, jnp.int32(i)),
-      "jit, all constant": folded(w),
-      "vmap under jit": stacked[i],
-      "vmap": stacked_eagerly[i],
-    }.items():
-      np.testing.assert_array_equal(found, expected, err_msg=name)
-
-
-def loss_of(quantizer, target):
-  def loss(params, w, index):
+def loss_of(quantizer):
+  def loss(params, w, index, target):
     out = quantizer.fake_quantize(params, w, index)
     return (jnp.sin(target) * out).sum()
 
   return loss
-
-
-@every_method
-def test_gradients_agree_between_int_traced_and_vmapped_index(case):
-  w = kernel()
-  quantizer, params = fitted(case, w)
-  gradient = jax.grad(loss_of(quantizer, kernel(seed=1)), (0, 1))
-  indices = jnp.arange(len(quantizer.bits))
-  stacked = jax.jit(jax.vmap(gradient, (None, None, 0)))(params, w, indices)
-  traced = jax.jit(gradient)
-  for i in {0, len(quantizer.bits) - 1}:  # without and with a second rounding
-    expected = jax.jit(gradient, static_argnums=2)(params, w, i)
-    for found in (
-      traced(params, w, jnp.int32(i)),
-      jax.tree.map(lambda x, i=i: x[i], stacked),
-    ):
-      np.testing.assert_array_equal(found[1], expected[1])
-      # The factor and the sum of 288 terms may each round differently.
-      assert_close(found[0], expected[0])
 
 
 def assert_close(found, expected):
@@ -213,13 +161,95 @@ def assert_close(found, expected):
 
 
 @every_method
-def test_no_gradient_is_nan_for_huge_and_zero_inputs(case):
-  for w in (np.zeros((4, 8), "f4"), np.full((4, 8), 3e38, "f4")):
-    quantizer = build(case)
-    params = quantizer.init(w)
-    gradient = jax.jit(jax.grad(loss_of(quantizer, w), (0, 1)))
-    for leaf in jax.tree.leaves((params, gradient(params, w, jnp.int32(0)))):
-      assert np.isfinite(leaf).all()
+def test_bits_and_options_rebuild_the_quantizer_through_json(case):
+  quantizer, params, w, *_ = fitted(case)
+  options = json.loads(json.dumps(dict(quantizer.options)))
+  again = quant.get(quantizer.name, **options)
+  assert quantizer.name == case.name
+  assert again.bits == quantizer.bits
+  assert again.options == quantizer.options
+  assert hash(again.options) == hash(quantizer.options)
+  last = len(quantizer.bits) - 1
+  np.testing.assert_array_equal(
+    again.fake_quantize(params, w, last),
+    quantizer.fake_quantize(params, w, last),
+  )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@every_method
+def test_shape_and_dtype_are_those_of_the_input(case, dtype):
+  quantizer = build(case)
+  w = jax.ShapeDtypeStruct((3, 3, 4, 8), dtype)
+  params = jax.eval_shape(quantizer.init, w)
+  assert all(p.dtype == jnp.float32 for p in params.values())
+  index = jax.ShapeDtypeStruct((), jnp.int32)
+  out = jax.eval_shape(quantizer.fake_quantize, params, w, index)
+  assert (out.shape, out.dtype) == (w.shape, dtype)
+
+
+@every_method
+def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
+  quantizer, params, w, traced, *_ = fitted(case)
+  w = w.copy()
+  # Multiples of half a scale put weights on the ties of the first rounding.
+  if "scale" in params:
+    first = np.asarray(params["scale"].reshape(-1)[0])
+    w[1, 1] = np.arange(-16, 16).reshape(4, 8) / 2 * first
+  indices = range(len(quantizer.bits))
+  constant = jax.jit(lambda w, i: quantizer.fake_quantize(params, w, i))
+  unrolled = jax.jit(
+    lambda w: [quantizer.fake_quantize(params, w, i) for i in indices]
+  )
+  folded = unrolled(w)
+  vmapped = jax.vmap(quantizer.fake_quantize, (None, None, 0))
+  stacked = jax.jit(vmapped)(params, w, jnp.arange(len(indices)))
+  stacked_eagerly = vmapped(params, w, jnp.arange(len(indices)))
+  for i in indices:
+    expected = quantizer.fake_quantize(params, w, i)
+    for name, found in {
+      "eager, array index": quantizer.fake_quantize(params, w, jnp.int32(i)),
+      "numpy index": quantizer.fake_quantize(params, w, np.int64(i)),
+      "jit, index traced": traced(params, w, jnp.int32(i)),
+      "jit, scale constant": constant(w, jnp.int32(i)),
+      "jit, index and scale constant": folded[i],
+      "vmap under jit": stacked[i],
+      "vmap": stacked_eagerly[i],
+    }.items():
+      np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+@every_method
+def test_gradients_agree_between_int_traced_and_vmapped_index(case):
+  quantizer, params, w, _, traced, _ = fitted(case)
+  target = kernel(seed=1)
+  gradient = jax.grad(loss_of(quantizer), (0, 1))
+  ends = {0, len(quantizer.bits) - 1}  # without and with a second rounding
+  unrolled = jax.jit(
+    lambda *args: {i: gradient(*args[:2], i, args[2]) for i in ends}
+  )(params, w, target)
+  stacked = jax.jit(jax.vmap(gradient, (None, None, 0, None)))(
+    params, w, jnp.arange(len(quantizer.bits)), target
+  )
+  for i, expected in unrolled.items():
+    for found in (
+      traced(params, w, jnp.int32(i), target),
+      jax.tree.map(lambda x, i=i: x[i], stacked),
+    ):
+      np.testing.assert_array_equal(found[1], expected[1])
+      # The factor and the sum of 288 terms may each round differently.
+      assert_close(found[0], expected[0])
+
+
+@pytest.mark.parametrize("value", [0, 3e38])
+@every_method
+def test_no_gradient_is_nan_for_huge_and_zero_inputs(case, value):
+  quantizer, _, w, _, gradients, _ = fitted(case)
+  w = np.full_like(w, value)
+  params = quantizer.init(w)
+  found = gradients(params, w, jnp.int32(0), w)
+  for leaf in jax.tree.leaves((params, found)):
+    assert np.isfinite(leaf).all()
 
 
 # Strategies: any finite float32 (XLA flushes denormals), any positive scale.
@@ -245,12 +275,10 @@ def weights_and_scales(draw):
 
 def with_bits(case, bits, rounding):
   """The quantizer with drawn bit-widths, where it has several."""
-  name, options = case
-  if len(build(case).bits) > 1:
-    options = {**options, "bits": bits}
-  if name == "double_rounding":
-    options = {**options, "rounding": rounding}
-  return quant.get(name, **options)
+  options = {"bits": bits} if len(build(case).bits) > 1 else {}
+  if case.name == "double_rounding":
+    options["rounding"] = rounding
+  return build(case, **options)
 
 
 @every_weight
@@ -285,9 +313,8 @@ def test_decoded_is_fake_quantized_bit_for_bit(
 
 @every_weight
 def test_decode_gives_the_same_bits_for_every_kind_of_index(case):
-  w = kernel()
-  quantizer, params = fitted(case, w)
-  encoded = jax.jit(quantizer.encode)(params, w)
+  quantizer, params, w, *_, encode = fitted(case)
+  encoded = encode(params, w)
   jax.tree.map(
     np.testing.assert_array_equal, encoded, quantizer.encode(params, w)
   )
@@ -302,8 +329,7 @@ def test_decode_gives_the_same_bits_for_every_kind_of_index(case):
 
 @every_weight
 def test_bfloat16_params_decode_to_what_they_fake_quantize(case):
-  w = kernel()
-  quantizer, params = fitted(case, w)
+  quantizer, params, w, *_ = fitted(case)
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
   encoded = quantizer.encode(params, w)
   for i in range(len(quantizer.bits)):
@@ -314,10 +340,9 @@ def test_bfloat16_params_decode_to_what_they_fake_quantize(case):
 
 @every_weight
 def test_what_is_packed_comes_back_and_costs_the_stored_bits(case):
-  w = kernel()
-  quantizer, params = fitted(case, w)
+  quantizer, params, w, *_, encode = fitted(case)
   # The kernel clips on both sides, so that both ends are in use.
-  encoded = quantizer.encode(params, 100 * w)
+  encoded = encode(params, 100 * w)
   packed = quantizer.storage.pack(encoded)
   assert all(isinstance(array, np.ndarray) for array in packed.values())
   back = quantizer.storage.unpack(packed, w.shape)
@@ -357,11 +382,10 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("devices, kind, spec", MESHES)
 @every_method
-def test_meshes_change_neither_values_nor_gradients(case, devices, kind, spec):
-  w, g = kernel(), np.sin(kernel(seed=1))
-  quantizer, params = fitted(case, w)
+def test_meshes_change_neither_values_nor_gradients(case):
+  quantizer, params, w, *_ = fitted(case)
+  g = np.sin(kernel(seed=1))
 
   def everything(params, w, g, index):
     fake = functools.partial(quantizer.fake_quantize, index=index)
@@ -374,31 +398,34 @@ def test_meshes_change_neither_values_nor_gradients(case, devices, kind, spec):
   run = jax.jit(everything)
   index = jnp.int32(len(quantizer.bits) - 1)
   expected = run(params, w, g, index)
-  mesh = mesh_of(devices, kind)
-  channels = tuple(spec)[3:] == ("x",)
-  with jax.set_mesh(mesh):
+  for devices, kind, spec in MESHES:
+    mesh = mesh_of(devices, kind)
+    with jax.set_mesh(mesh):
+      for placement in placements(params, spec):
+        place = functools.partial(placed, mesh)
+        placed_params = {k: place(p, placement(p)) for k, p in params.items()}
+        found = run(placed_params, place(w, spec), place(g, spec), index)
+        where = f"{devices} devices, {kind}, {spec}"
+        np.testing.assert_array_equal(found[0], expected[0], err_msg=where)
+        np.testing.assert_array_equal(found[1], expected[1], err_msg=where)
+        (dparams, dw), (expected_dparams, expected_dw) = found[2], expected[2]
+        np.testing.assert_array_equal(dw, expected_dw, err_msg=where)
+        assert_close(dparams, expected_dparams)
+        assert dw.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
+        if kind == AxisType.Explicit:
+          for k, p in placed_params.items():
+            assert jax.typeof(dparams[k]) == jax.typeof(p)
 
-    def place(x, spec):
-      return jax.device_put(x, NamedSharding(mesh, spec))
 
-    def beside(p):
-      return P(*[None] * (p.ndim - 1), "x") if p.shape[-1] == 8 else P()
+def placed(mesh, x, spec):
+  return jax.device_put(x, NamedSharding(mesh, spec))
 
-    placements = [lambda p: P()]
-    if channels and any(p.shape[-1] == 8 for p in params.values()):
-      placements.append(beside)  # the scale lives with its channels
-    for placement in placements:
-      placed = {k: place(p, placement(p)) for k, p in params.items()}
-      ws = place(w, spec)
-      found = run(placed, ws, place(g, spec), index)
-      np.testing.assert_array_equal(found[0], expected[0])
-      np.testing.assert_array_equal(found[1], expected[1])
-      np.testing.assert_array_equal(found[2][1], expected[2][1])
-      assert_close(found[2][0], expected[2][0])
-      assert found[2][1].sharding.is_equivalent_to(ws.sharding, 4)
-      if kind == AxisType.Explicit:
-        for k, p in placed.items():
-          assert jax.typeof(found[2][0][k]) == jax.typeof(p)
+
+def placements(params, spec):
+  """Where parameters live: everywhere; also with the channels of the weight."""
+  yield lambda p: P()
+  if spec == OUTPUT_CHANNELS and any(p.shape[-1] == 8 for p in params.values()):
+    yield lambda p: P(*[None] * (p.ndim - 1), "x") if p.shape[-1] == 8 else P()
 
 
 @every_method
@@ -417,7 +444,8 @@ def test_init_works_on_a_sharded_explicit_weight(case):
 def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
   """A replicated scale gets the sum of the shards' own gradients."""
   w, g = kernel((8, 6)), np.sin(kernel((8, 6), seed=1))
-  quantizer, params = fitted(case, w)
+  quantizer = build(case)
+  params = jax.tree.map(lambda p: p / 2, quantizer.init(w))
   mesh = mesh_of(4, AxisType.Auto)
 
   def step(params, w, g, index):
@@ -436,9 +464,9 @@ def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
   )
   index = jnp.int32(len(quantizer.bits) - 1)
   out, dparams, dw = sharded(params, w, g, index)
+  alone = jax.jit(step)
   shards = [
-    jax.jit(step)(params, w[i : i + 2], g[i : i + 2], index)
-    for i in range(0, 8, 2)
+    alone(params, w[i : i + 2], g[i : i + 2], index) for i in range(0, 8, 2)
   ]
   np.testing.assert_array_equal(out, np.concatenate([s[0] for s in shards]))
   np.testing.assert_array_equal(dw, np.concatenate([s[2] for s in shards]))
@@ -449,16 +477,16 @@ def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
 
 @every_method
 def test_shard_map_runs_one_bit_width_per_device(case):
-  w = kernel((8, 6))
-  quantizer, params = fitted(case, w)
+  quantizer, params, w, fake_quantize, gradients, _ = fitted(case)
   n = 2 if len(quantizer.bits) > 1 else 1
-  loss = loss_of(quantizer, kernel((8, 6), seed=1))
+  gradient = jax.grad(loss_of(quantizer), (0, 1))
+  target = kernel(seed=1)
 
   def step(params, w, indices):
-    gradients = jax.grad(loss, (0, 1))(params, w, indices[0])
-    return quantizer.fake_quantize(params, w, indices[0])[None], gradients
+    found = gradient(params, w, indices[0], target)
+    return quantizer.fake_quantize(params, w, indices[0])[None], found
 
-  outs, gradients = jax.jit(
+  outs, summed = jax.jit(
     jax.shard_map(
       step,
       mesh=mesh_of(n, AxisType.Auto),
@@ -466,19 +494,24 @@ def test_shard_map_runs_one_bit_width_per_device(case):
       out_specs=(P("x"), P()),
     )
   )(params, w, jnp.arange(n))
-  alone = [jax.grad(loss, (0, 1))(params, w, i) for i in range(n)]
   for i in range(n):
     np.testing.assert_array_equal(
-      outs[i], quantizer.fake_quantize(params, w, i)
+      outs[i], fake_quantize(params, w, jnp.int32(i))
     )
-  assert_close(gradients, jax.tree.map(lambda *a: sum(a), *alone))
+  alone = [gradients(params, w, jnp.int32(i), target) for i in range(n)]
+  assert_close(summed, jax.tree.map(lambda *a: sum(a), *alone))
 
 
 OPTIMIZERS = {"sgd": optax.sgd(10.0), "adam": optax.adam(0.05)}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@every_scaled
+@pytest.mark.parametrize(
+  "case",
+  # Whose scale no learning rate drives below zero here.
+  [case for case in SCALED if case.name != "multi_resolution_activation"],
+  ids=label,
+)
 def test_learning_rates_100_times_too_large_keep_everything_finite(
   case, optimizer
 ):
@@ -498,7 +531,7 @@ def test_learning_rates_100_times_too_large_keep_everything_finite(
       updates, state = update(gradients, state, variables)
     variables = optax.apply_updates(variables, updates)
     finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((gradients, out))]
-    lowest = jnp.stack([p.min() for p in variables[0].values()]).min()
+    lowest = variables[0]["scale"].min()
     return (variables, state), (jnp.stack(finite).all(), lowest)
 
   variables = (quantizer.init(w), jnp.asarray(w))
@@ -518,36 +551,41 @@ def test_learning_rates_100_times_too_large_keep_everything_finite(
 @pytest.mark.parametrize("raw", [-3.0, 0.0, -0.0, 1e-38, 1e38])
 @every_scaled
 def test_any_finite_scale_is_read_as_a_positive_one(case, raw):
-  w = kernel((8, 6))
-  quantizer = build(case)
-  params = jax.tree.map(lambda p: jnp.full_like(p, raw), quantizer.init(w))
+  _, params, w, fake_quantize, gradients, _ = fitted(case)
   clamped = float(np.clip(raw, quant.SCALE_MIN, quant.SCALE_MAX))
-  positive = jax.tree.map(lambda p: jnp.full_like(p, clamped), params)
+
+  def with_scale(value):
+    return {**params, "scale": jnp.full_like(params["scale"], value)}
+
+  index = jnp.int32(0)
   np.testing.assert_array_equal(
-    quantizer.fake_quantize(params, w, 0),
-    quantizer.fake_quantize(positive, w, 0),
+    fake_quantize(with_scale(raw), w, index),
+    fake_quantize(with_scale(clamped), w, index),
   )
-  gradient = jax.grad(loss_of(quantizer, w), (0, 1))(params, w, 0)
+  gradient = gradients(with_scale(raw), w, index, w)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @every_method
 def test_a_jitted_function_may_close_over_the_weight(case):
-  w = kernel()
-  quantizer, params = fitted(case, w)
+  quantizer, params, w, *_ = fitted(case)
   expected = quantizer.fake_quantize(params, w, 0)
-  for closed_over in (w, jnp.asarray(w)):
-    found = jax.jit(
-      lambda p, w=closed_over: quantizer.fake_quantize(p, w, jnp.int32(0))
-    )(params)
+
+  def closing(params):
+    return [
+      quantizer.fake_quantize(params, closed_over, jnp.int32(0))
+      for closed_over in (w, jnp.asarray(w))
+    ]
+
+  for found in jax.jit(closing)(params):
     np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @every_weight
 def test_nan_and_infinite_weights_are_an_error_outside_jit(case, bad):
-  w = kernel()
-  quantizer, params = fitted(case, w)
+  quantizer, params, w, fake_quantize, *_ = fitted(case)
+  w = w.copy()
   w[1, 2, 3, 4] = bad
   for call in (
     lambda: quantizer.init(w),
@@ -558,13 +596,12 @@ def test_nan_and_infinite_weights_are_an_error_outside_jit(case, bad):
       ValueError, match="weight must be finite, but 1 of 288 values"
     ):
       call()
-  jax.jit(quantizer.fake_quantize)(params, w, jnp.int32(0))
+  fake_quantize(params, w, jnp.int32(0))
 
 
 @every_method
 def test_a_python_index_out_of_range_is_an_error(case):
-  w = kernel()
-  quantizer, params = fitted(case, w)
+  quantizer, params, w, *_, encode = fitted(case)
   n = len(quantizer.bits)
   for index in (n, -1):
     message = rf"index must be in 0\.\.{n - 1}, .*got {index}$"
@@ -572,7 +609,7 @@ def test_a_python_index_out_of_range_is_an_error(case):
       quantizer.fake_quantize(params, w, index)
     if is_weight(case):
       with pytest.raises(ValueError, match=message):
-        quantizer.decode(quantizer.encode(params, w), index)
+        quantizer.decode(encode(params, w), index)
 
 
 @pytest.mark.parametrize("name", quant.NAMES)

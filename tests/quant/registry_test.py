@@ -92,7 +92,7 @@ methods.discover()
 from configs import compare, digits
 from dr_jax.config import from_dict
 from tests.quant import laws_test
-assert ("halves", {{}}) in laws_test.CASES
+assert ("halves", ()) in laws_test.CASES
 assert compare.get_config("halves").methods.halves.quant.bits == (8, 4)
 config = digits.get_config()
 assert "factor" in config.quant.weight_options

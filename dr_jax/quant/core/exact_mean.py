@@ -29,6 +29,9 @@ def mean(x: Float[Array, ...], axes: tuple[int, ...]) -> Float[Array, ...]:
 
   The error is at most 2^-22 of the largest magnitude; the sum is exact for up
   to 2^20 entries on the last axis and 2^20 on all others together.
+
+  >>> mean(jnp.array([[1.0, 2.0], [4.0, 6.0]]), (0, 1)).tolist()
+  [[3.25]]
   """
   x = jnp.asarray(x).astype(jnp.float32)
   largest = jnp.abs(x).max(axes, keepdims=True)
@@ -47,6 +50,10 @@ def mean_and_std(
   """Returns mean and unbiased standard deviation (ddof 1), as `mean` does.
 
   The standard deviation is positive, whatever x is.
+
+  >>> average, std = mean_and_std(jnp.array([1.0, 2.0, 3.0]), (0,))
+  >>> average.tolist(), std.tolist()
+  ([2.0], [1.0])
   """
   x = jnp.asarray(x).astype(jnp.float32)
   average = mean(x, axes)
@@ -58,12 +65,20 @@ def mean_and_std(
 def largest_magnitude(
   x: Float[Array, ...], axes: tuple[int, ...]
 ) -> Float[Array, ...]:
-  """Returns max|x| over `axes`, kept with size 1; positive, safe to divide."""
+  """Returns max|x| over `axes`, kept with size 1; positive, safe to divide.
+
+  >>> largest_magnitude(jnp.array([1.0, -3.0]), (0,)).tolist()
+  [3.0]
+  """
   return jnp.maximum(jnp.abs(x).max(axes, keepdims=True), _SMALLEST)
 
 
 def channel_axes(rank: int, *, per_channel: bool) -> tuple[int, ...]:
-  """Axes that share one number: all, or all but the last (c_out)."""
+  """Axes that share one number: all, or all but the last (c_out).
+
+  >>> channel_axes(4, per_channel=True)
+  (0, 1, 2)
+  """
   return tuple(range(rank - 1 if per_channel else rank))
 
 

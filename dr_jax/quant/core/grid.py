@@ -44,14 +44,24 @@ class Grid(NamedTuple):
 
 
 def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
-  """Returns the smallest and largest code of a bit-width."""
+  """Returns the smallest and largest code of a bit-width.
+
+  >>> code_range(4)
+  (-8, 7)
+  >>> code_range(4, signed=False)
+  (0, 15)
+  """
   if signed:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
   return 0, 2**bits - 1
 
 
 def single_grids(bits: tuple[int, ...], *, signed: bool) -> tuple[Grid, ...]:
-  """Grids of methods with one rounding: codes of `b` bits at step 1."""
+  """Grids of methods with one rounding: codes of `b` bits at step 1.
+
+  >>> [(g.low, g.high) for g in single_grids((4, 2), signed=True)]
+  [(-8, 7), (-2, 1)]
+  """
   ranges = [code_range(b, signed=signed) for b in bits]
   return tuple(Grid(*ends, 1, *ends, *ends) for ends in ranges)
 
@@ -64,6 +74,9 @@ def nested_grids(
   Under "floor" the second rounding never clips, so that the gradient lives on
   the whole range of the first one: `top` is its largest code. `symmetric`
   leaves the lowest code of the highest bit-width out.
+
+  >>> [g.step for g in nested_grids((8, 6, 4), "half_even")]
+  [1, 4, 16]
   """
   first_low, first_high = code_range(bits[0])
   if symmetric:
@@ -85,6 +98,9 @@ def select(rows: Sequence[Row], index: Index) -> Row:
   """Returns the named tuple of numbers at `index`.
 
   Constants for a Python int, else look-ups in float32 tables.
+
+  >>> select(single_grids((8, 4), signed=True), 1).high
+  7.0
   """
   kind = type(rows[0])
   if isinstance(index, int | np.integer):
@@ -94,14 +110,22 @@ def select(rows: Sequence[Row], index: Index) -> Row:
 
 
 def entry(table: Sequence[int], index: Index) -> int | jax.Array:
-  """Returns the integer at `index`: a constant for an int, else a look-up."""
+  """Returns the integer at `index`: a constant for an int, else a look-up.
+
+  >>> entry((6, 4, 2), 1)
+  4
+  """
   if isinstance(index, int | np.integer):
     return table[index]
   return jnp.asarray(table, jnp.int32)[index]
 
 
 def round_by(rounding: str, x: Float[Array, ...]) -> Float[Array, ...]:
-  """Rounds to integers; `rounding` says what happens to exact halves."""
+  """Rounds to integers; `rounding` says what happens to exact halves.
+
+  >>> round_by("half_up", jnp.array([0.5, 1.5, -0.5])).tolist()
+  [1.0, 2.0, 0.0]
+  """
   match rounding:
     case "half_even":
       return jnp.round(x)
@@ -118,7 +142,11 @@ def widened(x: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def positive(scale: Float[Array, ...]) -> Float[Array, ...]:
-  """The scale that is used: clamped to [2^-30, 2^30]."""
+  """The scale that is used: clamped to [2^-30, 2^30].
+
+  >>> positive(jnp.array([-1.0, 0.5])).tolist()
+  [9.313225746154785e-10, 0.5]
+  """
   return jnp.clip(scale, SCALE_MIN, SCALE_MAX)
 
 
@@ -142,5 +170,8 @@ def first_codes(
   Multiplies by the reciprocal on purpose: XLA turns a division by a broadcast
   operand into that product in some programs and not in others, so that w /
   scale would round differently under jit, eagerly and with a constant scale.
+
+  >>> first_codes(jnp.array([0.26, -9.0]), jnp.float32(0.1), -8, 7).tolist()
+  [3.0, -8.0]
   """
   return jnp.clip(round_by(rounding, w * (1 / scale)), low, high)

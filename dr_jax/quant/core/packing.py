@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def packed_size(size: int, bits: int) -> int:
-  """Bytes that `size` codes of `bits` bits take."""
+  """Bytes that `size` codes of `bits` bits take.
+
+  >>> packed_size(1000, 3)
+  375
+  """
   return -(-size * bits // 8)
 
 
@@ -41,6 +45,9 @@ def pack(
   Raises:
     ValueError: if bits is outside 1..16, codes are not integers, or, outside
       jit, a code does not fit.
+
+  >>> pack(jnp.array([1, 3, -1, -4]), 3).tolist()
+  [217, 9]
   """
   bits = checks.check_integer("bits", bits, 1, 16)
   codes = checks.check_integers("codes", codes)
@@ -77,6 +84,9 @@ def unpack(
 
   Raises:
     ValueError: if bits is outside 1..16 or the number of bytes is not right.
+
+  >>> unpack(jnp.array([217, 9], jnp.uint8), 3, 4).tolist()
+  [1, 3, -1, -4]
   """
   bits = checks.check_integer("bits", bits, 1, 16)
   data = jnp.asarray(data)
@@ -106,6 +116,13 @@ def storage(
     bits: candidate bit-widths of the quantizer.
     stored_bits: bits of a code, 1..16; 32 for floats.
     signed: whether codes are signed.
+
+  >>> files = storage((8, 4), 8)
+  >>> encoded = {"codes": jnp.array([3, -4], jnp.int8)}
+  >>> files.pack(encoded)["codes"].dtype
+  dtype('uint8')
+  >>> [files.size(encoded, i) for i in range(2)]  # bytes
+  [2, 1]
   """
 
   def pack_all(encoded):

@@ -35,7 +35,11 @@ Masks: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 def binary(m: Int[Array, ...]) -> Masks:
-  """Plain binary terms of m >= 0: (plus, minus), masks of their exponents."""
+  """Plain binary terms of m >= 0: (plus, minus), masks of their exponents.
+
+  >>> [m.tolist() for m in binary(jnp.array(27))]
+  [27, 0]
+  """
   return m, jnp.zeros_like(m)
 
 
@@ -46,6 +50,9 @@ def hese(m: Int[Array, ...]) -> Masks:
 
   Returns:
     (plus, minus): masks of the exponents of positive and negative terms.
+
+  >>> [m.tolist() for m in hese(jnp.array(27))]  # 32 + 4 - 8 - 1
+  [36, 9]
   """
   first, last = m & ~(m << 1), m & ~(m >> 1)
   single = first & last
@@ -59,6 +66,9 @@ def naf(m: Int[Array, ...]) -> Masks:
 
   Returns:
     (plus, minus): masks of the exponents of positive and negative terms.
+
+  >>> [m.tolist() for m in naf(jnp.array(27))]  # 32 - 4 - 1
+  [32, 5]
   """
   triple = 3 * m
   return (triple & ~m) >> 1, (m & ~triple) >> 1
@@ -89,6 +99,13 @@ def keep_largest(
 
   Returns:
     int32, shape of codes.
+
+  >>> codes = jnp.array([[27], [3]])
+  >>> options = {"encoding": "naf", "largest": 31}
+  >>> keep_largest(codes, 2, group=0, **options).tolist()
+  [[28], [3]]
+  >>> keep_largest(codes, 2, group=2, **options).tolist()
+  [[28], [0]]
   """
   plus, minus = ENCODINGS[encoding](jnp.abs(codes))
   exponents = range(largest.bit_length(), -1, -1)  # a carry adds one

@@ -72,6 +72,12 @@ def round_straight_through(
 
   Returns:
     The quantized values, shape and dtype of x.
+
+  >>> from dr_jax.quant.core.grid import single_grids
+  >>> grids = single_grids((4, 2), signed=True)
+  >>> x = jnp.array([0.24, 0.26, 9.0])
+  >>> round_straight_through(x, jnp.float32(0.5), grids, 1).tolist()
+  [0.0, 0.5, 0.5]
   """
   if isinstance(index, int | np.integer):
     grid = select(grids, index)
@@ -95,6 +101,9 @@ def straight_through(
     x: any shape.
     x_hat: shape and dtype of x, computed from stop_gradient(x): it gets no
       gradient.
+
+  >>> jax.grad(lambda x: straight_through(x, jnp.float32(2)) * 3)(1.7).tolist()
+  3.0
   """
   return x_hat
 

@@ -36,6 +36,9 @@ def normalized(w: Float[Array, ...]) -> Float32[Array, ...]:
 
   Returns:
     float32 values in [-1, 1], shape of w; the same bits in every program.
+
+  >>> normalized(jnp.array([0.0, -9.0, 9.0])).tolist()
+  [0.0, -1.0, 1.0]
   """
   return _normalized(jnp.asarray(w))
 

@@ -102,6 +102,13 @@ def adabits(
 
   References:
     arXiv 1912.09666; arXiv 1912.10207 (scale-adjusted training).
+
+  >>> quantizer = adabits((8, 1))
+  >>> w = jnp.array([[-9.0], [-0.1], [0.1], [9.0]])
+  >>> quantizer.fake_quantize({}, w, 1)[:, 0].tolist()
+  [-1.0, -1.0, 0.0, 0.0]
+  >>> quantizer.encode({}, w)["codes"][:, 0].tolist()
+  [-128, -13, 12, 127]
   """
   bits = checks.check_bits(bits, lowest=1, method="adabits")
   checks.one_of("scheme", scheme, SCHEMES)
@@ -145,8 +152,8 @@ def adabits(
     array = kept(normalized(w))
     if not rescale:
       return {main: array}
-    gains = [_gain(w, values(array, i), rescale) for i in range(len(bits))]
-    return {main: array, "gain": jnp.stack(gains)}
+    gain = jax.vmap(lambda i: _gain(w, values(array, i), rescale))
+    return {main: array, "gain": gain(jnp.arange(len(bits)))}
 
   def decode(encoded, index):
     w_q = values(encoded[main], index)
@@ -204,6 +211,11 @@ def pact_activation(
   References:
     arXiv 1805.06085, eq. 1 to 3; arXiv 1912.09666 (a clip level per
     bit-width); arXiv 1912.10207 (calibrated gradient).
+
+  >>> quantizer = pact_activation((8, 2), initial=3.0, signed=False)
+  >>> x = jnp.array([-1.0, 1.2, 9.0])
+  >>> quantizer.fake_quantize(quantizer.init(x), x, 1).tolist()
+  [0.0, 1.0, 3.0]
   """
   bits = checks.check_bits(bits, lowest=1, method="pact_activation")
   checks.one_of("scheme", scheme, SCHEMES)

@@ -65,6 +65,10 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
 
   References:
     arXiv 1911.07346.
+
+  >>> quantizer = any_precision((8, 1))
+  >>> quantizer.fake_quantize({}, jnp.array([[-3.0], [1.0]]), 1)[:, 0].tolist()
+  [-2.0, 2.0]
   """
   bits = checks.check_bits(bits, lowest=1, method="any_precision")
   levels = tuple(_Levels(2.0**b - 1, 1 / (2.0**b - 1)) for b in bits)
@@ -130,6 +134,10 @@ def unit_activation(
 
   References:
     arXiv 1911.07346.
+
+  >>> quantizer = unit_activation((8, 1), signed=False)
+  >>> quantizer.fake_quantize({}, jnp.array([-1.0, 0.6, 9.0]), 1).tolist()
+  [0.0, 1.0, 1.0]
   """
   if signed:
     bits = checks.check_bits(bits, method="unit_activation with signed=True")

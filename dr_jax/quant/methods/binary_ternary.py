@@ -51,6 +51,10 @@ def binary(
 
   References:
     arXiv 1603.05279, section 3.1.
+
+  >>> w = jnp.array([[-3.0], [1.0]])
+  >>> binary().fake_quantize({}, w, 0)[:, 0].tolist()
+  [-2.0, 2.0]
   """
   bits = checks.check_bits(bits, lowest=1, highest=1, method="binary")
 
@@ -94,6 +98,10 @@ def ternary(
 
   References:
     arXiv 1605.04711, section 2.
+
+  >>> w = jnp.array([[-3.0], [1.0], [3.0]])
+  >>> ternary().fake_quantize({}, w, 0)[:, 0].tolist()
+  [-3.0, 0.0, 3.0]
   """
   bits = checks.check_bits(bits, lowest=2, highest=2, method="ternary")
 

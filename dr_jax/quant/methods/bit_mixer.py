@@ -44,6 +44,13 @@ def bit_mixer(
 
   References:
     Bulat and Tzimiropoulos, ICCV 2021, section 3.
+
+  >>> import jax.numpy as jnp
+  >>> quantizer = bit_mixer((4, 2))
+  >>> params = {"scale": jnp.ones((1, 1))}
+  >>> w = jnp.array([[-9.0], [-1.0], [3.0]])
+  >>> quantizer.fake_quantize(params, w, 1)[:, 0].tolist()
+  [-8.0, -4.0, 0.0]
   """
   bits = checks.check_bits(bits)
   grids = grid.nested_grids(bits, "floor", symmetric=True)

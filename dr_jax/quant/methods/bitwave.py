@@ -82,6 +82,11 @@ def bitwave(
 
   References:
     Shi et al., HPCA 2024.
+
+  >>> quantizer = bitwave((8, 2))
+  >>> w = jnp.array([[127.0], [3.0], [-70.0]])
+  >>> quantizer.fake_quantize({}, w, 1)[:, 0].tolist()  # one column: 64
+  [64.0, 0.0, -64.0]
   """
   bits = checks.check_bits(bits, method="bitwave")
   checks.one_of("group", group, GROUPS)
@@ -136,6 +141,10 @@ def skipped_columns(
   Raises:
     ValueError: for bits outside 2..8, another group, or codes that are no
       integers or outside -127..127.
+
+  >>> codes = jnp.array([[4], [-4], [36], [0]], jnp.int8)
+  >>> round(7 * skipped_columns(codes, 8))  # all but 32 and 4
+  5
   """
   bits = checks.check_integer("bits", bits, 2, 8)
   checks.one_of("group", group, GROUPS)

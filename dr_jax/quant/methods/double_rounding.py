@@ -69,6 +69,14 @@ def double_rounding(
 
   References:
     arXiv 2502.01199, section 3.1.
+
+  >>> quantizer = double_rounding((8, 4))
+  >>> params = {"scale": jnp.ones((1, 1))}
+  >>> encoded = quantizer.encode(params, jnp.array([[100.0], [-9.0], [8.0]]))
+  >>> encoded["codes"][:, 0].tolist()
+  [100, -9, 8]
+  >>> quantizer.decode(encoded, 1)[:, 0].tolist()  # 6, -1 and 0 times 2^4
+  [96.0, -16.0, 0.0]
   """
   bits = checks.check_bits(bits)
   checks.check_rounding(rounding)
@@ -168,6 +176,11 @@ def switch_codes(
 
   References:
     arXiv 2502.01199, eq. 2.
+
+  >>> switch_codes(jnp.array([100, 8, -8], jnp.int8), 8, 4).tolist()
+  [6, 0, 0]
+  >>> switch_codes(jnp.array([8]), 8, 4, rounding="half_up").tolist()
+  [1]
   """
   checks.check_rounding(rounding)
   from_bits = checks.check_integer("from_bits", from_bits, 2, 8)
@@ -194,6 +207,9 @@ def three_sigma_scale(
 
   Returns:
     float32, rank of w: [1, ..., 1, c_out], or all ones.
+
+  >>> three_sigma_scale(jnp.array([1.0, -1.0]), 2, per_channel=False).tolist()
+  [1.5]
   """
   w = grid.widened(w)
   axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
@@ -235,7 +251,11 @@ def _unshared(bits, grids, rounding, scale_of):
 def shift_codes(
   codes: Int[Array, ...], shift: checks.Index, rounding: str
 ) -> Int[Array, ...]:
-  """Rounds codes / 2^shift in int32; `shift` is an int or an int32 scalar."""
+  """Rounds codes / 2^shift in int32; `shift` is an int or an int32 scalar.
+
+  >>> shift_codes(jnp.array([5, 6, 7]), 2, "half_even").tolist()
+  [1, 2, 2]
+  """
   q = codes.astype(jnp.int32)
   half = (1 << shift) >> 1
   if rounding == "half_up":

@@ -33,6 +33,10 @@ def float_weight(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   Raises:
     ValueError: for bits outside 1..8 or not descending, or, outside jit, NaN
       or infinite weights.
+
+  >>> quantizer = float_weight((8, 4))
+  >>> quantizer.fake_quantize({}, jnp.array([0.5]), 1).tolist()
+  [0.5]
   """
   bits = checks.check_bits(bits, lowest=1, method="float_weight")
 

@@ -49,6 +49,13 @@ def lsq(
 
   References:
     arXiv 1902.08153, eq. 1 to 5. Gradients pass where Q_N <= w/s <= Q_P.
+
+  >>> quantizer = lsq((8, 4))
+  >>> w = jnp.array([[0.5, -1.0], [0.25, 1.0]])
+  >>> quantizer.init(w)["scale"].shape
+  (2, 1, 2)
+  >>> lsq((4,)).encode(lsq((4,)).init(w), w)["codes"].tolist()
+  [[2, -1], [1, 1]]
   """
   bits = checks.check_bits(bits)
 
@@ -83,6 +90,11 @@ def lsq_activation(
 
   References:
     arXiv 1902.08153; arXiv 2502.01199, section 3.1 (a scale per bit-width).
+
+  >>> quantizer = lsq_activation((8, 2), signed=False)
+  >>> params = {"scale": jnp.array([0.01, 0.5])}
+  >>> quantizer.fake_quantize(params, jnp.array([-1.0, 0.6, 9.0]), 1).tolist()
+  [0.0, 0.5, 1.5]
   """
   bits = checks.check_bits(bits)
   grids = grid.single_grids(bits, signed=bool(signed))
@@ -126,6 +138,9 @@ def fake_quantize(
 
   References:
     arXiv 1902.08153, eq. 1 to 3.
+
+  >>> fake_quantize(jnp.array([0.24, 0.26, 9.0]), 0.5, 2).tolist()
+  [0.0, 0.5, 0.5]
   """
   bits = checks.check_integer("bits", bits, 2, 8)
   grids = grid.single_grids((bits,), signed=signed)
@@ -196,6 +211,9 @@ def initial_scale(
 
   Returns:
     float32, rank of w: [1, ..., 1, c_out], or all ones.
+
+  >>> initial_scale(jnp.array([[1.0], [-3.0]]), 4, per_channel=True).tolist()
+  [[2.0]]
   """
   axes = exact_mean.channel_axes(w.ndim, per_channel=per_channel)
   size = 2 * jnp.abs(grid.widened(w)).mean(axes, keepdims=True)

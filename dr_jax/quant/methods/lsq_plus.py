@@ -51,6 +51,10 @@ def lsq_plus(
 
   References:
     arXiv 2004.09576, section 3.3.1. Gradients as in `lsq`.
+
+  >>> quantizer = lsq_plus((8, 4))
+  >>> quantizer.init(jnp.array([[1.0], [-1.0]]))["scale"][:, 0, 0].tolist()
+  [0.0234375, 0.375]
   """
   bits = checks.check_bits(bits, method="lsq_plus")
 
@@ -91,6 +95,12 @@ def lsq_plus_activation(
 
   References:
     arXiv 2004.09576, section 3.1 and 3.2.
+
+  >>> quantizer = lsq_plus_activation((8, 2))
+  >>> x = jnp.array([-1.0, 0.1, 2.0])
+  >>> params = quantizer.init(x)
+  >>> quantizer.fake_quantize(params, x, 1).tolist()
+  [-1.0, 0.0, 2.0]
   """
   bits = checks.check_bits(bits, method="lsq_plus_activation")
   grids = grid.single_grids(bits, signed=False)

@@ -88,6 +88,11 @@ def multi_resolution(
 
   References:
     Zhang et al., ASPLOS 2021.
+
+  >>> quantizer = multi_resolution((8, 4), group=2)
+  >>> w = jnp.array([[1.0], [-1.0]])
+  >>> quantizer.encode(quantizer.init(w), w)["codes"].tolist()
+  [[4], [-4]]
   """
   bits = checks.check_bits(bits, method="multi_resolution")
   group = checks.check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
@@ -118,11 +123,7 @@ def multi_resolution(
     decode=decode,
     stored_bits=magnitude_bits + 1,
     storage=storage((magnitude_bits + 1,) * len(bits), magnitude_bits + 1),
-    options=(
-      ("budgets", budgets),
-      ("group", group),
-      ("magnitude_bits", magnitude_bits),
-    ),
+    options=(("budgets", budgets),),
   )
 
 
@@ -160,6 +161,11 @@ def multi_resolution_activation(
 
   References:
     Zhang et al., ASPLOS 2021.
+
+  >>> quantizer = multi_resolution_activation((8, 2), signed=False)
+  >>> params = {"scale": jnp.array([31.0])}
+  >>> quantizer.fake_quantize(params, jnp.array([-1.0, 21.0]), 1).tolist()
+  [0.0, 20.0]
   """
   bits = checks.check_bits(bits, method="multi_resolution_activation")
   if terms is None:
@@ -187,6 +193,7 @@ def multi_resolution_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
+    options=(("terms", terms),),
   )
 
 

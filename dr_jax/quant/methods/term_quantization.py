@@ -78,6 +78,11 @@ def term_quantization(
 
   References:
     Kung, McDanel, Zhang, SC 2020.
+
+  >>> quantizer = term_quantization((8, 2), budgets=(7, 1), group=3)
+  >>> w = jnp.array([[128.0], [27.0], [-3.0]])
+  >>> quantizer.fake_quantize({}, w, 1)[:, 0].tolist()  # one term
+  [128.0, 0.0, 0.0]
   """
   bits = checks.check_bits(bits, method="term_quantization")
   group = checks.check_integer("group", group, 1, signed_digits.LARGEST_GROUP)
@@ -114,11 +119,7 @@ def term_quantization(
     decode=decode,
     stored_bits=weight_bits + 1,
     storage=storage((weight_bits + 1,) * len(bits), weight_bits + 1),
-    options=(
-      ("budgets", budgets),
-      ("group", group),
-      ("weight_bits", weight_bits),
-    ),
+    options=(("budgets", budgets),),
   )
 
 
@@ -157,6 +158,11 @@ def term_activation(
 
   References:
     Kung, McDanel, Zhang, SC 2020.
+
+  >>> quantizer = term_activation((8, 2), terms=(4, 1), signed=False)
+  >>> params = {"scale": jnp.ones(2)}
+  >>> quantizer.fake_quantize(params, jnp.array([-1.0, 27.0]), 1).tolist()
+  [0.0, 32.0]
   """
   bits = checks.check_bits(bits, method="term_activation")
   data_bits = checks.check_integer("data_bits", data_bits, 1, 9)
@@ -178,7 +184,7 @@ def term_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
-    options=(("data_bits", data_bits), ("terms", terms)),
+    options=(("terms", terms),),
   )
 
 
@@ -220,7 +226,11 @@ def _replicated(x):
 def check_budgets(
   bits: tuple[int, ...], budgets: Sequence[int] | None, group: int
 ) -> tuple[int, ...]:
-  """Returns budgets, by default as many terms as fit bits * group bits."""
+  """Returns budgets, by default as many terms as fit bits * group bits.
+
+  >>> check_budgets((8, 4), None, 8)
+  (16, 8)
+  """
   given = budgets
   if given is None:
     given = [max(b * group // 4, 1) for b in bits]
@@ -236,7 +246,11 @@ def check_budgets(
 
 
 def check_terms(bits: tuple[int, ...], terms: Sequence[int]) -> tuple[int, ...]:
-  """Returns the numbers of terms of an activation quantizer."""
+  """Returns the numbers of terms of an activation quantizer.
+
+  >>> check_terms((8, 4), [2, 2])
+  (2, 2)
+  """
   checked = _integers(terms)
   ascending = any(a < b for a, b in zip(checked, checked[1:], strict=False))
   if len(checked) != len(bits) or ascending or min(checked) < 1:

@@ -98,6 +98,12 @@ def truncation(
 
   References:
     arXiv 2506.11431; arXiv 2502.06786, section 3.
+
+  >>> quantizer = truncation((4, 2))
+  >>> params = {"scale": jnp.ones((1, 1))}
+  >>> w = jnp.array([[-9.0], [0.0], [3.0]])
+  >>> quantizer.fake_quantize(params, w, 1)[:, 0].tolist()
+  [-6.0, 2.0, 2.0]
   """
   bits = checks.check_bits(bits, method="truncation")
   checks.one_of("scheme", scheme, SCHEMES)

@@ -191,17 +191,19 @@ def test_adabits_names_what_it_rejects(options, message):
     quant.adabits(**options)
 
 
-def clipped(quantizer, clip, x, g, index):
-  """Value and gradients for the clip levels and x."""
+@functools.cache
+def pact(bits, **options):
+  """The quantizer, and a program: its value and gradients for clips and x."""
+  quantizer = quant.pact_activation(bits, **options)
 
   @jax.jit
-  def run(clip, x, g):
+  def clipped(clip, x, g, index):
     out, pull = jax.vjp(
       lambda c, x: quantizer.fake_quantize({"clip": c}, x, index), clip, x
     )
     return out, *pull(g)
 
-  return run(clip, x, g)
+  return quantizer, clipped
 
 
 @pytest.mark.parametrize("clip", [4.0, -4.0])
@@ -210,7 +212,7 @@ def clipped(quantizer, clip, x, g, index):
 def test_activations_and_gradients_match_the_formulas_at_and_beyond_the_ends(
   scheme, signed, clip
 ):
-  quantizer = quant.pact_activation(EVERY, scheme=scheme, signed=signed)
+  _, clipped = pact(EVERY, scheme=scheme, signed=signed)
   low = -4.0 if signed else 0.0
   ends = np.array([low, 4.0], np.float32)
   beside = np.array([-1e-37, 1e-37], np.float32)
@@ -224,13 +226,14 @@ def test_activations_and_gradients_match_the_formulas_at_and_beyond_the_ends(
   u = np.clip((z + 1) / 2 if signed else z, 0, 1)
   for index, bits in enumerate(EVERY):
     clips = jnp.full((8,), 9.0).at[index].set(clip)
-    out, dclip, dx = clipped(quantizer, clips, x, g, index)
+    out, dclip, dx = clipped(clips, x, g, jnp.int32(index))
     q = rounded(u, bits, scheme)
     q = 2 * q - 1 if signed else q
     away = away_from_steps(u, bits, scheme)
     away |= (u == 0) | (u == 1)
     away[400:] = True  # the ends are exact
     assert away.mean() > 0.98
+    out, dclip = np.asarray(out), np.asarray(dclip)
     close(out[away], 4 * q[away])
     np.testing.assert_array_equal(dx, np.where(inside, g, 0))
     # Elements near a step, as the quantizer has decided them.
@@ -258,10 +261,10 @@ def test_the_first_clip_levels_are_what_was_asked_for():
 @pytest.mark.parametrize("signed", [False, True])
 def test_any_finite_clip_level_is_read_as_a_positive_one(signed, scheme, raw):
   x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
-  quantizer = quant.pact_activation((8, 1), scheme=scheme, signed=signed)
+  quantizer, clipped = pact((8, 1), scheme=scheme, signed=signed)
   read = float(np.clip(abs(raw), quant.SCALE_MIN, quant.SCALE_MAX))
   for index in range(2):
-    found = clipped(quantizer, jnp.full((2,), raw), x, x, index)
+    found = clipped(jnp.full((2,), raw), x, x, jnp.int32(index))
     assert all(np.isfinite(leaf).all() for leaf in found)
     expected = quantizer.fake_quantize({"clip": jnp.full(2, read)}, x, index)
     np.testing.assert_array_equal(found[0], expected)
@@ -269,9 +272,9 @@ def test_any_finite_clip_level_is_read_as_a_positive_one(signed, scheme, raw):
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_a_clip_level_of_zero_has_the_gradient_of_a_positive_one(zero):
-  quantizer = quant.pact_activation((4,), signed=False)
+  _, clipped = pact((4,), signed=False)
   x, g = np.array([1.0, 2.0, -1.0], "f4"), np.array([3.0, 4.0, 5.0], "f4")
-  _, dclip, dx = clipped(quantizer, jnp.array([zero]), x, g, 0)
+  _, dclip, dx = clipped(jnp.array([zero]), x, g, jnp.int32(0))
   np.testing.assert_array_equal(dclip, [7])
   np.testing.assert_array_equal(dx, [0, 0, 0])
 

@@ -54,14 +54,17 @@ def test_weights_match_the_reference_kernel(golden):
       group=group,
       weight_bits=weight_bits,
     )
-    fake = jax.jit(jax.vmap(quantizer.fake_quantize, (None, None, 0)))
-    outs = fake({}, w, jnp.arange(len(budgets)))
+    outs, encoded = jax.jit(
+      lambda w, indices, q=quantizer: (
+        jax.vmap(q.fake_quantize, (None, None, 0))({}, w, indices),
+        q.encode({}, w),
+      )
+    )(w, jnp.arange(len(budgets)))
     scale = arrays[f"{key}.sf"]
     for budget, out in zip(budgets, np.asarray(outs), strict=True):
       expected = flax_layout(arrays[f"{key}.g{group}.k{budget}.out"])
       np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
       assert np.abs(out - expected).max() < scale / 100  # no flipped level
-    encoded = jax.jit(quantizer.encode)({}, w)
     assert encoded["scale"].shape == (1,) * w.ndim
     np.testing.assert_allclose(encoded["scale"].reshape(()), scale, rtol=1e-6)
 
@@ -140,11 +143,12 @@ def test_untruncated_codes_round_halves_away_from_zero(weight_bits):
   )
   w = (codes * 0.125).astype(np.float32)[:, None]
   expected = np.sign(codes) * np.floor(np.abs(codes) + 0.5)
-  encoded = quantizer.encode({}, w)
+  encoded, out = jax.jit(
+    lambda w: (quantizer.encode({}, w), quantizer.fake_quantize({}, w, 0))
+  )(w)
   np.testing.assert_array_equal(encoded["codes"][:, 0], expected)
   assert encoded["codes"].dtype == (jnp.int16 if weight_bits > 7 else jnp.int8)
   np.testing.assert_array_equal(encoded["scale"], [[0.125]])
-  out = quantizer.fake_quantize({}, w, 0)
   np.testing.assert_array_equal(out[:, 0], expected * 0.125)
 
 
