@@ -28,7 +28,7 @@ Q = TypeVar("Q", WeightQuantizer, ActivationQuantizer)
 
 
 class Recipe(NamedTuple):
-  """What belongs to a method beside its quantizers, as plain values.
+  """What belongs to a method in addition to its quantizers, as plain values.
 
   A configuration's `method` names a recipe. What methods share (optimizer,
   learning rate, epochs) is not part of it, so that a comparison gives all of
@@ -102,12 +102,13 @@ def method(
     **recipes: recipes by name; none for a quantizer that only others use.
   """
 
-  def decorate(factory: Callable[P, Q]) -> Callable[P, Q]:
+  # Typed from outside: what a factory takes and returns, its decoration does.
+  def decorate(factory: Any) -> Any:
     name = factory.__name__
     signature = inspect.signature(factory)
 
     @functools.wraps(factory)
-    def build(*args: P.args, **kwargs: P.kwargs) -> Q:
+    def build(*args: Any, **kwargs: Any) -> Any:
       bound = signature.bind(*args, **kwargs)
       bound.apply_defaults()
       given = {key: _plain(value) for key, value in bound.arguments.items()}
@@ -206,7 +207,7 @@ def options_of(role: str) -> dict[str, type]:
     {option: bool, int, float, str or tuple}, by the default, or by the
     annotation where the default is None. `bits` belongs to all and is not among
     them, nor is the sign of an activation, which calibration decides. Where
-    methods disagree about a type, the one registered first has its way.
+    methods disagree about a type, the one registered first decides.
 
   >>> options_of("activation")["terms"]
   <class 'tuple'>

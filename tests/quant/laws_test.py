@@ -1,6 +1,6 @@
 """The laws of the interface, for every registered method.
 
-Equal "bit for bit" leaves out the sign of a zero, which no integer code has.
+Equal "bit for bit" ignores the sign of a zero, which integer codes do not have.
 """
 
 import functools
@@ -15,12 +15,12 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dr_jax import quant
+from tests.support.drift import drift
 
 # Every method once with its defaults, and the options that change its code.
 VARIANTS = {
@@ -95,10 +95,10 @@ class Fitted(NamedTuple):
 
 @functools.cache
 def build(case, **options):
-  """The quantizer; open signs are settled."""
+  """The quantizer; open signs are decided."""
   quantizer = quant.get(case.name, **{**dict(case.options), **options})
-  still_open = getattr(quantizer, "signed", True) is None
-  return quantizer.with_sign(True) if still_open else quantizer
+  undecided = getattr(quantizer, "signed", True) is None
+  return quantizer.with_sign(True) if undecided else quantizer
 
 
 @functools.cache
@@ -339,7 +339,7 @@ def test_bfloat16_params_decode_to_what_they_fake_quantize(case):
 
 
 @every_weight
-def test_what_is_packed_comes_back_and_costs_the_stored_bits(case):
+def test_packing_round_trips_and_takes_the_stored_bits(case):
   quantizer, params, w, *_, encode = fitted(case)
   # The kernel clips on both sides, so that both ends are in use.
   encoded = encode(params, 100 * w)
@@ -502,10 +502,7 @@ def test_shard_map_runs_one_bit_width_per_device(case):
   assert_close(summed, jax.tree.map(lambda *a: sum(a), *alone))
 
 
-OPTIMIZERS = {"sgd": optax.sgd(10.0), "adam": optax.adam(0.05)}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer, rate", [("sgd", 10.0), ("adam", 0.05)])
 @pytest.mark.parametrize(
   "case",
   # Whose scale no learning rate drives below zero here.
@@ -513,33 +510,24 @@ OPTIMIZERS = {"sgd": optax.sgd(10.0), "adam": optax.adam(0.05)}
   ids=label,
 )
 def test_learning_rates_100_times_too_large_keep_everything_finite(
-  case, optimizer
+  case, optimizer, rate
 ):
   w = kernel((16, 8)) / 10
   quantizer = build(case)
-  update = OPTIMIZERS[optimizer].update
 
   def loss(variables, index):
     params, x = variables
     out = quantizer.fake_quantize(params, x, index)
     return ((out - w) ** 2).sum(), out
 
-  def step(carry, index):
-    variables, state = carry
-    gradients, out = jax.grad(loss, has_aux=True)(variables, index)
-    with jax.numpy_dtype_promotion("standard"):  # Adam counts in integers
-      updates, state = update(gradients, state, variables)
-    variables = optax.apply_updates(variables, updates)
-    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((gradients, out))]
-    lowest = variables[0]["scale"].min()
-    return (variables, state), (jnp.stack(finite).all(), lowest)
-
-  variables = (quantizer.init(w), jnp.asarray(w))
-  indices = jnp.arange(400, dtype=jnp.int32) % len(quantizer.bits)
-  carry = (variables, OPTIMIZERS[optimizer].init(variables))
-  (variables, _), (finite, lowest) = jax.jit(
-    lambda carry: jax.lax.scan(step, carry, indices)
-  )(carry)
+  variables, finite, lowest = drift(
+    loss,
+    (quantizer.init(w), jnp.asarray(w)),
+    optimizer,
+    rate,
+    candidates=len(quantizer.bits),
+    watch=lambda variables: variables[0]["scale"].min(),
+  )
   assert finite.all()
   # The raw parameter did go below zero: the clamp had something to do.
   assert lowest.min() < 0

@@ -98,7 +98,7 @@ def check_index(index: Index, bits: tuple[int, ...]) -> None:
 
 
 def check_sign(signed: bool | None) -> None:
-  """Raises ValueError if the sign of an activation is still open."""
+  """Raises ValueError if the sign of an activation is undecided."""
   if signed is None:
     raise ValueError(
       "signed must be True or False, got None: nn.quantize decides it by "

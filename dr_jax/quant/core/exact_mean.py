@@ -1,11 +1,11 @@
 """Means that every program computes to the same last bit.
 
-A float sum depends on the order of its terms, which XLA chooses anew under
-jit, vmap and each sharding. Where codes depend on a mean over the weights (a
-mean magnitude, a standard deviation), what is deployed would then differ from
-what was trained. Here terms become integers in units of 2^-22 of the largest,
-whose sum is exact in any order; no product is followed by an addition that a
-compiler may contract.
+A float sum depends on the order of its terms, which XLA chooses differently
+under jit, vmap and each sharding. Where codes depend on a mean over the weights
+(a mean magnitude, a standard deviation), what is deployed would then differ
+from what was trained. Here terms become integers in units of 2^-22 of the
+largest, whose sum is exact in any order; no product is followed by an addition
+that a compiler may contract.
 """
 
 from __future__ import annotations

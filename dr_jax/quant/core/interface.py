@@ -6,9 +6,9 @@ functions. Two laws hold for every WeightQuantizer and are tested for each:
   decode(encode(params, w), i) == fake_quantize(params, w, i)   bit for bit
   fake_quantize(params, w, 2) == fake_quantize(params, w, jnp.int32(2))
 
-(but for the sign of a zero, which no integer code has). `index` is always a
-position in `bits`, a Python int or an int32 scalar; both work under jit, vmap
-over the index, shard_map and every kind of mesh.
+(except for the sign of a zero, which integer codes do not have). `index` is
+always a position in `bits`, a Python int or an int32 scalar; both work under
+jit, vmap over the index, shard_map and every kind of mesh.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Storage(NamedTuple):
     unpack: `unpack(packed, shape) -> encoded`, the inverse; `shape` is that of
       the weight.
     size: `size(encoded, index) -> bytes` of a copy of the weight that serves
-      the bit-width at `index` and no other.
+      only the bit-width at `index`.
   """
 
   pack: Callable[[Encoded], dict[str, np.ndarray]]
@@ -57,8 +57,8 @@ class WeightQuantizer(NamedTuple):
       deployed model stores.
     decode: `decode(encoded, index) -> w_hat` in float32, equal to
       fake_quantize bit for bit (after a cast to the dtype of w).
-    stored_bits: bits that one stored weight costs, beside what a channel or
-      layer costs; 32 if a method must keep its floats.
+    stored_bits: bits per stored weight, without what a channel or layer costs;
+      32 if a method must keep floats.
     storage: how encoded arrays become bytes.
     name: key in the registry: `get(name, **dict(options))` rebuilds this.
     options: keyword arguments of the factory, hashable and JSON-friendly.
@@ -91,9 +91,9 @@ class ActivationQuantizer(NamedTuple):
     fake_quantize: `fake_quantize(params, x, index) -> x_hat`, shape and dtype
       of x, differentiable in params and x.
     signed: True for codes -2^(b-1)..2^(b-1)-1, False for 0..2^b-1, None if
-      still open: `nn.quantize` decides it per layer by calibration.
+      undecided: `nn.quantize` decides it per layer by calibration.
     with_sign: `with_sign(signed) -> ActivationQuantizer`, the same method with
-      the sign settled.
+      that sign.
     name: key in the registry.
     options: keyword arguments of the factory.
   """

@@ -1,4 +1,4 @@
-"""Codes of 1 to 16 bits in bytes, and the files' form of encoded arrays.
+"""Codes of 1 to 16 bits in bytes, and the file format of encoded arrays.
 
 Codes follow each other as a little-endian bit stream: bit j of code i is bit
 (i * bits + j) % 8 of byte (i * bits + j) // 8, in two's complement. Nothing
@@ -109,8 +109,8 @@ def storage(
   """Builds the storage of one array of the weight's shape, and small ones.
 
   The array is "codes", packed at `stored_bits` bits, or "weight", floats. All
-  others (scales) stay as they are. A copy for one bit-width b holds codes of b
-  bits in place of either.
+  others (scales) stay as they are. A copy for a single bit-width b holds b-bit
+  codes instead.
 
   Args:
     bits: candidate bit-widths of the quantizer.

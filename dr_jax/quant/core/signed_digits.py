@@ -60,7 +60,7 @@ def hese(m: Int[Array, ...]) -> Masks:
 
 
 def naf(m: Int[Array, ...]) -> Masks:
-  """Terms of the non-adjacent form of m >= 0: no code has fewer.
+  """Terms of the non-adjacent form of m >= 0: nothing has fewer.
 
   27 = 32 - 4 - 1. The digits are those of (3m - m) / 2, bit by bit.
 

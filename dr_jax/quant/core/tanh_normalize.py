@@ -20,8 +20,8 @@ from dr_jax.quant.core import exact_mean
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, Float32
 
-# Below the first, a tensor counts as zero. Gradients beyond the second are
-# read as it, so that 0 * inf does not arise where tanh is flat.
+# Below the first, a tensor counts as zero. Gradients are clipped to the second,
+# so that 0 * inf cannot arise where tanh is flat.
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**120
 
 
@@ -63,7 +63,7 @@ def _backward(w, g):
   shared = jnp.abs(t) == largest
   count = shared.sum(axes, keepdims=True, dtype=jnp.int32)
   share = total * (1 / jnp.maximum(count, 1).astype(t.dtype))
-  # The bounds part each product from the difference that follows.
+  # The bounds keep XLA from contracting product and difference into an FMA.
   share = jnp.clip(share, -_LARGEST, _LARGEST)
   g = (g - jnp.where(shared, jnp.sign(t) * share, 0)) * inverse
   # No product in 1 - t^2 either, and no cancellation.
@@ -75,7 +75,7 @@ _normalized.defvjp(_forward, _backward)
 
 def _tanh(w):
   """tanh(w) in float32, and its largest magnitude with all axes of size 1."""
-  # The barrier: XLA folds constants with another tanh than it runs.
+  # XLA folds constants with another tanh than it runs: the barrier stops that.
   t = jnp.tanh(jax.lax.optimization_barrier(w.astype(jnp.float32)))
   largest = jnp.abs(t).max(tuple(range(t.ndim)), keepdims=True)
   return t, jnp.where(largest < _SMALLEST, 1, largest)

@@ -80,14 +80,14 @@ def adabits(
 
   Shared between bit-widths: the weights and, but for "original", the codes.
   Stored: codes of bits[0] bits, for "original" r in float32; float32 eta [B]
-  with `rescale`. Choose it where nothing about a weight is to be learned but
-  the weight itself, with a normalization after each layer.
+  with `rescale`. Choose it to learn nothing but the weights themselves, with a
+  normalization after each layer.
 
   Params: {}.
 
-  Chosen: weights that share the maximum share its gradient; eta is 1 where all
-  codes are equal; floor(2^(b-1) r), which tells -1e-9 from 0, where float32 u
-  does not.
+  Chosen here: weights that share the maximum share its gradient; eta is 1 where
+  all codes are equal; floor(2^(b-1) r), which distinguishes -1e-9 from 0, as
+  float32 u cannot.
 
   Args:
     bits: candidate bit-widths in 1..8, highest first.
@@ -188,12 +188,12 @@ def pact_activation(
     d x_hat / d x = 1 where 0 <= x <= a (signed: -a <= x <= a), else 0
     d x_hat / d clip_b = sign(clip_b) (q - x/a inside, q outside)
 
-  Choose it beside `adabits`, or where the range of inputs is to be learned.
+  Choose it together with `adabits`, or to learn the range of inputs.
 
   Params: {"clip": float32 [B]}; starts at `initial`. It may take any value: a
   is read within [SCALE_MIN, SCALE_MAX], and the gradient passes that clamp.
 
-  Chosen: the ends of the range pass the gradient; sign(0) = 1.
+  Chosen here: the ends of the range pass the gradient; sign(0) = 1.
 
   Args:
     bits: candidate bit-widths in 1..8, highest first.

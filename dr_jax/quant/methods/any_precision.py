@@ -1,4 +1,4 @@
-"""Any-Precision: float weights rounded to as many levels as are asked for.
+"""Any-Precision: float weights rounded to as many levels as requested.
 
   r = tanh(w) / max|tanh(w)|,   u = r/2 + 1/2,   n = 2^b - 1,   E = mean|w|
   w_hat = E (2 [n u] / n - 1)
@@ -48,16 +48,16 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   are (see `tanh.normalized`), times E.
 
   Shared between bit-widths: the float weights and E. Stored: r and E in
-  float32, since round(n u) does not nest. Choose it as the rival that learns
-  no parameter besides the weights, where the file may be float.
+  float32, since round(n u) does not nest. Choose it as the baseline that learns
+  nothing but the weights, where a float file is acceptable.
 
   Params: {}.
 
-  Chosen: weights that share the maximum share its gradient.
+  Chosen here: weights that share the maximum share its gradient.
 
   Args:
     bits: candidate bit-widths in 1..8, highest first. (The published float
-      branch is no bit-width here.)
+      branch is not a bit-width here.)
 
   Raises:
     ValueError: for bits outside 1..8 or not descending, or, outside jit, NaN
@@ -117,9 +117,9 @@ def unit_activation(
     signed     x_hat = [n clip(x, -1, 1)] / n,   n = 2^(b-1) - 1
 
   The gradient passes where x is within the range, both ends included. The
-  signed form is ours, with as many levels below zero as above; published
-  inputs follow a ReLU. Choose it beside `any_precision`, after a
-  normalization: nothing fits the range to the inputs.
+  signed form is ours, with as many levels below zero as above; published inputs
+  follow a ReLU. Choose it together with `any_precision`, after a normalization:
+  nothing adapts the range to the inputs.
 
   Params: {}.
 
@@ -130,7 +130,7 @@ def unit_activation(
 
   Raises:
     ValueError: for bits outside that range or not descending, and when used
-      with the sign still open.
+      while the sign is undecided.
 
   References:
     arXiv 1911.07346.

@@ -7,8 +7,8 @@
 Rastegari et al., "XNOR-Net", arXiv 1603.05279, section 3.1; Li et al.,
 "Ternary Weight Networks", arXiv 1605.04711, section 2.
 
-Neither has candidates to switch between: they are the ends that a
-multi-precision method is measured against.
+Neither has candidates to switch between: they are the extremes against which
+multi-precision methods are measured.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ from dr_jax.quant.core.packing import storage
 from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.registry import Recipe, method
 
+_BINARY, _TERNARY = (1,), (2,)  # the only bit-widths
 
-@method(binary=Recipe("binary", "none", bits=(1,)))
+
+@method(binary=Recipe("binary", "none", bits=_BINARY))
 def binary(
-  bits: Sequence[int] = (1,), *, per_channel: bool = True
+  bits: Sequence[int] = _BINARY, *, per_channel: bool = True
 ) -> WeightQuantizer:
   """Builds the XNOR-Net weight quantizer: sign(w) mean|w|.
 
-  Shared between bit-widths: nothing, there is one. Stored: a bit per weight
-  (1 for w >= 0) and float32 scales. Choose it for the smallest file and for
-  arithmetic on bits, where accuracy may suffer.
+  Shared between bit-widths: nothing, there is one. Stored: a bit per weight (1
+  for w >= 0) and float32 scales. Choose it for the smallest file and for
+  arithmetic on bits, at a cost in accuracy.
 
   Params: {}. The scale is mean|w| per channel [1, ..., 1, c_out] (the paper's)
-  or per tensor. The gradient is straight-through: that of w_hat, unchanged,
-  the scale counting as a constant. The paper's own rule masks it where
-  |w| > 1 and adds 1/n for the scale; here no weight is kept within [-1, 1],
-  and one outside would never move again. No parity is claimed.
+  or per tensor. The gradient is straight-through: that of w_hat, unchanged, the
+  scale counting as a constant. The paper's own rule masks it where |w| > 1 and
+  adds 1/n for the scale; here weights are not confined to [-1, 1], and one
+  outside would never move again. No parity is claimed.
 
   Args:
     bits: (1,), the only candidate.
@@ -56,7 +58,7 @@ def binary(
   >>> binary().fake_quantize({}, w, 0)[:, 0].tolist()
   [-2.0, 2.0]
   """
-  bits = checks.check_bits(bits, lowest=1, highest=1, method="binary")
+  _check_only(bits, _BINARY, "binary")
 
   def encode(params, w):
     del params
@@ -71,18 +73,18 @@ def binary(
     scale = encoded["scale"]
     return jnp.where(encoded["codes"] == 1, scale, -scale)
 
-  return _fixed(bits, encode, decode, signed=False)
+  return _fixed(_BINARY, encode, decode, signed=False)
 
 
-@method(ternary=Recipe("ternary", bits=(2,)))
+@method(ternary=Recipe("ternary", bits=_TERNARY))
 def ternary(
-  bits: Sequence[int] = (2,), *, per_channel: bool = True
+  bits: Sequence[int] = _TERNARY, *, per_channel: bool = True
 ) -> WeightQuantizer:
   """Builds the TWN weight quantizer: -s, 0 or s.
 
-  Shared between bit-widths: nothing, there is one. Stored: codes -1, 0 and 1
-  in two bits, and float32 scales. Choose it where additions may take the place
-  of products, and zeros may be skipped.
+  Shared between bit-widths: nothing, there is one. Stored: codes -1, 0 and 1 in
+  two bits, and float32 scales. Choose it where additions replace products and
+  zeros can be skipped.
 
   Params: {}. Threshold and scale are computed per channel [1, ..., 1, c_out]
   or per tensor. The gradient is straight-through: that of w_hat, unchanged,
@@ -103,7 +105,7 @@ def ternary(
   >>> ternary().fake_quantize({}, w, 0)[:, 0].tolist()
   [-3.0, 0.0, 3.0]
   """
-  bits = checks.check_bits(bits, lowest=2, highest=2, method="ternary")
+  _check_only(bits, _TERNARY, "ternary")
 
   def encode(params, w):
     del params
@@ -121,7 +123,13 @@ def ternary(
     scale = encoded["scale"]
     return encoded["codes"].astype(scale.dtype) * scale
 
-  return _fixed(bits, encode, decode, signed=True)
+  return _fixed(_TERNARY, encode, decode, signed=True)
+
+
+def _check_only(
+  bits: Sequence[int], only: tuple[int, ...], method: str
+) -> None:
+  checks.check_bits(bits, lowest=only[0], highest=only[0], method=method)
 
 
 def _fixed(

@@ -26,10 +26,10 @@ def bit_mixer(
 ) -> WeightQuantizer:
   """Builds the Bit-Mixer weight quantizer.
 
-  Shared between bit-widths: the weights, the codes and the scale. Stored:
-  codes of bits[0] bits without the lowest state, and float32 scales. Choose it
-  where a device can only drop bits, and as the rival that mixes bit-widths
-  from layer to layer.
+  Shared between bit-widths: the weights, the codes and the scale. Stored: codes
+  of bits[0] bits without the lowest state, and float32 scales. Choose it where
+  a device can only drop bits, and as the baseline that mixes bit-widths from
+  layer to layer.
 
   Params: {"scale": float32 [1, ..., 1, c_out]}, or all ones per tensor; starts
   at 2 mean|w| / sqrt(2^(h-1) - 1), as in LSQ.

@@ -10,8 +10,8 @@ columns (bit-flip), chosen to make its squared error smallest. All of it is
 integer arithmetic on q_8, which is all that is stored.
 
 Shi et al., "BitWave: Exploiting Column-Based Bit-Level Sparsity for Deep
-Learning Acceleration", HPCA 2024. Known to us from its abstract: the scale,
-the rule for ties, the groups of a depthwise kernel, the file's form and the
+Learning Acceleration", HPCA 2024. We know only its abstract: the scale, the
+rule for ties, the groups of a depthwise kernel, the file format and the
 gradient are our choices, and no parity is claimed.
 """
 
@@ -56,17 +56,17 @@ def bitwave(
   are the codes themselves; b bits keep a sign and at most b - 1 of the 7
   magnitude columns of each group. Of the sets with the smallest squared error
   the one with the fewest columns is taken, of these the lowest mask; a
-  magnitude amid two numbers goes to the lower one.
+  magnitude midway between two numbers goes to the lower one.
 
   A group is `group` consecutive input channels at one window position and
   output channel; the last may be smaller. A kernel with one input channel
   (depthwise) has its window positions grouped instead.
 
   Stored: a sign per weight, 7 mask bits per group, the columns that are not
-  zero in the whole group, and float32 scales. `stored_bits` is 8, what a
-  weight costs where no column is skipped, without the mask; `storage.size`
-  counts the real bytes. Choose it to shrink a trained 8-bit model without
-  training, for hardware that computes column by column.
+  zero in the whole group, and float32 scales. `stored_bits` is 8, what a weight
+  costs where no column is skipped, without the mask; `storage.size` counts the
+  actual bytes. Choose it to shrink a trained 8-bit model without training, for
+  hardware that computes column by column.
 
   Params: {}. The scale is max|w| / 127, per channel [1, ..., 1, c_out] or per
   tensor. The gradient is straight-through: that of w_hat, unchanged.
@@ -128,7 +128,7 @@ def bitwave(
 def skipped_columns(
   codes: Int[Array, ...], bits: int, *, group: int = 8
 ) -> float:
-  """Returns the share of magnitude columns that are zero in a whole group.
+  """Returns the fraction of magnitude columns that are zero in a whole group.
 
   Args:
     codes: integers in -127..127, [*window, c_in, c_out], as `encode` returns.
@@ -136,10 +136,10 @@ def skipped_columns(
     group: weights that share their columns: 8, 16 or 32.
 
   Returns:
-    Of the 7 columns of every group, the share that need not be stored.
+    Of the 7 columns of every group, the fraction that need not be stored.
 
   Raises:
-    ValueError: for bits outside 2..8, another group, or codes that are no
+    ValueError: for bits outside 2..8, another group, or codes that are not
       integers or outside -127..127.
 
   >>> codes = jnp.array([[4], [-4], [36], [0]], jnp.int8)
@@ -160,7 +160,7 @@ def skipped_columns(
 def _flip(codes, bits, *, group):
   """The codes at `bits`, an int32 scalar; dtype int32."""
   codes = codes.astype(jnp.int32)
-  # A group lives on one device; only Explicit meshes need to be told.
+  # A group lives on one device; only Explicit meshes need that spelled out.
   magnitudes, sharding = jnp.abs(codes), jax.typeof(codes).sharding
   if any(axis is not None for axis in sharding.spec[:-1]):
     spec = PartitionSpec(*[None] * (codes.ndim - 1), sharding.spec[-1])
@@ -189,7 +189,7 @@ def _flip(codes, bits, *, group):
 def _nearest(magnitudes, mask):
   """Numbers nearest to `magnitudes` whose ones are in `mask`; ties go down."""
   missing = magnitudes & ~mask
-  # Ones from the highest missing one down: what lies there must change.
+  # Ones from the highest missing one down: these must change.
   tail = missing | missing >> 1
   tail |= tail >> 2
   tail |= tail >> 4

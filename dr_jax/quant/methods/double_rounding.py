@@ -48,11 +48,10 @@ def double_rounding(
   at max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1).
 
   With `shared=False` only the weights are shared: b bits take the same two
-  roundings with a scale of their own, s_b in place of s. Codes of different
-  scales do not nest, so that float32 weights are stored. Choose that to
-  measure what sharing the scale costs. Params then: {"scale": float32
-  [B, 1, ..., 1, c_out]}, all in units of the highest bit-width and all started
-  alike.
+  roundings with their own scale s_b. Codes of different scales do not nest, so
+  that float32 weights are stored. Choose that to measure what sharing the scale
+  costs. Params then: {"scale": float32 [B, 1, ..., 1, c_out]}, all in units of
+  the highest bit-width and with the same initial value.
 
   Args:
     bits: candidate bit-widths in 2..8, highest first.
@@ -164,7 +163,7 @@ def switch_codes(
   Args:
     codes: integers in [-2^(from_bits-1), 2^(from_bits-1) - 1], any shape.
     from_bits: bit-width of `codes`, 2..8.
-    to_bits: bit-width wanted, 2..from_bits.
+    to_bits: target bit-width, 2..from_bits.
     rounding: what happens to exact halves: "half_even", "half_up" or "floor".
 
   Returns:

@@ -85,8 +85,8 @@ def lsq_activation(
       it to calibration: signed where a calibration input is negative.
 
   Raises:
-    ValueError: for bits outside 2..8 or not descending, and when used with
-      the sign still open.
+    ValueError: for bits outside 2..8 or not descending, and when used while
+      the sign is undecided.
 
   References:
     arXiv 1902.08153; arXiv 2502.01199, section 3.1 (a scale per bit-width).

@@ -79,15 +79,14 @@ def lsq_plus_activation(
   Choose it after activations with a negative tail, and where one method must
   serve inputs of either sign.
 
-  Params: {"scale": float32 [B], "offset": float32 [B]}; start at
-  (max - min) / Q_P and at min of the calibration batch. The paper fits both to
-  the least squared error, which min and max need no search for: no parity is
-  claimed.
+  Params: {"scale": float32 [B], "offset": float32 [B]}; start at (max - min) /
+  Q_P and at min of the calibration batch. The paper searches for the smallest
+  squared error instead; no parity is claimed.
 
   Args:
     bits: candidate bit-widths in 2..8, highest first.
-    signed: None, True or False, to no effect: the offset serves either sign
-      with codes 0..2^b-1, and the quantizer's `signed` is False.
+    signed: ignored, since the offset serves either sign with codes 0..2^b-1;
+      the quantizer's `signed` is False.
 
   Raises:
     ValueError: for bits outside 2..8 or not descending, or, outside jit, NaN

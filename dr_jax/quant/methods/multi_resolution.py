@@ -5,7 +5,7 @@
   w_hat = (the K largest terms of each group of m) / (2^M - 1) * s
 
 Terms are those of the non-adjacent form. The weight is normalized: w_hat stands
-for v, and the normalization that follows a layer takes up the rest. Zhang et
+for v, and the normalization that follows a layer absorbs the rest. Zhang et
 al., "Training for Multi-resolution Inference Using Reusable Quantization
 Terms", ASPLOS 2021.
 """
@@ -80,7 +80,7 @@ def multi_resolution(
       published are 20 down to 8 for 16 weights. None for bits * group / 4,
       rounded down (ours): a term costs four bits.
     group: input channels that share a budget, 1..32.
-    magnitude_bits: M, of a code beside its sign, 1..8.
+    magnitude_bits: M, of a code without its sign, 1..8.
 
   Raises:
     ValueError: for a value outside what is said above, or, outside jit, NaN or
@@ -140,7 +140,7 @@ def multi_resolution_activation(
     x_hat = (the T largest terms of round(31 z)) / 31 * s
 
   Gradients: 1 for x where it is not clipped; (q - z inside, the bound where
-  clipped) for s. Choose it beside `multi_resolution`.
+  clipped) for s. Choose it together with `multi_resolution`.
 
   Params: {"scale": float32 [1]}, one for all budgets; starts at
   2 mean|x| sqrt(31), LSQ's first step times 31 (ours).
@@ -149,15 +149,15 @@ def multi_resolution_activation(
     bits: labels of the numbers of terms in 2..8, highest first.
     terms: T, terms per value, one for each of `bits`, never ascending.
       Published pairs (T, K) go from (2, 8) to (3, 20); None for 3 down to 4
-      bits and 2 below, as in those pairs at K = 4 bits (what lies between
-      them is ours).
+      bits and 2 below, as in those pairs at K = 4 bits (the values between them
+      are ours).
     signed: whether negative inputs keep their sign (ours: published inputs
       follow a ReLU). None leaves it to calibration: signed where a
       calibration input is negative.
 
   Raises:
     ValueError: for a value outside what is said above, and when used with the
-      sign still open.
+      sign is undecided.
 
   References:
     Zhang et al., ASPLOS 2021.

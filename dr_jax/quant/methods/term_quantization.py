@@ -60,7 +60,7 @@ def term_quantization(
   to trade computation for accuracy at run time without any training, on
   hardware that adds shifted values.
 
-  Params: none, {}; s is kept in [SCALE_MIN, SCALE_MAX]. The gradient for w is
+  Params: {}; s is kept in [SCALE_MIN, SCALE_MAX]. The gradient for w is
   straight-through, with the scale detached: ours, as the published method is
   post-training.
 
@@ -136,12 +136,12 @@ def term_activation(
     m = min(floor(|x| / s_b + 1/2), 2^D - 1), with the sign of x
     x_hat = (the T largest HESE terms of m) * s_b
 
-  and 0 for x < 0 if not signed. Choose it beside `term_quantization`.
+  and 0 for x < 0 if not signed. Choose it together with `term_quantization`.
 
-  Params: {"scale": float32 [B]}, found by calibration: of the multiples of
-  50 / 2047, the one of least squared error on a histogram of 8192 bins over
-  [-50, 50]. Where inputs leave that range, or fill less than a sixteenth of
-  it, all of this is scaled by a power of two (ours). Scales are detached; the
+  Params: {"scale": float32 [B]}, found by calibration: of the multiples of 50 /
+  2047, the one with the smallest squared error on a histogram of 8192 bins over
+  [-50, 50]. Where inputs leave that range, or fill less than a sixteenth of it,
+  all of this is scaled by a power of two (ours). Scales are detached; the
   gradient for x is straight-through where nothing is clipped (ours).
 
   Args:
@@ -154,7 +154,7 @@ def term_activation(
 
   Raises:
     ValueError: for a value outside what is said above, and when used with the
-      sign still open.
+      sign is undecided.
 
   References:
     Kung, McDanel, Zhang, SC 2020.
@@ -189,7 +189,7 @@ def term_activation(
 
 
 def _best_scales(core, x, terms):
-  """The scale of least squared error for each number of terms, [B]."""
+  """The scale with the smallest squared error for each number of terms, [B]."""
   x = _replicated(jnp.asarray(x).astype(jnp.float32))
   size = jnp.abs(x) if core.signed else jnp.maximum(x, 0)
   reach = _reach(size.max())

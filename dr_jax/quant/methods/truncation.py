@@ -70,13 +70,13 @@ def truncation(
   nothing about a quantizer is to be learned, as for models fine-tuned briefly.
 
   "truncquant": signed codes, equations above. Params: {"scale": float32
-  [1, ..., 1, c_out]}, or all ones per tensor. Chosen: the midpoint
-  of a code's bin (with floors alone, weights would lose half a level
-  on average, more at fewer bits), so that no code stands for zero; one learned
-  scale with LSQ's gradient, which passes where -2^(h-1) <= w/s <= 2^(h-1); it
-  starts at max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1), as Double Rounding's.
+  [1, ..., 1, c_out]}, or all ones per tensor. Chosen here: the midpoint of a
+  code's bin (with floors alone, weights would lose half a level on average,
+  more at fewer bits), so that no code stands for zero; one learned scale with
+  LSQ's gradient, which passes where -2^(h-1) <= w/s <= 2^(h-1); it starts at
+  max(|mean - 3 std|, |mean + 3 std|) / 2^(h-1), as Double Rounding's.
 
-  "matquant": unsigned codes, equations above. Params: {}. Chosen: the zero
+  "matquant": unsigned codes, equations above. Params: {}. Chosen here: the zero
   point is an integer, so that a zero weight stays zero at bits[0]; min and max
   are detached, and the gradient passes straight through for every weight,
   clamped slices included.

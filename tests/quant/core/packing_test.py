@@ -26,7 +26,7 @@ def codes_of(bits, signed, size, seed=0):
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_every_code_keeps_its_value_and_its_place(bits, signed):
+def test_every_code_round_trips_and_has_its_place_in_the_stream(bits, signed):
   low, high = quant.code_range(bits, signed=signed)
   codes = np.arange(low, high + 1, dtype=np.int32)
 
@@ -66,7 +66,7 @@ def test_layout_of_three_bit_codes_by_hand():
   np.testing.assert_array_equal(data, [0b11011001, 0b00001001])
 
 
-def test_two_four_and_eight_bits_cost_what_they_say():
+def test_packed_sizes_of_two_four_and_eight_bits():
   assert [quant.packed_size(1000, b) for b in (8, 4, 3, 2)] == [
     1000,
     500,
@@ -76,7 +76,7 @@ def test_two_four_and_eight_bits_cost_what_they_say():
   assert [quant.packed_size(n, 3) for n in (0, 1, 2, 3, 8)] == [0, 1, 1, 2, 3]
 
 
-def test_packing_takes_any_shape_in_c_order_and_runs_under_jit():
+def test_packing_accepts_any_shape_in_c_order_and_runs_under_jit():
   codes = codes_of(5, True, 24)
   flat = quant.pack(codes, 5)
   pack = jax.jit(lambda c: quant.pack(c, 5))
@@ -89,7 +89,7 @@ def test_packing_takes_any_shape_in_c_order_and_runs_under_jit():
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.uint8])
-def test_packing_takes_every_integer_dtype(dtype):
+def test_packing_accepts_every_integer_dtype(dtype):
   codes = jnp.array([0, 1, 2, 3], dtype)
   assert bytes(np.asarray(quant.pack(codes, 3))) == exact_bytes(range(4), 3)
 
@@ -135,7 +135,7 @@ def test_bit_widths_outside_one_to_sixteen_are_an_error(bits):
     quant.unpack(jnp.zeros(4, jnp.uint8), bits, 4)
 
 
-def test_codes_that_are_no_integers_are_an_error():
+def test_codes_that_are_not_integers_are_an_error():
   for call in (
     lambda x: quant.pack(x, 4),
     lambda x: quant.switch_codes(x, 8, 4),

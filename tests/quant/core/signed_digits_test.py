@@ -171,7 +171,7 @@ def test_equal_terms_of_one_group_by_hand():
 
 @pytest.mark.parametrize("encoding", TERMS)
 @pytest.mark.parametrize("budget", [1, 2, 3, 5])
-def test_a_code_of_its_own_keeps_its_largest_terms(encoding, budget):
+def test_code_without_a_group_keeps_its_largest_terms(encoding, budget):
   codes = np.arange(-255, 256, dtype=np.int32)
   keep = functools.partial(
     signed_digits.keep_largest, encoding=encoding, group=0, largest=255

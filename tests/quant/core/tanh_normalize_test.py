@@ -48,7 +48,7 @@ def test_values_and_gradients_match_the_formula(shape, scale):
   assert r.dtype == jnp.float32
 
 
-def test_the_gradient_is_that_of_the_function_written_without_care():
+def test_gradient_equals_that_of_the_plain_formula():
   w = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
   g = np.random.default_rng(1).normal(size=(7, 6)).astype(np.float32)
 
@@ -79,7 +79,7 @@ def test_a_tensor_of_zeros_has_the_gradient_of_tanh():
 
 
 @pytest.mark.parametrize("size", [1.0, 3e38, np.inf])
-def test_flat_weights_have_zero_gradients_however_large_those_above(size):
+def test_saturated_weights_have_zero_gradients_for_any_cotangent(size):
   # So many that the sum of what is above them may overflow.
   w = np.repeat(np.array([[50.0], [-3e38], [1.0]], np.float32), 2048, 1)
   r, dw = pulled(w, np.full(w.shape, size, np.float32))

@@ -129,7 +129,7 @@ def test_unit_activations_pass_the_gradient_at_both_ends_but_not_beyond():
   np.testing.assert_array_equal(dx, [1, 1, 1, 0, 0, 1, 1])
 
 
-def test_unit_activations_have_no_parameters_and_ask_for_an_open_sign():
+def test_unit_activations_have_no_parameters_and_raise_without_a_sign():
   quantizer = quant.unit_activation((8, 1))
   assert quantizer.signed is None
   with pytest.raises(
@@ -138,14 +138,14 @@ def test_unit_activations_have_no_parameters_and_ask_for_an_open_sign():
     quantizer.init(jnp.ones(3))
   with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({}, jnp.ones(3), 0)
-  settled = quantizer.with_sign(False)
-  assert settled.signed is False
-  assert settled.init(jnp.ones(3)) == {}
-  assert dict(settled.options) == {"bits": (8, 1), "signed": False}
+  decided = quantizer.with_sign(False)
+  assert decided.signed is False
+  assert decided.init(jnp.ones(3)) == {}
+  assert dict(decided.options) == {"bits": (8, 1), "signed": False}
   with pytest.raises(
     ValueError, match="activation must be finite.*1 of 2 values are NaN"
   ):
-    settled.init(jnp.array([1.0, jnp.nan]))
+    decided.init(jnp.array([1.0, jnp.nan]))
 
 
 @pytest.mark.parametrize(

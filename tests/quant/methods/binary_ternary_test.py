@@ -73,7 +73,7 @@ def test_random_weights_match_the_formulas(name, per_channel, shape):
   assert scale.shape == np.mean(w, over(w, per_channel), keepdims=True).shape
 
 
-def test_ternary_keeps_the_value_of_a_lonely_large_weight():
+def test_ternary_keeps_the_value_of_a_single_large_weight():
   w = np.full((4096, 1), 1e-3, np.float32)
   w[7] = -3.3
   # The threshold is 0.7 (0.001 * 4095 + 3.3) / 4096 = 0.00126.
@@ -82,7 +82,7 @@ def test_ternary_keeps_the_value_of_a_lonely_large_weight():
   np.testing.assert_allclose(encoded["scale"], [[3.3]], rtol=1e-6)
 
 
-def test_ternary_of_huge_weights_is_their_largest_at_most():
+def test_ternary_scale_of_huge_weights_never_exceeds_the_largest():
   w = np.array([[3e38], [-3e38], [3e38], [1e38]], np.float32)
   expected = np.array([[3e38], [-3e38], [3e38], [0]], np.float32)
   out = quant.ternary().fake_quantize({}, w, 0)
@@ -98,14 +98,14 @@ def test_zero_weights_stay_zero(name):
 
 
 @pytest.mark.parametrize("name", ["binary", "ternary"])
-def test_the_gradient_is_that_of_the_output_everywhere(name):
+def test_gradient_passes_straight_through_everywhere(name):
   g = np.arange(8, dtype=np.float32).reshape(4, 2) - 3
   quantizer = quant.get(name)
   _, pull = jax.vjp(lambda w: quantizer.fake_quantize({}, w, 0), W)
   np.testing.assert_array_equal(pull(g)[0], g)
 
 
-def test_binary_takes_a_bit_and_ternary_two():
+def test_binary_stores_one_bit_per_weight_and_ternary_two():
   packed = quant.binary().storage.pack(quant.binary().encode({}, W))
   # Row by row: 1 0, 0 1, 1 1, 1 1, the first bit lowest.
   np.testing.assert_array_equal(packed["codes"], [0b11111001])

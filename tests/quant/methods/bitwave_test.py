@@ -25,15 +25,15 @@ SPANNED = {mask: spanned(mask) for mask in SETS}
 
 def best_in_group(magnitudes, bits):
   """Tries all sets of columns; the first smallest error wins, ties go down."""
-  found, least = magnitudes, math.inf
+  found, smallest = magnitudes, math.inf
   for mask in SETS:
     if mask.bit_count() > bits - 1:
       break
     values = SPANNED[mask]  # ascending: argmin takes the lower of two
     distances = np.abs(magnitudes[:, None] - values)
     error = (distances.min(1) ** 2).sum()
-    if error < least:
-      least, found = error, values[distances.argmin(1)]
+    if error < smallest:
+      smallest, found = error, values[distances.argmin(1)]
   return found
 
 
@@ -103,11 +103,11 @@ def test_every_code_alone_keeps_its_nearest_number_with_few_ones(bits):
 
 def test_few_groups_by_hand():
   codes = np.zeros((8, 5), np.int8)
-  # One column, {64}: 96 is amid 64 and 128, which no 7 bits can hold.
+  # One column, {64}: 96 is midway between 64 and 128, which no 7 bits can hold.
   codes[:, 0] = [64, -64, 0, 96, 127, 70, 10, -40]
   # {8} and {16} have error 16 + 16 each: the lower mask.
   codes[:2, 1] = [12, -12]
-  # Two of three columns: the error is least without {1}.
+  # Two of three columns: the error is smallest without {1}.
   codes[:4, 2] = [65, 8, 73, -64]
   codes[:, 3] = -3  # {1} and {2} would be free, {2} and {4} are as near
   np.testing.assert_array_equal(
@@ -147,7 +147,7 @@ def test_the_scale_maps_the_largest_weight_to_127(per_channel):
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_the_gradient_is_that_of_the_output(index):
+def test_gradient_passes_straight_through(index):
   w = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
   g = np.sin(10 * w)
   quantizer = quant.bitwave()
@@ -210,7 +210,7 @@ def test_columns_that_are_zero_are_not_stored():
 @pytest.mark.parametrize(
   "shape, group", [((3, 3, 12, 5), 8), ((3, 3, 1, 7), 16), ((70, 3), 32)]
 )
-def test_packed_codes_come_back_and_lower_bit_widths_cost_what_they_pack(
+def test_packing_round_trips_and_sizes_are_those_of_the_packed_codes(
   shape, group
 ):
   codes = random_codes(shape)
@@ -247,7 +247,7 @@ def test_a_weight_of_zeros_stores_no_column():
   np.testing.assert_array_equal(back["codes"], encoded["codes"])
 
 
-def test_skipped_columns_are_a_share_of_seven_per_group():
+def test_skipped_columns_are_a_fraction_of_seven_per_group():
   codes = np.zeros((16, 1), np.int8)
   codes[:8, 0] = [4, -4, 0, 36, 32, 0, 0, -36]  # two columns
   codes[8:, 0] = [1, 2, 4, 8, 16, 32, 64, -127]  # seven
@@ -258,7 +258,7 @@ def test_skipped_columns_are_a_share_of_seven_per_group():
 
 
 @pytest.mark.parametrize("group", [0, 7, 64, "8"])
-def test_another_group_is_an_error(group):
+def test_unsupported_group_is_an_error(group):
   message = rf"group must be one of 8, 16, 32, got {group!r}"
   with pytest.raises(ValueError, match=message):
     quant.bitwave(group=group)

@@ -81,7 +81,7 @@ def test_switch_codes_equals_exact_arithmetic_for_every_code(
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16, jnp.int32])
-def test_switch_codes_takes_any_signed_integer_dtype_and_shape(dtype):
+def test_switch_codes_accepts_any_signed_integer_dtype_and_shape(dtype):
   codes = jnp.array(all_codes(8), dtype).reshape(4, 8, 8)
   low = jax.jit(lambda q: quant.switch_codes(q, 8, 3))(codes)
   assert low.shape == (4, 8, 8)
@@ -120,7 +120,7 @@ def test_floor_keeps_the_top_bits_so_that_switching_composes():
     ),
   ],
 )
-def test_switch_codes_names_what_it_rejects(kw, message):
+def test_switch_codes_names_the_wrong_argument(kw, message):
   with pytest.raises(ValueError, match=message):
     quant.switch_codes(jnp.zeros((2,), jnp.int8), **kw)
 
@@ -155,7 +155,7 @@ def boundary_weights(h: int, scale: float) -> np.ndarray:
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("h", HIGHEST)
-def test_weights_at_and_beside_every_boundary_round_exactly(h, rounding):
+def test_weights_at_and_next_to_every_boundary_round_exactly(h, rounding):
   # A power of two: w / s is exact, so that exact arithmetic is the answer.
   scale = 2.0**-5
   w = boundary_weights(h, scale)
@@ -274,7 +274,7 @@ def test_gradients_match_the_formulas_on_random_kernels(rounding, per_channel):
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("h", [8, 5, 2])
-def test_decoded_weights_count_as_inside_for_every_scale(h, rounding):
+def test_decoded_weights_are_inside_the_clip_range_for_every_scale(h, rounding):
   """code * scale / scale may miss the code by an ulp: the mask must not."""
   scale = np.exp(np.random.default_rng(0).uniform(-9, 2, (1, 500)))
   scale = scale.astype(np.float32)
@@ -318,7 +318,7 @@ def test_only_the_highest_codes_and_the_scales_are_stored():
 
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_unshared_scales_act_like_a_shared_one_each_on_its_own_bit_width(
+def test_each_unshared_scale_acts_like_a_shared_one_at_its_bit_width(
   rounding, per_channel
 ):
   bits = (8, 5, 4, 2)
@@ -368,6 +368,6 @@ def test_unshared_scales_store_float_weights():
     ({"rounding": "even"}, "half_even.*half_up.*floor.*got 'even'"),
   ],
 )
-def test_double_rounding_names_what_it_rejects(kw, message):
+def test_double_rounding_names_the_wrong_option(kw, message):
   with pytest.raises(ValueError, match=message):
     quant.double_rounding(**kw)

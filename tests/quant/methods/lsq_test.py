@@ -47,9 +47,14 @@ def test_fake_quantize_and_its_gradients_match_the_formulas(bits, signed):
   v = np.arange(low - 4, high + 4.25, 0.25, dtype=np.float32)
   edges = np.array([low, high, high + 0.5, 0.5, 1.5], np.float32)
   edges = np.concatenate([edges, [low - 0.5]]).astype(np.float32)
-  beside = edges[edges != 0]
+  neighbors = edges[edges != 0]
   v = np.concatenate(
-    [v, edges, np.nextafter(beside, -np.inf), np.nextafter(beside, np.inf)]
+    [
+      v,
+      edges,
+      np.nextafter(neighbors, -np.inf),
+      np.nextafter(neighbors, np.inf),
+    ]
   ).astype(np.float32)
   scale = np.float32(2.0**-3)  # v is then exact
   x = v * scale
@@ -63,7 +68,7 @@ def test_fake_quantize_and_its_gradients_match_the_formulas(bits, signed):
   np.testing.assert_allclose(dscale, expected[2], rtol=1e-5, atol=1e-6 * terms)
 
 
-def test_fake_quantize_takes_a_scale_per_channel_or_per_row():
+def test_fake_quantize_accepts_a_scale_per_channel_or_per_row():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(6, 5)).astype(np.float32)
   g = rng.normal(size=(6, 5)).astype(np.float32)
@@ -156,7 +161,7 @@ def test_unsigned_activations_send_negative_inputs_to_zero_without_gradient():
   np.testing.assert_array_equal(pull(jnp.ones(6))[0], [0, 0, 1, 1, 1, 0])
 
 
-def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
+def test_activation_quantizer_without_a_sign_raises():
   quantizer = quant.lsq_activation((8, 4))
   assert quantizer.signed is None
   with pytest.raises(
@@ -166,10 +171,10 @@ def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
   with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({"scale": jnp.ones(2)}, jnp.ones(3), 0)
   for sign in (True, False):
-    settled = quantizer.with_sign(sign)
-    assert settled.signed is sign
-    assert settled.bits == (8, 4)
-    assert dict(settled.options)["signed"] is sign
+    decided = quantizer.with_sign(sign)
+    assert decided.signed is sign
+    assert decided.bits == (8, 4)
+    assert dict(decided.options)["signed"] is sign
 
 
 def every_bit_width(x, scales, g, bits, signed):
@@ -189,7 +194,7 @@ def every_bit_width(x, scales, g, bits, signed):
 
 @pytest.mark.parametrize("name", ["conv", "lin"])
 @pytest.mark.parametrize("kind, signed", [("w", True), ("a", False)])
-def test_values_and_gradients_match_pytorch_but_for_its_mask(
+def test_values_and_gradients_match_pytorch_except_for_its_mask(
   golden, kind, signed, name
 ):
   """PyTorch masks on round(v), LSQ on v: they part within half a step."""

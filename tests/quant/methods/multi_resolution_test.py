@@ -260,7 +260,7 @@ def test_wrong_options_are_named(name, options, message):
     quant.get(name, **options)
 
 
-def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
+def test_activation_quantizer_without_a_sign_raises():
   quantizer = quant.multi_resolution_activation((8, 4), terms=(2, 1))
   assert quantizer.signed is None
   with pytest.raises(
@@ -270,7 +270,7 @@ def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
   with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({"scale": jnp.ones(1)}, jnp.ones(3), 0)
   for sign in (True, False):
-    settled = quantizer.with_sign(sign)
-    assert settled.signed is sign
+    decided = quantizer.with_sign(sign)
+    assert decided.signed is sign
     expected = {**dict(quantizer.options), "signed": sign}
-    assert dict(settled.options) == expected
+    assert dict(decided.options) == expected

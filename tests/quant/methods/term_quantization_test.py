@@ -163,7 +163,7 @@ def test_the_gradient_of_a_weight_passes_unchanged(index):
   np.testing.assert_array_equal(pull(g)[0], g)
 
 
-def test_a_lower_budget_keeps_a_part_of_the_terms_of_a_higher_one():
+def test_lower_budget_keeps_a_subset_of_the_terms_of_a_higher_one():
   w = np.random.default_rng(0).normal(size=(3, 3, 16, 4)).astype(np.float32)
   quantizer = quant.term_quantization(
     (8, 7, 6, 5, 4, 3, 2), budgets=(40, 20, 15, 10, 6, 3, 1)
@@ -196,7 +196,7 @@ def test_default_terms_are_half_the_bits_rounded_up():
   assert dict(quantizer.options)["terms"] == (4, 4, 3, 2, 2, 1)
 
 
-def test_a_copy_for_one_budget_is_as_large_as_all_together():
+def test_storing_one_budget_takes_as_much_as_storing_all():
   w = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
   quantizer = quant.term_quantization((8, 4, 2))
   encoded = quantizer.encode({}, w)
@@ -290,7 +290,7 @@ def test_calibration_follows_the_size_of_its_inputs(factor):
   )
 
 
-def test_calibrated_scales_have_the_least_squared_error():
+def test_calibrated_scales_have_the_smallest_squared_error():
   x = np.random.default_rng(0).normal(size=(500,)).astype(np.float32) * 4
   quantizer = quant.term_activation((8, 4, 2), signed=True)
 
@@ -319,7 +319,7 @@ def test_any_finite_scale_of_an_activation_is_read_as_a_positive_one(raw):
   assert np.isfinite(found).all()
 
 
-def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
+def test_activation_quantizer_without_a_sign_raises():
   quantizer = quant.term_activation((8, 4), data_bits=6, terms=(3, 1))
   assert quantizer.signed is None
   with pytest.raises(
@@ -329,7 +329,7 @@ def test_an_activation_quantizer_with_an_open_sign_asks_for_it():
   with pytest.raises(ValueError, match="signed must be .* got None.*with_sign"):
     quantizer.fake_quantize({"scale": jnp.ones(2)}, jnp.ones(3), 0)
   for sign in (True, False):
-    settled = quantizer.with_sign(sign)
-    assert settled.signed is sign
+    decided = quantizer.with_sign(sign)
+    assert decided.signed is sign
     expected = {**dict(quantizer.options), "signed": sign}
-    assert dict(settled.options) == expected
+    assert dict(decided.options) == expected

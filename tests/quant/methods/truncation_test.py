@@ -19,7 +19,7 @@ def over_bits(function, bits):
   return lambda params, w: np.asarray(run(params, w, jnp.arange(len(bits))))
 
 
-def test_every_truncated_code_stands_for_the_middle_of_its_interval():
+def test_every_truncated_code_decodes_to_the_midpoint_of_its_bin():
   quantizer = quant.truncation(EVERY)
   codes = np.arange(-128, 128)
   encoded = {
@@ -53,7 +53,7 @@ def test_truncquant_by_hand_at_four_and_two_bits():
   np.testing.assert_array_equal(codes, [-8, -8, -5, -4, -1, 0, 0, 3, 4, 7])
 
 
-def test_truncating_equals_rounding_down_at_the_lower_bit_width_itself():
+def test_truncating_codes_equals_rounding_down_at_the_lower_bit_width():
   w = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32) / 4
   scale = np.float32(2.0**-8)  # w / scale is exact
   faked = over_bits(quant.truncation(EVERY).fake_quantize, EVERY)(
@@ -78,8 +78,8 @@ def test_truncquant_gradients_follow_the_formulas_at_and_beyond_the_ends(index):
   scale = np.float32(2.0**-5)
   step = 2.0 ** (8 - bits[index])
   ends = np.array([-128.0, 127.0, 127.5, 128.0], np.float32)
-  beside = [np.nextafter(ends, np.float32(s * np.inf)) for s in (-1, 1)]
-  v = np.concatenate([np.arange(-140, 140, 0.75), ends, *beside])
+  neighbors = [np.nextafter(ends, np.float32(s * np.inf)) for s in (-1, 1)]
+  v = np.concatenate([np.arange(-140, 140, 0.75), ends, *neighbors])
   v = v.astype(np.float32)
   w = v * scale
   g = np.random.default_rng(0).normal(size=w.shape).astype(np.float32)
@@ -209,7 +209,7 @@ def test_matquant_keeps_zeros_at_the_highest_bit_width():
     (-1e38, 3.402e38),  # the level above the largest weight is infinite
   ],
 )
-def test_matquant_serves_constant_one_sided_tiny_and_huge_channels(low, high):
+def test_matquant_handles_constant_one_sided_tiny_and_huge_channels(low, high):
   w = np.linspace(low, high, 9, dtype=np.float64).astype(np.float32)[:, None]
   largest = np.abs(w.astype(np.float64)).max()
   # The scale, which is no finer than float32 is at the largest weight.
@@ -258,7 +258,7 @@ def test_a_matquant_copy_with_extra_precision_costs_one_bit_more():
     assert quantizer.stored_bits == 8
 
 
-def test_the_sign_may_be_spelled_out_where_it_is_the_schemes_own():
+def test_sign_may_be_given_if_it_is_that_of_the_scheme():
   w = np.random.default_rng(0).normal(size=(16, 5)).astype(np.float32)
   for scheme, sign, dtype in (
     ("truncquant", True, jnp.int8),
@@ -291,6 +291,6 @@ def test_the_sign_may_be_spelled_out_where_it_is_the_schemes_own():
     ),
   ],
 )
-def test_truncation_names_what_it_rejects(options, message):
+def test_truncation_names_the_wrong_option(options, message):
   with pytest.raises(ValueError, match=message):
     quant.truncation(**options)
