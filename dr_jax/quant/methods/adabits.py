@@ -152,8 +152,8 @@ def adabits(
     array = kept(normalized(w))
     if not rescale:
       return {main: array}
-    gain = jax.vmap(lambda i: _gain(w, values(array, i), rescale))
-    return {main: array, "gain": gain(jnp.arange(len(bits)))}
+    w_q = jnp.stack([values(array, i) for i in range(len(bits))])
+    return {main: array, "gain": _gain(w, w_q, rescale)}
 
   def decode(encoded, index):
     w_q = values(encoded[main], index)
@@ -308,16 +308,18 @@ def _value(level, codes, signed):
 
 
 def _gain(w, w_q, rescale):
-  """eta of scale-adjusted training, a float32 scalar."""
-  axes = exact_mean.channel_axes(w.ndim, per_channel=False)
+  """eta of scale-adjusted training in float32, one for each w_q [..., *w]."""
+  leading = w_q.shape[: w_q.ndim - w.ndim]
+  axes = tuple(range(len(leading), w_q.ndim))
   # The clamps prevent XLA from merging square roots and quotients.
   spread = grid.positive(exact_mean.mean_and_std(w_q, axes)[1])
   if rescale == "stddev":
+    w = jnp.expand_dims(w, tuple(range(len(leading))))
     target = grid.positive(exact_mean.mean_and_std(w, axes)[1])
   else:
     target = 1 / math.sqrt(math.prod(w.shape[:-2]) * w.shape[-1])
   constant = w_q.max(axes, keepdims=True) == w_q.min(axes, keepdims=True)
-  return jnp.where(constant, 1, target * (1 / spread)).reshape(())
+  return jnp.where(constant, 1, target * (1 / spread)).reshape(leading)
 
 
 def _check_initial(initial):

@@ -175,7 +175,7 @@ def test_groups_may_span_devices(kind, shape, spec):
     found = run({}, placed, jnp.int32(1))
   np.testing.assert_array_equal(found, expected)
   # The array brings its mesh along.
-  found = quantizer.fake_quantize({}, placed, 1)
+  found = run({}, placed, jnp.int32(1))
   np.testing.assert_array_equal(found, expected)
 
 

@@ -135,13 +135,20 @@ def test_every_code_decodes_and_fake_quantizes_to_exact_arithmetic(h, rounding):
   expected = expected[:, :, None] * SCALES
   indices = jnp.arange(len(quantizer.bits))
   encoded = {"codes": codes, "scale": SCALES}
-  decode = jax.jit(jax.vmap(quantizer.decode, (None, 0)))
-  np.testing.assert_array_equal(decode(encoded, indices), expected)
   # The weights are decoded h-bit codes.
   params, w = {"scale": SCALES}, codes.astype(np.float32) * SCALES
-  faked = over_bits(quantizer.fake_quantize, quantizer)(params, w)
+
+  @jax.jit
+  def run(encoded, params, w, indices):
+    decoded = jax.vmap(quantizer.decode, (None, 0))(encoded, indices)
+    fake_quantize = jax.vmap(quantizer.fake_quantize, (None, None, 0))
+    faked = fake_quantize(params, w, indices)
+    return decoded, faked, quantizer.encode(params, w)
+
+  decoded, faked, encoded_again = run(encoded, params, w, indices)
+  np.testing.assert_array_equal(decoded, expected)
   np.testing.assert_array_equal(faked, expected)
-  np.testing.assert_array_equal(quantizer.encode(params, w)["codes"], codes)
+  np.testing.assert_array_equal(encoded_again["codes"], codes)
 
 
 def boundary_weights(h: int, scale: float) -> np.ndarray:
