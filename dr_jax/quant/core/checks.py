@@ -56,13 +56,13 @@ def check_bits(
   return checked
 
 
-def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-  """Raises ValueError unless a value is one of those allowed.
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+  """Raises ValueError unless a value is one of the choices.
 
   >>> one_of("rounding", "floor", ROUNDINGS)
   """
-  if value not in allowed:
-    known = ", ".join(map(repr, allowed))
+  if value not in choices:
+    known = ", ".join(map(repr, choices))
     raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 

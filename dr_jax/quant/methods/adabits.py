@@ -76,7 +76,7 @@ def adabits(
 
   Standard deviations are unbiased and, as eta, detached. Gradients pass
   straight through q_b, and through tanh and its maximum as they are (see
-  `tanh.normalized`), times eta.
+  `tanh_normalize`), times eta.
 
   Shared between bit-widths: the weights and, but for "original", the codes.
   Stored: codes of bits[0] bits, for "original" r in float32; float32 eta [B]

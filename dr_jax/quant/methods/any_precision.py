@@ -45,7 +45,7 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   Equations as above, with one maximum and one mean per tensor. Levels are
   symmetric, without a zero: -E, ..., -E/n, E/n, ..., E. E is detached;
   gradients pass straight through [.], and through tanh and its maximum as they
-  are (see `tanh.normalized`), times E.
+  are (see `tanh_normalize`), times E.
 
   Shared between bit-widths: the float weights and E. Stored: r and E in
   float32, since round(n u) does not nest. Choose it as the baseline that learns
