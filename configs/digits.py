@@ -26,7 +26,7 @@ def get_config(arg=None):
   """Returns the configuration; "432" as argument takes bits {4, 3, 2}."""
   if arg and not arg.isdecimal():
     raise ValueError(
-      f"digits.py:{arg}: allowed are bit-widths, as digits.py:432"
+      f"argument must be bit-widths, as digits.py:432, got {arg!r}"
     )
   config = ml_collections.ConfigDict()
   config.name = "digits" if not arg else f"digits_{arg}"

@@ -151,7 +151,7 @@ def _parsed(arg):
   word = words.pop(0) if words and words[0] in _WORDS else ""
   if words:
     raise ValueError(
-      f"argument {arg!r}: allowed are bit-widths, as 432, "
-      f"{' or '.join(_WORDS)}, or both, as 432,smoke"
+      f"argument must be bit-widths, as 432, {' or '.join(_WORDS)}, or both, "
+      f"as 432,smoke, got {arg!r}"
     )
   return digits, word

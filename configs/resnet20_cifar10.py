@@ -46,8 +46,8 @@ def get_config(arg=None):
   config = _BASE["imagenet_config"]("resnet20", arg, preactivation=None)
   if config.model.weights:
     raise ValueError(
-      f"argument {arg!r}: torchvision has no ResNet20; allowed are bit-widths, "
-      "as 432, smoke, or both, as 432,smoke"
+      "argument must be bit-widths, as 432, smoke, or both, as 432,smoke "
+      f"(torchvision has no ResNet20), got {arg!r}"
     )
   config.name = config.name.replace("resnet20", "resnet20_cifar10")
   config.data.mean = (0.4914, 0.4822, 0.4465)

@@ -23,8 +23,10 @@ def compilation_cache(tmp_path_factory):
   """Shares compiled programs between tests, workers and child processes."""
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
   if cache is None:
-    # The parent of every worker's own directory.
-    cache = str(tmp_path_factory.getbasetemp().parent / "jax")
+    run = tmp_path_factory.getbasetemp()
+    # Under xdist every worker has a directory of its own below that of the run.
+    run = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
+    cache = str(run / "jax")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

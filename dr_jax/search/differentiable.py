@@ -322,7 +322,7 @@ def _check(problem, name, options):
         "network, its state, and training batches"
       )
   for field, value in options.items():
-    rule, fits = _ALLOWED[field]
+    rule, fits = _RULES[field]
     if not fits(value):
       raise ValueError(f"{field} must be {rule}, got {value!r}")
 
@@ -339,15 +339,15 @@ def _positive(value):
   return _finite(value) and value > 0
 
 
-_ALLOWED = {
-  "seed": ("integers", lambda value: isinstance(value, int)),
-  "steps": ("integers from 1 up", _counts),
-  "checkpoint_every": ("integers from 1 up", _counts),
-  "strength": ("finite numbers from 0 up", lambda v: _finite(v) and v >= 0),
-  "learning_rate": ("finite numbers above 0", _positive),
-  "logit_learning_rate": ("finite numbers above 0", _positive),
-  "temperature": ("finite numbers above 0", _positive),
-  "final_temperature": ("finite numbers above 0", _positive),
+_RULES = {
+  "seed": ("an integer", lambda value: isinstance(value, int)),
+  "steps": ("an integer >= 1", _counts),
+  "checkpoint_every": ("an integer >= 1", _counts),
+  "strength": ("finite and >= 0", lambda v: _finite(v) and v >= 0),
+  "learning_rate": ("finite and > 0", _positive),
+  "logit_learning_rate": ("finite and > 0", _positive),
+  "temperature": ("finite and > 0", _positive),
+  "final_temperature": ("finite and > 0", _positive),
 }
 
 

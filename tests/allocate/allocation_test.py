@@ -117,8 +117,8 @@ def test_it_must_fit_the_layers_and_the_candidates():
   with pytest.raises(ValueError) as error:
     allocation.check(["stem", "head"], (8, 4))
   assert str(error.value) == (
-    "allocation: unknown layers ['tail'], missing layers ['head']; allowed are "
-    "exactly ['stem', 'head']"
+    "allocation must name exactly the layers ['stem', 'head'], but has unknown "
+    "layers ['tail'], missing layers ['head']"
   )
   with pytest.raises(ValueError, match="unknown layers .'tail'., missing"):
     allocation.check(["stem"], (8, 4))

@@ -64,5 +64,5 @@ def test_a_budget_lies_between_the_cheapest_and_the_dearest(fraction, budget):
   ],
 )
 def test_wrong_arguments_are_named(call, message):
-  with pytest.raises(ValueError, match=message + ".* allowed "):
+  with pytest.raises(ValueError, match=message):
     call()

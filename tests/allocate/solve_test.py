@@ -256,22 +256,22 @@ def test_a_single_budget_names_its_smallest_value(options, smallest):
   assert error.smallest == smallest
   assert error.feasible == (smallest,)
   assert str(error) == (
-    f"budgets['size']={smallest - 1}: no allocation is so small; allowed is "
-    f"budgets['size'] of {smallest} or more"
+    f"budgets['size']={smallest - 1} is infeasible: no allocation is so "
+    f"small; feasible is budgets['size'] >= {smallest}"
   )
   found = allocate.solve(losses, costs, {"size": smallest}, **options)
   assert found.usage == {"size": smallest}
 
 
-def test_of_several_budgets_each_is_told_within_the_others():
+def test_of_several_budgets_each_is_reported_within_the_others():
   costs = {"size": [[8, 2], [8, 2]], "time": [[1, 9], [2, 7]]}
   error = infeasible(np.zeros((2, 2)), costs, {"size": 9, "time": 9})
   assert error.budget == "size"
   assert error.smallest == 10
   assert str(error) == (
-    "budgets['size']=9: no allocation is so small within the budgets of "
-    "'time'; allowed is budgets['size'] of 10 or more or else budgets['time'] "
-    "of 16 or more"
+    "budgets['size']=9 is infeasible: no allocation is so small within the "
+    "budgets of 'time'; feasible is budgets['size'] >= 10 or else "
+    "budgets['time'] >= 16"
   )
 
 
@@ -293,24 +293,24 @@ def test_budgets_that_contradict_each_other_are_named_without_the_rest():
 
 
 @pytest.mark.parametrize(
-  ("budget", "allowed", "smallest"),
+  ("budget", "feasible", "smallest"),
   [(7, (6, 8), 8), (3, (4,), 4), (17, (16,), None), (2**70, (16,), None)],
 )
-def test_an_exact_budget_names_the_nearest_ones(budget, allowed, smallest):
+def test_an_exact_budget_names_the_nearest_ones(budget, feasible, smallest):
   costs = {"bits": [[8, 6, 4, 2]] * 2}
   error = infeasible(np.zeros((2, 4)), costs, {"bits": budget}, equal=["bits"])
-  assert error.feasible == allowed
+  assert error.feasible == feasible
   assert error.smallest == smallest
   assert str(error).endswith(
-    "no allocation meets it exactly; allowed is budgets['bits'] of "
-    + " or ".join(map(str, allowed))
+    "no allocation meets it exactly; feasible is budgets['bits'] "
+    + " or ".join(map(str, feasible))
   )
 
 
-def test_the_search_for_a_nearest_exact_budget_is_given_up(monkeypatch):
+def test_the_search_for_a_nearest_exact_budget_has_a_limit(monkeypatch):
   monkeypatch.setattr(branch_and_bound, "_NODES", 1)
   module = importlib.import_module("dr_jax.allocate.solve")
-  monkeypatch.setattr(module, "_PATIENCE", 3)
+  monkeypatch.setattr(module, "_MAX_SPLITS", 3)
   rng = np.random.default_rng(0)
   costs = {"size": rng.integers(10**8, 10**9, (60, 4)) * 2}
   odd = int(costs["size"].min(1).sum()) + 10**9 + 1
@@ -318,7 +318,7 @@ def test_the_search_for_a_nearest_exact_budget_is_given_up(monkeypatch):
   assert error.budget == "size"
   assert error.feasible == ()
   assert error.smallest is None
-  assert str(error).endswith("allowed is unknown")
+  assert str(error).endswith("feasible is unknown")
 
 
 SENSITIVITY = [[1.0, 2.0], [3.0, 4.0]]
@@ -377,7 +377,7 @@ def test_wrong_arguments_are_named_in_one_line(change, message):
     allocate.solve(**(arguments | change))
   assert not isinstance(error.value, allocate.Infeasible)
   assert "\n" not in str(error.value)
-  assert "; allowed " in str(error.value)
+  assert " must " in str(error.value)
 
 
 def test_one_name_may_stand_for_the_exact_budgets():

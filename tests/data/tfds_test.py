@@ -56,18 +56,18 @@ def test_splits_are_named_as_tfds_names_them(prepared):
   [
     (
       {"dataset": "cifar10"},
-      r"data\.dataset='cifar10': is not prepared in {path}/cifar10/3\.0\.2; "
-      r"allowed is after: tfds build cifar10 --data_dir={path} "
+      r"dataset 'cifar10' is not prepared in {path}/cifar10/3\.0\.2; "
+      r"prepare it: tfds build cifar10 --data_dir={path} "
       r"--file_format=array_record \(",
     ),
     (
       {"dataset": "cifer10"},
-      r"data\.dataset='cifer10': is unknown; .*such as cifar10",
+      r"dataset must be .*such as cifar10.* 'cifer10' is unknown",
     ),
-    ({"dataset": ""}, r"data\.dataset='': .*; allowed are names of TFDS"),
+    ({"dataset": ""}, r"dataset must be a name of TFDS.* '' "),
     (
       {"dataset": "blobs", "train_split": "validation"},
-      r"data\.dataset='blobs': has no split 'validation'; .* train, test$",
+      r"split of 'blobs' must be one of train, test, got 'validation'$",
     ),
   ],
 )
@@ -107,7 +107,9 @@ def test_a_data_set_without_labels_is_an_error(prepared):
       yield 0, {"number": 0}
 
   Numbers(data_dir=prepared, file_format="array_record").download_and_prepare()
-  with pytest.raises(ValueError, match="'numbers': has the features number;"):
+  with pytest.raises(
+    ValueError, match="dataset must have an image and a class label, but"
+  ):
     data.load("tfds", dataset="numbers", path=prepared)
 
 
@@ -122,7 +124,8 @@ def test_an_unreadable_record_is_named_by_split_and_number(prepared):
   assert all(name.startswith("torn/1.0.0 train ") for name in names)
   loaded = data.load("tfds", dataset="torn", path=prepared)
   with pytest.raises(
-    data.UnreadableImage, match=r"^torn/1\.0\.0 train \d+: ca"
+    data.UnreadableImage,
+    match=r"torn/1\.0\.0 train 10 cannot be read \(image file is",
   ):
     list(data.epoch(loaded.train, batch_size=8))
 

@@ -33,7 +33,7 @@ def test_traces_of_another_network_are_refused(tmp_path):
     hessian.load(path, fingerprint="b" * 64)
   message = str(error.value)
   assert message.startswith(f"{path}: traces of another network, aaaa")
-  assert "; allowed are those of this one, bbbb" in message
+  assert "must have traces of this network, bbbb" in message
   assert "\n" not in message
 
 

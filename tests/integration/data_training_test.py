@@ -56,6 +56,7 @@ def interrupt_after(steps):
   return lambda: next(calls, None)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder_resumes_in_the_middle_of_an_epoch(
   make_folder, tmp_path
 ):
@@ -156,9 +157,9 @@ def test_the_command_says_how_to_prepare_what_is_missing(tmp_path):
   [
     (
       {"augment": "autoaugment"},
-      "data.augment='autoaugment': allowed are none",
+      "data.augment must be one of none",
     ),
-    ({"image_size": 0}, "data.image_size=0: allowed with .* is 1 or more"),
+    ({"image_size": 0}, "data.image_size must be >= 1 with"),
     ({"image_size": -1}, "data.image_size must be >= 0, got -1"),
     ({"workers": -1}, "data.workers must be >= 0, got -1"),
     (
@@ -167,10 +168,10 @@ def test_the_command_says_how_to_prepare_what_is_missing(tmp_path):
     ),
     ({"classes": 0}, "data.classes must be >= 1, got 0"),
     ({"examples": 0}, "data.examples must be >= 1, got 0"),
-    ({"channels": 4}, "data.channels=4: allowed are 1, 3"),
-    ({"mean": ("x",)}, r"data.mean=\('x',\): allowed are finite numbers"),
-    ({"std": (1.0, 0.0)}, "data.std=0.0: allowed is more than 0"),
-    ({"name": "digits"}, "data.augment='random_resized_crop': allowed with"),
+    ({"channels": 4}, "data.channels must be one of 1, 3, got 4"),
+    ({"mean": ("x",)}, "data.mean must be a tuple of int or float"),
+    ({"std": (1.0, 0.0)}, "data.std must be > 0, got 0.0"),
+    ({"name": "digits"}, "data.augment must be 'none' with"),
   ],
 )
 def test_a_field_that_is_wrong_is_one_line(options, message):

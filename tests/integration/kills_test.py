@@ -237,6 +237,7 @@ def kill_again_and_again(job, workdir, flags, *, kills, seed):
   return hit, torn, told
 
 
+@pytest.mark.slow
 def test_three_kills_lose_at_most_the_steps_since_the_last_checkpoint(
   job, whole, tmp_path
 ):
@@ -291,7 +292,7 @@ def empty_the_directory(checkpoint):
     flip_a_bit,
     pytest.param(truncate, marks=pytest.mark.slow),
     pytest.param(delete_the_manifest, marks=pytest.mark.slow),
-    empty_the_directory,
+    pytest.param(empty_the_directory, marks=pytest.mark.slow),
   ],
 )
 def test_a_checkpoint_damaged_by_hand_gives_way_to_the_one_before(
@@ -426,7 +427,7 @@ def test_a_disk_that_is_too_small_is_reported_before_training(
   last = last_logged(stopped, "multi_precision")
   process = job.start(place / "run", shell=shell)
   line = assert_stopped_by_the_disk(process, after)
-  assert f"workdir={place}/run: its disk has 0." in line
+  assert f"workdir {place}/run: its disk has 0." in line
   assert "MiB free, but multi_precision, export may take" in line
   assert last_logged(after, "multi_precision") == last
 

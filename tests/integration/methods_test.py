@@ -9,8 +9,6 @@ from dr_jax.config import from_dict
 from dr_jax.quant import RECIPES
 from dr_jax.train import CURRICULA, InterruptedRun
 
-SINGLE = {"binary": (1,), "ternary": (2,)}
-
 
 @pytest.fixture(autouse=True)
 def strict_numerics():
@@ -25,12 +23,22 @@ def values(method, **train):
     "model": {"name": "resnet", "options": {"depth": 8, "widths": (2, 2, 4)}},
     "data": {"batch_size": 256},
     "devices": {"data": 1},
-    "quant": {"bits": SINGLE.get(method, (8, 4, 2))},
+    "quant": {"bits": RECIPES[method].bits or (8, 4, 2)},
     "train": {"epochs": 3, "vectorize": "sequential", **train},
   }
 
 
-@pytest.mark.parametrize("method", RECIPES)
+# Those whose training or artifact is unlike the others'.
+QUICK = ("double_rounding", "adabits", "bitwave", "ternary")
+
+
+@pytest.mark.parametrize(
+  "method",
+  [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in RECIPES
+  ],
+)
 def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
   """The export stage itself fails unless scores are equal."""
   config = from_dict(values(method))
@@ -75,8 +83,10 @@ def test_the_stages_of_bit_mixer_follow_each_other(tmp_path):
   assert manifest["method"]["name"] == "bit_mixer"
 
 
-@pytest.mark.parametrize("stop", [2, 6, 10])
-def test_a_curriculum_goes_on_in_the_phase_where_it_was_stopped(stop, tmp_path):
+@pytest.mark.parametrize(
+  "stop", [6, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 10))]
+)
+def test_a_curriculum_resumes_in_the_phase_where_it_was_stopped(stop, tmp_path):
   config = from_dict(values("bit_mixer"))
   whole = pipeline.run(config, tmp_path / "whole")["stages"]
   steps = iter(range(1, 100))

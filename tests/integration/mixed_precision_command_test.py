@@ -84,6 +84,7 @@ def _essence(workdir):
   )
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_supernet_and_in_searches_ends_the_same(
   start, tmp_path
 ):

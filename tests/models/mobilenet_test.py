@@ -41,7 +41,7 @@ def test_widths_are_rounded_to_multiples_of_8(width, stem, last):
 
 @pytest.mark.parametrize("width", [0, -1.0, float("nan")])
 def test_a_width_that_is_not_positive_is_an_error(width):
-  with pytest.raises(ValueError, match=f"width={width}: allowed is more than"):
+  with pytest.raises(ValueError, match=f"width must be > 0, got {width}"):
     build(width=width)
 
 

@@ -263,11 +263,11 @@ def test_other_floating_point_types_become_float32(narrow):
 FLAWS = {
   "missing": (
     {"without": ("layer1.0.bn2.running_var",)},
-    "missing: layer1.0.bn2.running_var; allowed",
+    "missing: layer1.0.bn2.running_var$",
   ),
   "unknown": (
     {"layer9__weight": np.zeros(3, np.float32)},
-    "unknown: layer9.weight; allowed",
+    "unknown: layer9.weight$",
   ),
   "of another shape": (
     {"conv1__weight": np.zeros((4, 3, 3, 3), np.float32)},
@@ -279,18 +279,18 @@ FLAWS = {
   ),
   "integers": (
     {"bn1__weight": np.zeros(4, np.int8)},
-    "not finite floating-point numbers: bn1.weight; allowed",
+    "not finite floating-point numbers: bn1.weight$",
   ),
   "not a number": (
     {"bn1__bias": np.full(4, np.nan, np.float32)},
-    "not finite floating-point numbers: bn1.bias; allowed",
+    "not finite floating-point numbers: bn1.bias$",
   ),
   "of another network": (
     {
       "without": [f"bn1.{s}" for s in ("weight", "bias", "running_mean")]
       + ["conv1.weight"]
     },
-    "missing: conv1.weight, bn1.weight, bn1.bias and 1 more; allowed",
+    "missing: conv1.weight, bn1.weight, bn1.bias and 1 more$",
   ),
 }
 
@@ -322,7 +322,7 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path, content):
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(
-    ValueError, match="w.safetensors': cannot be read .*allowed is a safetens"
+    ValueError, match="w.safetensors': must be a safetensors file, and canno"
   ):
     models.load_torchvision(small(), path)
 

@@ -94,12 +94,15 @@ def test_numbers_from_numpy_are_bit_widths_too(model):
 @pytest.mark.parametrize(
   ("bits", "named"),
   [
-    (3, "3.*8, 4, 2"),
-    (16, "16.*8, 4, 2"),
-    (-1, "-1.*8, 4, 2"),
-    (None, "None.*8, 4, 2"),
-    ("4", "4.*8, 4, 2"),
-    ({"conv": 8, "depthwise": 5, "head": 2}, "5 for depthwise.*8, 4, 2"),
+    (3, r"bits of conv must be one of \(8, 4, 2\), got 3"),
+    (16, r"bits of conv must be one of \(8, 4, 2\), got 16"),
+    (-1, r"bits of conv must be one of \(8, 4, 2\), got -1"),
+    (None, r"bits of conv must be one of \(8, 4, 2\), got None"),
+    ("4", r"bits of conv must be one of \(8, 4, 2\), got '4'"),
+    (
+      {"conv": 8, "depthwise": 5, "head": 2},
+      r"bits of depthwise must be one of \(8, 4, 2\), got 5",
+    ),
     ({"conv": 8, "head": 2}, "missing layers .*depthwise"),
     ({}, "missing layers .*conv.*depthwise.*head"),
     (

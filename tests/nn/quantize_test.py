@@ -418,7 +418,9 @@ def test_a_model_can_be_one_layer():
   assert [row.name for row in nn.layer_table(quantized)] == ["linear"]
   nn.set_bits(quantized, {"linear": 4})
   assert int(quantized.bits[...]) == 1
-  with pytest.raises(ValueError, match="nothing to quantize"):
+  with pytest.raises(
+    ValueError, match="skip must leave a layer to quantize; the model's"
+  ):
     quantize(layer, x, skip=nn.first_and_last)
 
 
@@ -498,14 +500,18 @@ def test_a_skip_rule_that_matches_nothing_lists_the_layers(skip):
 
 
 def test_nothing_left_to_quantize_is_an_error():
-  with pytest.raises(ValueError, match="nothing to quantize.*first"):
+  with pytest.raises(
+    ValueError, match="skip must leave a layer to quantize; the model's"
+  ):
     quantize(*network("mlp"), skip="*")
 
 
 @pytest.mark.parametrize("skip", [(), nn.first_and_last])
 def test_a_network_without_layers_is_an_error(skip):
   model = nnx.Sequential(nnx.relu, nnx.BatchNorm(6, rngs=nnx.Rngs(0)))
-  with pytest.raises(ValueError, match="nothing to quantize"):
+  with pytest.raises(
+    ValueError, match="skip must leave a layer to quantize; the model's"
+  ):
     quantize(model, random(5, 6), skip=skip)
 
 
@@ -517,12 +523,14 @@ def test_a_quantized_network_is_not_quantized_again():
 
 def test_different_bits_for_weights_and_inputs_are_an_error():
   activation = quant.lsq_activation((8, 4))
-  with pytest.raises(ValueError, match=r"\(8, 4\).*\(8, 4, 2\)"):
+  with pytest.raises(
+    ValueError, match=r"activation\.bits must be the.*got \(8, 4\)"
+  ):
     quantize(*network("mlp"), activation=activation)
 
 
 def test_an_unknown_norm_is_an_error_that_lists_the_known_ones():
-  with pytest.raises(ValueError, match="'layer'.*switchable.*shared"):
+  with pytest.raises(ValueError, match="norm must be one of.*got 'layer'"):
     quantize(*network("residual"), norm="layer")
 
 
@@ -549,7 +557,9 @@ def test_a_weight_that_is_not_finite_names_its_layer(bad, quantized):
   model, x = network("mlp")
   model.middle.kernel[...] = model.middle.kernel[...].at[0, 0].set(bad)
   skip = () if quantized else "middle"
-  with pytest.raises(ValueError, match="weight of layer 'middle': 1 values"):
+  with pytest.raises(
+    ValueError, match="weight of layer 'middle' must be finite, but 1"
+  ):
     quantize(model, x, skip=skip)
 
 
@@ -582,7 +592,9 @@ INSIDE = {
 @pytest.mark.parametrize("activation", [quant.lsq_activation(BITS), None])
 def test_a_layer_inside_a_transformation_is_an_error(transform, activation):
   model = Wrapped(INSIDE[transform])
-  with pytest.raises(ValueError, match="calls layers inside jit, scan or vmap"):
+  with pytest.raises(
+    ValueError, match="model must call its layers directly, but calls"
+  ):
     quantize(model, random(5, 6), activation=activation)
 
 
@@ -598,7 +610,9 @@ def test_layers_stacked_for_a_scan_are_an_error(activation):
 
   stacked = stack(jax.random.split(jax.random.key(0), 3))
   model = Wrapped(lambda layer, x: run(layer, x), stacked)
-  with pytest.raises(ValueError, match="calls layers inside jit, scan or vmap"):
+  with pytest.raises(
+    ValueError, match="model must call its layers directly, but calls"
+  ):
     quantize(model, random(5, 6), activation=activation)
 
 
@@ -608,7 +622,9 @@ def test_a_norm_inside_a_transformation_is_an_error():
       x = nnx.jit(lambda m, x: m(x))(self.norm, self.conv(self.stem(x)))
       return self.head((self.shortcut(x)).mean((1, 2)))
 
-  with pytest.raises(ValueError, match="calls layers inside jit, scan or vmap"):
+  with pytest.raises(
+    ValueError, match="model must call its layers directly, but calls"
+  ):
     quantize(Jitted(nnx.Rngs(0)), random(2, 6, 6, 3))
 
 
@@ -671,5 +687,7 @@ def test_a_table_beside_the_batch_does_not_set_the_number_of_examples():
 
 def test_a_sample_without_examples_is_an_error():
   model, _ = network("mlp")
-  with pytest.raises(ValueError, match="sample: has no example"):
+  with pytest.raises(
+    ValueError, match=r"sample must be arrays \[batch, \.\.\.\], got no example"
+  ):
     quantize(model, jnp.zeros((0, 6)))

@@ -25,8 +25,8 @@ def test_a_directory_at_or_below_a_file_cannot_be_written_to(
 ):
   file = tmp_path / "file"
   file.write_text("precious")
-  message = rf"^workdir={file / below}: cannot be written to \(.*{reason}.*"
-  with pytest.raises(ConfigError, match=message + "allowed is a directory"):
+  message = rf"^workdir {file / below} cannot be written to: .*{reason}"
+  with pytest.raises(ConfigError, match=message):
     with Workdir(file / below).claim(Config()):
       pass
   assert file.read_text() == "precious"
@@ -76,7 +76,7 @@ def test_too_little_room_is_an_error_that_says_how_much_is_needed(
   workdir.check_space({"pretrain": 2 * 2**20, "export": 3 * 2**20})
   message = (
     f"^workdir={tmp_path}: its disk has 5.0 MiB free, but pretrain, export may "
-    "take 6.0 MiB more; allowed is a directory with as much space$"
+    "take 6.0 MiB more$"
   )
   with pytest.raises(ConfigError, match=message):
     workdir.check_space({"pretrain": 2 * 2**20, "export": 4 * 2**20})

@@ -602,7 +602,7 @@ def test_a_loss_that_is_not_finite_ends_the_search_in_one_line(strategy):
 @pytest.mark.parametrize("field", ["network", "state", "batches"])
 def test_a_problem_that_cannot_be_trained_is_rejected(strategy, field):
   problem = dataclasses.replace(additive(), **{field: None})
-  with pytest.raises(ValueError, match=rf"problem\.{field}=None: .*; allowed"):
+  with pytest.raises(ValueError, match=rf"problem\.{field} must not be None"):
     strategy(problem, problems.budgets(problem))
 
 
@@ -630,6 +630,6 @@ def test_a_budget_that_cannot_be_kept_is_rejected_before_training(strategy):
 )
 def test_an_option_out_of_range_is_rejected_by_name(option, value):
   problem = additive()
-  with pytest.raises(ValueError, match=rf"^{option}=.*: outside; allowed are"):
+  with pytest.raises(ValueError, match=rf"^{option} must be .*, got"):
     search.dnas(problem, problems.budgets(problem), **{option: value})
   assert not problem.batches.asked

@@ -87,7 +87,9 @@ def test_plain_sgd_diverges_without_alrs(pretrained, digits):
   assert max(four, two) < 50
 
 
-@pytest.mark.parametrize("alrs", ["relative", "eta"])
+@pytest.mark.parametrize(
+  "alrs", [pytest.param("relative", marks=pytest.mark.slow), "eta"]
+)
 def test_plain_sgd_learns_with_alrs(pretrained, digits, alrs):
   *high, two = _joint(pretrained, digits, alrs)
   assert min(high) > 96 and two > 90

@@ -87,7 +87,10 @@ def test_a_signal_saves_a_checkpoint_and_a_second_run_ends_the_same(tmp_path):
   calls = iter([None, None, "SIGTERM"])
   with Checkpoints(tmp_path / "c") as checkpoints:
     loop = _loop(tmp_path, checkpoints, interrupted=lambda: next(calls, None))
-    with pytest.raises(InterruptedRun, match="SIGTERM at step 3 of 10"):
+    with pytest.raises(
+      InterruptedRun,
+      match="joint: stopped by SIGTERM after step 3 of 10; saved",
+    ):
       loop.run(_state())
     assert checkpoints.latest() == 3
     resumed = checkpoints.restore(like=_state())

@@ -81,5 +81,7 @@ def test_a_sampling_stands_for_itself():
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
-  with pytest.raises(ValueError, match="sampling='roulette': allowed are"):
+  with pytest.raises(
+    ValueError, match="sampling must be one of all,.*got 'roulette'"
+  ):
     sampling.get("roulette")

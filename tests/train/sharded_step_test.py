@@ -93,8 +93,12 @@ MODES = [
 ]
 
 
+# Sharded parameters need all that replicated ones do.
+PARAMETERS = [pytest.param("replicated", marks=pytest.mark.slow), "sharded"]
+
+
 @pytest.mark.parametrize(("schedule", "vectorize"), MODES)
-@pytest.mark.parametrize("parameters", sharding.PARAMETERS)
+@pytest.mark.parametrize("parameters", PARAMETERS)
 def test_a_batch_over_four_devices_trains_as_on_one(
   schedule, vectorize, parameters
 ):
@@ -109,7 +113,7 @@ def test_a_batch_over_four_devices_trains_as_on_one(
 
 
 @pytest.mark.parametrize(("schedule", "vectorize"), MODES)
-@pytest.mark.parametrize("parameters", sharding.PARAMETERS)
+@pytest.mark.parametrize("parameters", PARAMETERS)
 def test_a_step_takes_the_buffers_of_the_state_it_is_given(
   schedule, vectorize, parameters
 ):
@@ -162,7 +166,7 @@ def test_sums_and_what_visits_hand_on_are_written_over():
 @pytest.mark.parametrize(
   "shape", [{"bits": 4}, {"data": 2, "bits": 2}], ids=["bits", "data_x_bits"]
 )
-@pytest.mark.parametrize("parameters", sharding.PARAMETERS)
+@pytest.mark.parametrize("parameters", PARAMETERS)
 def test_bit_widths_over_devices_train_as_on_one(shape, parameters):
   options = {"schedule": "accumulate", "vectorize": "vmap"}
   layout = sharding.layout(**shape, parameters=parameters)

@@ -387,7 +387,14 @@ def _unrolled(**options):
   return _run(network=_four(), rate=1e-3, **options)
 
 
-@pytest.mark.parametrize("sampling", ["sandwich", "pair", "random", "mixed"])
+@pytest.mark.parametrize(
+  "sampling",
+  [
+    "sandwich",
+    *(pytest.param(s, marks=pytest.mark.slow) for s in ("pair", "random")),
+    "mixed",
+  ],
+)
 @pytest.mark.parametrize(
   ("schedule", "vectorize"),
   [
@@ -472,7 +479,6 @@ def test_scales_learn_at_the_pace_of_the_bits_of_their_own_layer(
   network, rate = _backwards(), 0.5
   state, _ = _run(
     network=network,
-    bits=FOUR,
     steps=1,
     schedule=schedule,
     vectorize=vectorize,
@@ -526,7 +532,6 @@ def _initial_state(parts):
 def _parts(network, mode, *, drawn="all", rate=0.7):
   return gradients.Parts(
     network=network,
-    bits=FOUR,
     optimizer=make_optimizer("sgd", param_labels=network.param_labels),
     learning_rate=optax.constant_schedule(rate),
     alrs=mode,
@@ -566,9 +571,16 @@ def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
     np.testing.assert_allclose(weighted, factor * total, rtol=2.5e-7)
 
 
-# One scheme for every way in which visits depend on each other.
+# One scheme for every way in which passes depend on each other.
 @pytest.mark.parametrize(
-  "distillation", ["recursive", "highest", "online_label_class_means"]
+  "distillation",
+  [
+    *(
+      pytest.param(scheme, marks=pytest.mark.slow)
+      for scheme in ("recursive", "highest")
+    ),
+    "online_label_class_means",
+  ],
 )
 @pytest.mark.parametrize(
   ("schedule", "vectorize"),

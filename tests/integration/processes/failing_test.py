@@ -57,7 +57,7 @@ runpy.run_module("dr_jax.main", run_name="__main__")
 @pytest.mark.parametrize(
   ("how", "victim", "code"),
   [
-    ("full", 0, 2),
+    pytest.param("full", 0, 2, marks=pytest.mark.slow),
     pytest.param("full", 1, 2, marks=pytest.mark.slow),
     ("unthought", 0, 1),
     pytest.param("unthought", 1, 1, marks=pytest.mark.slow),

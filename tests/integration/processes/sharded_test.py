@@ -36,6 +36,10 @@ def trained(count, workdir, cache):
   return said
 
 
+# Several runs of several processes.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp("together") / "run"

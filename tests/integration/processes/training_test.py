@@ -121,7 +121,7 @@ def test_an_error_of_one_process_alone_ends_all(tmp_path, cache):
   with started(2, tmp_path / "run", cache, last=last) as running:
     codes, said = finish(running, timeout=90)
   assert codes[1] == 2
-  assert "error: seed=-1: allowed is 0 or more" in said[1]
+  assert "error: seed must be >= 0, got -1" in said[1]
   assert codes[0] not in (0, None)
 
 
