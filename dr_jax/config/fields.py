@@ -24,8 +24,7 @@ def prefixed(group: str, error: ValueError) -> ConfigError:
   A message that starts with the name of a field of the group gets the group's
   name in front, as "data." in front of "batch_size must be >= 1, got 0".
   """
-  kind = next(f.type for f in dataclasses.fields(Config) if f.name == group)
-  names = {f.name for f in dataclasses.fields(globals()[kind])}
+  names = {f.name for f in dataclasses.fields(getattr(Config(), group))}
   first = str(error).split(" ")[0]
   prefix = f"{group}." if first in names else ""
   return ConfigError(f"{prefix}{error}")

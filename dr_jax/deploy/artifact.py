@@ -58,7 +58,25 @@ class Artifact:
   @functools.cached_property
   def weight(self) -> quant.WeightQuantizer:
     """The weight quantizer of all layers."""
-    return _quantizer(self.manifest["method"])
+    weight = _quantizer(self.manifest["method"])
+    if not isinstance(weight, quant.WeightQuantizer):
+      raise ArtifactError(
+        f"{self.path} must have a weight quantizer as method, got "
+        f"{weight.name!r}"
+      )
+    return weight
+
+  @property
+  def activation(self) -> quant.ActivationQuantizer | None:
+    """The input quantizer of all layers, its sign open, or None."""
+    spec = self.manifest["activation"]
+    activation = _quantizer(spec) if spec else None
+    if isinstance(activation, quant.WeightQuantizer):
+      raise ArtifactError(
+        f"{self.path} must have an activation quantizer, got "
+        f"{activation.name!r}"
+      )
+    return activation
 
   @property
   def bits(self) -> tuple[int, ...]:
@@ -137,9 +155,7 @@ class Artifact:
     return {key: self.tensors[f"{name}/{key}"] for key in layer["packed"]}
 
   def _parts(self) -> deployed.Frozen:
-    activation = self.manifest["activation"]
-    activation = activation and _quantizer(activation)
-    layers = {}
+    activation, layers = self.activation, {}
     for layer in self.manifest["layers"]:
       name, shape = layer["name"], tuple(layer["shape"])
       layers[name] = deployed.StoredLayer(

@@ -163,7 +163,7 @@ def _float_run(config, workdir, interrupted):
     pipeline.check_space(context)
     network = float_network(context)
     size = context.float_bytes()
-    row = context.workdir.result("pretrain")
+    row = context.workdir.finished("pretrain")
     return network, row | {"tensor_bytes": size, "bytes_at": {"float": size}}
 
 

@@ -14,7 +14,7 @@ import jax
 import optax
 from flax import nnx
 
-from dr_jax import data, nn, quant, train
+from dr_jax import data, nn, train
 from dr_jax.checkpoint import Checkpoints, disk_bytes
 from dr_jax.config import QuantConfig, TrainConfig, prefixed, quantizers
 from dr_jax.pipeline import scoring
@@ -74,7 +74,8 @@ def train_quantized(
   for number, phase in enumerate(curriculum.phases):
     wanted = weight
     if phase.weight is not None:
-      wanted = quant.get(phase.weight, bits=weight.bits)
+      options = {"weight": phase.weight, "weight_options": {}}
+      wanted, _ = quantizers(dataclasses.replace(config, **options))
     network = nn.requantize(
       network,
       weight=None if wanted is current else wanted,

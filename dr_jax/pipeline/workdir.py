@@ -167,6 +167,17 @@ class Workdir:
 
     return on_first(read)
 
+  def finished(self, stage: str) -> dict[str, Any]:
+    """What a stage that is done has reached.
+
+    Raises:
+      ConfigError: if it is not done.
+    """
+    result = self.result(stage)
+    if result is None:
+      raise ConfigError(f"{self.path / stage} has no result.json; run again")
+    return result
+
   def finish(self, stage: str, started: float, **result: Any) -> None:
     """Ends a stage: what it has reached, and its seconds since `started`."""
     result["seconds"] = round(time.monotonic() - started, 1)

@@ -89,7 +89,8 @@ def plot_comparison(path: str | os.PathLike, results: Results) -> None:
   """Draws mean test accuracy against bytes, a line per method.
 
   A point is a bit-width, at the bytes of a copy that serves it alone; the
-  dashed line is the float network's accuracy.
+  dashed line is the float network's accuracy. Points more than 10 % below it
+  are not shown.
 
   Args:
     path: of an SVG or PNG file.
@@ -105,15 +106,18 @@ def plot_comparison(path: str | os.PathLike, results: Results) -> None:
       (row["bytes_at"][bits], score["accuracy"]["mean"])
       for bits, score in row["scores"].items()
     ]
+    ours = name.startswith("double rounding")
     axes.plot(
       *zip(*sorted(points), strict=True),
       marker="os^Dv"[number % 5],
-      markersize=4,
-      linewidth=2.5 if name == "double rounding" else 1,
-      color=None if number < 10 else f"C{number % 10}",
-      linestyle="-" if number < 10 else ":",
+      markersize=6 if ours else 4,
+      linewidth=3 if ours else 1,
+      color=None if not ours else ("0.0" if name.endswith("ng") else "0.4"),
+      linestyle="-" if ours or number < 10 else ":",
       label=name,
     )
+  # What breaks down at few bits would flatten all else.
+  axes.set_ylim(base - 10, base + 1.5)
   axes.set_xlabel("bytes of a copy for one bit-width")
   axes.set_ylabel("test accuracy, %")
   axes.grid(alpha=0.3)

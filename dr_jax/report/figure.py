@@ -28,7 +28,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
   """Writes a figure, as PNG or SVG by the suffix of the path."""
-  path = os.fspath(path)
+  path = str(path)
   # The same figure is the same file, whenever it is drawn.
-  options = {"metadata": {"Date": None}} if path.endswith(".svg") else {}
-  figure.savefig(path, **options)
+  metadata = {"Date": None} if path.endswith(".svg") else None
+  figure.savefig(path, metadata=metadata)

@@ -40,7 +40,8 @@ def cache_on_disk() -> None:
   All of them: by default JAX keeps what took a second to compile, but a run
   consists of some 300 programs that took less, and two thirds of its start.
   """
-  if jax.config.jax_compilation_cache_dir is None:
+  # JAX defines its options when it is imported.
+  if jax.config.jax_compilation_cache_dir is None:  # pyrefly: ignore
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))

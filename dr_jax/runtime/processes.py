@@ -44,7 +44,7 @@ def initialize(*, detect: bool = False) -> bool:
   given = {name: os.environ.get(name) for name in _VARIABLES}
   options: dict[str, Any] = {}
   if any(given.values()):
-    options = _options(given)
+    options |= _options(given)
   elif not detect:
     return False
   try:

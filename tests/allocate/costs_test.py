@@ -39,27 +39,54 @@ def test_a_budget_lies_between_the_cheapest_and_the_dearest(fraction, budget):
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda: allocate.stored_bits([0], (8,)), "parameters=0: too small"),
-    (lambda: allocate.stored_bits([1.0], (8,)), "parameters=1.0: no integer"),
-    (lambda: allocate.stored_bits([1], ()), r"bits=\(\): empty"),
-    (lambda: allocate.stored_bits([2**62], (8,)), "cost=3689.*: too large"),
-    (lambda: allocate.bops([3], (8, 2), (8,)), r"activation_bits=\(8,\)"),
-    (lambda: allocate.mean_bits(0, (8,)), "layers=0: too small"),
-    (lambda: allocate.mean_bits_budget(0.0, 3), "mean=0.0: not positive"),
-    (lambda: allocate.mean_bits_budget(np.nan, 3), "mean=nan: not positive"),
-    (lambda: allocate.between([[1, 2]], 1.1), "fraction=1.1: outside"),
-    (lambda: allocate.latency({}, ["a"], (8,)), "table='a': is missing"),
+    (
+      lambda: allocate.stored_bits([0], (8,)),
+      "parameters must be an integer >= 1, got 0",
+    ),
+    (
+      lambda: allocate.stored_bits([1.0], (8,)),
+      r"parameters must be an integer >= 1, got 1\.0",
+    ),
+    (lambda: allocate.stored_bits([1], ()), "bits must not be empty"),
+    (
+      lambda: allocate.stored_bits([2**62], (8,)),
+      r"cost must be < 2\^63, got 36893488147419103232",
+    ),
+    (
+      lambda: allocate.bops([3], (8, 2), (8,)),
+      r"activation_bits must be one.*got \(8,\)",
+    ),
+    (
+      lambda: allocate.mean_bits(0, (8,)),
+      "layers must be an integer >= 1, got 0",
+    ),
+    (
+      lambda: allocate.mean_bits_budget(0.0, 3),
+      r"mean must be > 0 and finite, got 0\.0",
+    ),
+    (
+      lambda: allocate.mean_bits_budget(np.nan, 3),
+      "mean must be > 0 and finite, got nan",
+    ),
+    (
+      lambda: allocate.between([[1, 2]], 1.1),
+      r"fraction must be in 0\.\.1, got 1\.1",
+    ),
+    (
+      lambda: allocate.latency({}, ["a"], (8,)),
+      r"table must have all layers of \['a'\], but lacks 'a'",
+    ),
     (
       lambda: allocate.latency({"a": {8: 1.0}}, ["a"], (8, 4)),
-      r"table\['a'\]=4: is missing",
+      r"table\['a'\] must have all bits of \[8, 4\], but lacks 4",
     ),
     (
       lambda: allocate.latency({"a": {8: -1.0}}, ["a"], (8,)),
-      r"table\['a'\]\[8\]=-1.0: no time",
+      r"table\['a'\]\[8\] must be seconds >= 0, got -1\.0",
     ),
     (
       lambda: allocate.latency({"a": {8: np.inf}}, ["a"], (8,)),
-      r"table\['a'\]\[8\]=inf: no time",
+      r"table\['a'\]\[8\] must be seconds >= 0, got inf",
     ),
   ],
 )

@@ -110,7 +110,9 @@ def test_sums_that_float64_cannot_tell_apart_are_one_point():
 
 def test_a_budget_below_the_front_is_infeasible():
   front = allocate.pareto([[1.0, 2.0]] * 2, [[8, 3]] * 2)
-  with pytest.raises(allocate.Infeasible, match="budget=5: .* 6 or more") as e:
+  with pytest.raises(
+    allocate.Infeasible, match="budget must be >= 6, the smallest cost, got 5"
+  ) as e:
     front.at(5)
   assert e.value.smallest == 6
   assert front.at(6).usage == {"cost": 6}
@@ -119,8 +121,12 @@ def test_a_budget_below_the_front_is_infeasible():
 @pytest.mark.parametrize(
   ("sensitivity", "cost", "message"),
   [
-    ([[np.nan]], [[1]], r"sensitivity\[0, 0\]=nan"),
-    ([[1.0]], [[1.5]], r"costs\['cost'\]\[0, 0\]=1.5: no integer"),
+    ([[np.nan]], [[1]], r"sensitivity\[0, 0\] must be finite, got nan"),
+    (
+      [[1.0]],
+      [[1.5]],
+      r"costs\['cost'\]\[0, 0\] must be an integer >= 0, got 1\.5",
+    ),
   ],
 )
 def test_wrong_arguments_are_named(sensitivity, cost, message):

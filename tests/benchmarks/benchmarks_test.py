@@ -138,7 +138,7 @@ def test_modes_are_all_or_those_that_are_named():
   assert throughput.modes(["accumulate/vmap"], quick=True, vmap=False) == [
     ("accumulate", "vmap")
   ]
-  with pytest.raises(ValueError, match="modes=fast: unknown; allowed are"):
+  with pytest.raises(ValueError, match="modes must be of .* got fast"):
     throughput.modes(["fast"])
 
 
@@ -164,7 +164,7 @@ def test_a_network_is_timed_on_all_devices():
 
 
 def test_a_batch_that_devices_cannot_share_is_refused():
-  with pytest.raises(ValueError, match="batch_size=6: .* multiples of 4"):
+  with pytest.raises(ValueError, match="batch_size must be a multiple.*got 6"):
     throughput.measure(SMALL, sharding.layout(), 6, [], rounds=1, steps=1)
 
 
@@ -374,7 +374,10 @@ def test_processes_meet_and_their_speeds_are_printed():
   ("arguments", "message"),
   [
     (("scaling", "--devices=2"), "error: devices must be in 1..1, got 2"),
-    (("joint_step", "--model=resnet20", "--torch"), "error: torch=True: not"),
+    (
+      ("joint_step", "--model=resnet20", "--torch"),
+      "error: torch must not be set with --model",
+    ),
   ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments, message):

@@ -108,7 +108,7 @@ def test_one_bit_width_allows_a_distillation_without_effect():
     ),
     (
       {"method": "binary", "quant": {"bits": (4,)}},
-      r"quant.bits must be \(1,\) for binary, got \(4,\)",
+      r"quant\.bits of binary must be \(1,\), got \(4,\)",
     ),
     (
       {"method": "matquant", "quant": {"weight_options": {"signed": True}}},

@@ -119,7 +119,7 @@ def test_an_evaluation_pass_is_in_order_and_masks_its_filling(batch_size):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 11])
 def test_a_batch_size_out_of_range_is_an_error_that_says_the_range(batch_size):
-  message = rf"^data\.batch_size is {batch_size}, but must be 1 to .*, 10$"
+  message = rf"^batch_size must be 1 to .*, 10, got {batch_size}$"
   with pytest.raises(ValueError, match=message):
     data.batches(numbered(10), batch_size=batch_size, seed=0)
 

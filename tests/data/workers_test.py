@@ -63,7 +63,7 @@ def test_an_unreadable_image_reaches_the_process_that_asked(make_folder):
   loaded = data.load("folder", path=str(path))
   with pytest.raises(
     data.UnreadableImage,
-    match="/tmp/pytest-of-root/pytest-26/test_an_unreadable_i",
+    match=r"cat/02\.png cannot be read",
   ):
     list(data.epoch(loaded.test, batch_size=4, workers=1))
   assert not multiprocessing.active_children()

@@ -32,8 +32,8 @@ def test_traces_of_another_network_are_refused(tmp_path):
   with pytest.raises(ValueError) as error:
     hessian.load(path, fingerprint="b" * 64)
   message = str(error.value)
-  assert message.startswith(f"{path}: traces of another network, aaaa")
-  assert "must have traces of this network, bbbb" in message
+  assert message.startswith(f"{path} must have traces of this network, bbbb")
+  assert "got those of aaaa" in message
   assert "\n" not in message
 
 
@@ -46,11 +46,12 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     hessian.save(path, unknown, fingerprint="b")
   assert path.read_bytes() == before
 
-  def interrupted(draft, *_, **__):
-    draft.write_bytes(b"{")
+  def interrupted(partial, content):
+    with partial.open("wb") as file:
+      file.write(content[:1])
     raise OSError("disk full")
 
-  monkeypatch.setattr("pathlib.Path.write_text", interrupted)
+  monkeypatch.setattr("pathlib.Path.write_bytes", interrupted)
   with pytest.raises(OSError, match="disk full"):
     hessian.save(path, ESTIMATES, fingerprint="c")
   assert path.read_bytes() == before
@@ -70,7 +71,7 @@ def test_a_damaged_file_is_named(tmp_path):
     path.write_bytes(text)
     with pytest.raises(ValueError, match="damaged.*hessian.save") as error:
       hessian.load(path)
-    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).startswith(f"{path} is damaged")
   with pytest.raises(FileNotFoundError):
     hessian.load(tmp_path / "none.json")
 

@@ -132,7 +132,7 @@ def test_quadratic_forms_of_half_precision_are_summed_in_float32():
 
 
 def test_an_unknown_mode_is_named():
-  with pytest.raises(ValueError, match="mode='sideways'.*forward_over_rev"):
+  with pytest.raises(ValueError, match="mode must be one of.*got 'sideways'"):
     hessian.hvp(jnp.sum, jnp.ones(2), jnp.ones(2), mode="sideways")
 
 
@@ -140,10 +140,16 @@ def test_an_unknown_mode_is_named():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"kernel": jnp.ones((3, 2))}, r"v/a/kernel=float32 \(3, 2\).*\(2, 3\)"),
-    ({"kernel": jnp.ones((2, 3), jnp.int32)}, r"v/a/kernel=int32.*float32"),
-    ({"kernel": None}, r"v/a/kernel: missing.*float32 \(2, 3\)"),
-    ({"scale": jnp.ones(3)}, r"v/a/scale: not in params.*a/bias, a/kernel"),
+    (
+      {"kernel": jnp.ones((3, 2))},
+      r"v/a/kernel must be float32.*got float32 \(3, 2\)",
+    ),
+    (
+      {"kernel": jnp.ones((2, 3), jnp.int32)},
+      r"v/a/kernel must be float32 \(2, 3\), got int32 \(2, 3\)",
+    ),
+    ({"kernel": None}, r"v/a/kernel must be float32 \(2, 3\), but is missing"),
+    ({"scale": jnp.ones(3)}, "v/a/scale is not in params, which has a/bias,"),
   ],
 )
 def test_a_vector_that_does_not_fit_is_refused_by_leaf(mode, change, message):
@@ -155,7 +161,9 @@ def test_a_vector_that_does_not_fit_is_refused_by_leaf(mode, change, message):
 
 def test_a_vector_in_another_container_is_refused():
   params = [jnp.ones(3)]
-  with pytest.raises(ValueError, match="v=.*does not fit"):
+  with pytest.raises(
+    ValueError, match=r"v must have the structure.*got PyTreeDef\(\(\*,\)\)"
+  ):
     hessian.hvp(lambda p: p[0].sum(), params, (jnp.ones(3),))
 
 

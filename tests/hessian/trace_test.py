@@ -298,28 +298,45 @@ def test_leaves_that_are_not_selected_need_no_derivative():
     loss, params, KEY, [jnp.ones(2)], select=["net/kernel"]
   )
   assert estimates == {"net/kernel": (48.0, 0.0, 8)}
-  with pytest.raises(ValueError, match="select=count: is int32.*floating"):
+  with pytest.raises(
+    ValueError, match="select must be of floating arrays, but count is"
+  ):
     hessian.trace(loss, params, KEY, [jnp.ones(2)])
 
 
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"select": ["a", "c"]}, "select=c: not in params; allowed are a, b"),
-    ({"select": "c/d"}, "select=c/d: not in params; allowed are a, b"),
-    ({"select": []}, "selects nothing; allowed are a, b"),
-    ({"select": lambda path: False}, "selects nothing; allowed are a, b"),
-    ({"rel_stderr": 0}, "rel_stderr=0: .*above 0"),
-    ({"rel_stderr": float("nan")}, "rel_stderr=nan: .*above 0"),
-    ({"min_probes": 1}, "min_probes=1: .*2 and more"),
-    ({"max_probes": 7}, "max_probes=7: .*min_probes=8"),
-    ({"mode": "both"}, "mode='both'.*forward_over_reverse"),
-    ({"batches": []}, "batches: empty"),
-    ({"batches": [jnp.ones(2), jnp.ones(0)]}, r"batches\[1\].*at least 1"),
-    ({"batches": [{"x": np.ones(2), "y": np.ones(3)}]}, r"batches\[0\]: lead"),
-    ({"batches": [np.float32(1)]}, r"batches\[0\]: leading axes \[\(\)\]"),
-    ({"batches": {"x": np.ones(2)}}, r"batches\[0\]: leading axes \[\(\)\]"),
-    ({"batches": iter([jnp.ones(2)])}, "batches=.*iterator.*only once"),
+    ({"select": ["a", "c"]}, "select must be of a, b, got c"),
+    ({"select": "c/d"}, "select must be of a, b, got c/d"),
+    ({"select": []}, "select must select some of a, b, got"),
+    ({"select": lambda path: False}, "select must select some of a, b"),
+    ({"rel_stderr": 0}, "rel_stderr must be > 0, got 0"),
+    ({"rel_stderr": float("nan")}, "rel_stderr must be > 0, got nan"),
+    ({"min_probes": 1}, "min_probes must be >= 2, to have an error bar, got 1"),
+    ({"max_probes": 7}, "max_probes must be >= min_probes=8, got 7"),
+    ({"mode": "both"}, "mode must be one of.*got 'both'"),
+    ({"batches": []}, "batches must not be empty"),
+    (
+      {"batches": [jnp.ones(2), jnp.ones(0)]},
+      r"batches\[1\] must have the same number of examples,",
+    ),
+    (
+      {"batches": [{"x": np.ones(2), "y": np.ones(3)}]},
+      r"batches\[0\] must have the same number of examples,",
+    ),
+    (
+      {"batches": [np.float32(1)]},
+      r"batches\[0\] must have the same.*got leading axes \[\(\)\]",
+    ),
+    (
+      {"batches": {"x": np.ones(2)}},
+      r"batches\[0\] must have the same.*got leading axes \[\(\)\]",
+    ),
+    (
+      {"batches": iter([jnp.ones(2)])},
+      "batches must be a sequence,.*got list_iterator",
+    ),
   ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
@@ -331,7 +348,9 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 
 def test_a_loss_or_a_product_that_is_not_finite_is_named_by_batch_and_layer():
   batches = [jnp.ones(2), jnp.full(2, jnp.inf)]
-  with pytest.raises(ValueError, match="loss of batch 1=-inf: .*finite"):
+  with pytest.raises(
+    ValueError, match="loss of batch 1 must be finite, got -inf"
+  ):
     hessian.trace(diagonal, diagonal_params(), KEY, batches)
 
   def kink(params, batch):
@@ -339,7 +358,9 @@ def test_a_loss_or_a_product_that_is_not_finite_is_named_by_batch_and_layer():
     return ((params["a"] ** 2).sum() + root) * batch.mean()
 
   params = {"a": jnp.ones(2), "b": jnp.zeros(2)}
-  with pytest.raises(ValueError, match=r"b: v\.Hv of batch 0=.*finite"):
+  with pytest.raises(
+    ValueError, match=r"b: v\.Hv of batch 0 must be finite, got -inf"
+  ):
     hessian.trace(kink, params, KEY, [jnp.ones(2)])
 
 
@@ -414,5 +435,5 @@ def test_sensitivity_is_the_trace_per_parameter_with_its_sign():
   sizes = {"a": 3, "b": 4, "c": 5}
   assert hessian.sensitivity(estimates, sizes) == {"a": 2.0, "b": -2.0}
   for wrong in ({"a": 3}, {"a": 3, "b": 0}):
-    with pytest.raises(ValueError, match=r"parameters\['b'\]=.*1 and more"):
+    with pytest.raises(ValueError, match=r"parameters\['b'\] must be >= 1"):
       hessian.sensitivity(estimates, wrong)

@@ -322,7 +322,7 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path, content):
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(
-    ValueError, match="w.safetensors': must be a safetensors file, and canno"
+    ValueError, match="w.safetensors' must be a safetensors file"
   ):
     models.load_torchvision(small(), path)
 
@@ -385,6 +385,8 @@ def test_a_file_that_does_not_fit_stops_a_run_before_anything_is_written(
     ConfigError, match=r"^model.weights=.*conv1.weight \[4, 3, 7, 7\] instead"
   ):
     pipeline.run(configuration(weights), tmp_path / "run")
-  with pytest.raises(ConfigError, match="^model.weights='/none': cannot be re"):
+  with pytest.raises(
+    ConfigError, match=r"model\.weights='/none' must be a safetensors file,"
+  ):
     pipeline.run(configuration("/none"), tmp_path / "run")
   assert not (tmp_path / "run").exists()

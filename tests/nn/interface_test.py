@@ -51,7 +51,7 @@ def fixed_weight(bits):
 def unit_activation(bits, *, signed=None):
   """Inputs in 0..1 without parameters; there is no signed form."""
   if signed:
-    raise ValueError("signed=True: allowed is False, inputs are 0..1")
+    raise ValueError("signed must be False, inputs are 0..1")
 
   def fake_quantize(params, x, index):
     assert params == {}
@@ -272,7 +272,7 @@ def test_a_missing_sign_matters_only_where_inputs_are_negative():
   }
   model = nn.quantize(Net(nnx.Rngs(0)), skip="stem", **options)
   assert [row.signed for row in nn.layer_table(model)] == [False, False]
-  message = "input of layer 'stem': signed=True: allowed is False, inputs"
+  message = "input of layer 'stem': signed must be False, inputs"
   with pytest.raises(ValueError, match=message):
     nn.quantize(Net(nnx.Rngs(0)), skip=(), **options)
   positive = options | {"sample": jnp.abs(images())}

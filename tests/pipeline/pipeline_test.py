@@ -202,7 +202,7 @@ def test_an_artifact_that_scores_otherwise_than_the_network_is_an_error(
   other["scores"]["2"]["loss"] += 1e-6
   trained.write_text(json.dumps(other))
   (workdir / "export" / "result.json").unlink()
-  with pytest.raises(ArtifactError, match="export/model: scores .* but the tr"):
+  with pytest.raises(ArtifactError, match="export/model scores .* but the tr"):
     pipeline.run(_config(), workdir)
   assert not (workdir / "export" / "result.json").exists()
   trained.write_text(before)

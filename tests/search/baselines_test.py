@@ -99,9 +99,9 @@ def test_draws_are_uniform_over_bit_widths():
 @pytest.mark.parametrize(
   ("draws", "message"),
   [
-    (0, "draws=0: too small; allowed is an integer of at least 1"),
-    (1.5, "draws=1.5: no integer; allowed is an integer of at least 1"),
-    (True, "draws=True: no integer"),
+    (0, "draws must be an integer >= 1, got 0"),
+    (1.5, "draws must be an integer >= 1, got 1.5"),
+    (True, "draws must be an integer >= 1, got True"),
   ],
 )
 def test_a_wrong_number_of_draws_is_named(draws, message):

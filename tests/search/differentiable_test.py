@@ -71,6 +71,7 @@ def additive_network(layers, bits, seed):
     apply=apply,
     params={"w": jnp.zeros((2, 2))},
     batch_stats={},
+    bits=bits,
     param_labels={"w": "weight"},
     layers=layers,
     scale_layers=(),

@@ -133,7 +133,9 @@ def test_it_goes_on_where_scores_are_not_finite(predictor):
   result = search.genetic(problem, budgets, **options)
   assert problems.index_of(problem, result)[0] == 3
   blind = problems.problem(score=lambda index: Score(10, math.nan))
-  with pytest.raises(ValueError, match="whose scores are finite"):
+  with pytest.raises(
+    ValueError, match="scores of the network must be finite, but the"
+  ):
     search.genetic(blind, budgets, **options, generations=3)
 
 
@@ -155,16 +157,16 @@ def test_the_predictor_ranks_by_the_preferred_score():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"population": 0}, "population=0: too small; allowed is an integer of at"),
-    ({"parents": 0}, "parents=0: too small"),
-    ({"generations": 0}, "generations=0: too small"),
-    ({"crossover": -1}, "crossover=-1: too small; .* at least 0"),
-    ({"mutation": 2.5}, "mutation=2.5: no integer"),
-    ({"tries": 0}, "tries=0: too small"),
-    ({"pool": 0}, "pool=0: too small"),
-    ({"scored": 0}, "scored=0: too small"),
-    ({"probability": 1.1}, "probability=1.1: outside; allowed is 0..1"),
-    ({"probability": math.nan}, "probability=nan: outside"),
+    ({"population": 0}, "population must be an integer >= "),
+    ({"parents": 0}, "parents must be an integer >= 1, got 0"),
+    ({"generations": 0}, "generations must be an integer >= 1, got 0"),
+    ({"crossover": -1}, "crossover must be an integer >= 0, got -1"),
+    ({"mutation": 2.5}, r"mutation must be an integer >= 0, got 2\.5"),
+    ({"tries": 0}, "tries must be an integer >= 1, got 0"),
+    ({"pool": 0}, "pool must be an integer >= 1, got 0"),
+    ({"scored": 0}, "scored must be an integer >= 1, got 0"),
+    ({"probability": 1.1}, "probability must be in 0..1, got 1.1"),
+    ({"probability": math.nan}, r"probability must be in 0\.\.1, got nan"),
   ],
 )
 def test_wrong_options_are_named(options, message):

@@ -134,7 +134,9 @@ def test_losses_that_are_not_finite_come_last(per_cost):
   problem = small([[0, 0, 0], [0, 0, 0]], [[8, 4, 2], [8, 4, 2]], score=score)
   result = search.greedy(problem, {"size": 10}, per_cost=per_cost)
   assert problems.index_of(problem, result) == (0, 2)
-  with pytest.raises(ValueError, match="whose scores are finite"):
+  with pytest.raises(
+    ValueError, match="scores of the network must be finite, but the"
+  ):
     search.greedy(problem, {"size": 4}, per_cost=per_cost)
 
 
@@ -154,6 +156,6 @@ def test_per_cost_comes_close_to_the_best_where_damages_add_up(seed):
 def test_per_cost_needs_a_single_budget():
   problem = problems.problem()
   budgets = problems.budgets(problem, names=["bops", "sum_bits"])
-  with pytest.raises(ValueError, match="per_cost=True: 2 budgets; allowed is"):
+  with pytest.raises(ValueError, match="budgets must be a single one .* got 2"):
     search.greedy(problem, budgets, per_cost=True)
   assert problem.evaluate.score.calls == []

@@ -115,11 +115,10 @@ def test_bits_that_cannot_be_held_are_skipped():
   [
     (
       {"objective": "fisher"},
-      "objective='fisher': the problem has no such sensitivity; allowed are "
-      "error, bits",
+      "objective must be a sensitivity of the problem, of error, bits",
     ),
-    ({"max_candidates": 0}, "max_candidates=0: too small; allowed is an int"),
-    ({"max_candidates": 2.0}, "max_candidates=2.0: no integer"),
+    ({"max_candidates": 0}, "max_candidates must be an integer >= 1, got 0"),
+    ({"max_candidates": 2.0}, "max_candidates must be .* got 2.0"),
   ],
 )
 def test_wrong_options_are_named(options, message):
@@ -131,7 +130,7 @@ def test_wrong_options_are_named(options, message):
 
 def test_a_problem_without_sensitivity_says_so():
   problem = problems.problem()
-  with pytest.raises(ValueError, match="objective='error'.*allowed are none"):
+  with pytest.raises(ValueError, match="of none, got 'error'"):
     search.hessian_ilp(problem, problems.budgets(problem))
 
 
@@ -161,11 +160,14 @@ def test_more_bits_go_to_sensitive_layers():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"parameters": [3]}, r"parameters: shape \(1,\); allowed is \(2,\)"),
-    ({"parameters": [3, 0]}, r"parameters\[1\]=0.0: allowed are 1 and more"),
-    ({"errors": [[1, 2]]}, r"errors: shape \(1, 2\); allowed is \(2, 2\)"),
-    ({"traces": [1, math.nan]}, r"traces\[1\]=nan: allowed are finite"),
-    ({"errors": [[1, 2], [3, math.inf]]}, r"errors\[1\]=.*inf.*: allowed are"),
+    ({"parameters": [3]}, r"parameters must have shape \(2,\), got \(1,\)"),
+    ({"parameters": [3, 0]}, r"parameters\[1\] must be >= 1, got 0.0"),
+    ({"errors": [[1, 2]]}, r"errors must have shape \(2, 2\), got \(1, 2\)"),
+    ({"traces": [1, math.nan]}, r"traces\[1\] must be finite, got nan"),
+    (
+      {"errors": [[1, 2], [3, math.inf]]},
+      r"errors\[1\] must be finite, got .*inf",
+    ),
   ],
 )
 def test_wrong_tables_are_named(change, message):
@@ -231,10 +233,14 @@ def test_quantization_errors_do_not_depend_on_the_bits_in_use(network):
 
 def test_a_layer_without_float_weights_is_named(network):
   stored = nn.thaw(Net(nnx.Rngs(1)), nn.freeze(network))
-  with pytest.raises(ValueError, match="layer 'conv': holds stored codes"):
+  with pytest.raises(
+    ValueError, match="layer 'conv' must have a float kernel, but holds"
+  ):
     search.quantization_errors(stored)
 
 
 def test_a_float_network_has_no_quantization_errors():
-  with pytest.raises(ValueError, match="no quantized layer; call nn.quantize"):
+  with pytest.raises(
+    ValueError, match="model must have a quantized layer; call"
+  ):
     search.quantization_errors(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))

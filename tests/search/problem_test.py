@@ -61,7 +61,9 @@ def test_a_torn_last_line_is_cut_off_and_scored_again(tmp_path):
 def test_a_file_of_something_else_is_named(tmp_path, line):
   path = tmp_path / "trials.jsonl"
   path.write_text(line + "\n")
-  with pytest.raises(ValueError, match="trials.jsonl.*is no trial; allowed"):
+  with pytest.raises(
+    ValueError, match="trials.jsonl must be a file .* is not a trial"
+  ):
     search.Evaluator(lambda index: Score(1, 1), path=path)
 
 
@@ -73,7 +75,9 @@ def test_a_signal_stops_a_search_before_its_next_score():
   ledger = search.Ledger(problem, problems.budgets(problem))
   ledger((0, 0))
   stopping.append(True)
-  with pytest.raises(InterruptedRun, match="search: SIGTERM") as caught:
+  with pytest.raises(
+    InterruptedRun, match="search: stopped by SIGTERM"
+  ) as caught:
     ledger((1, 0))
   assert caught.value.signal == signal.SIGTERM
   assert problem.evaluate.score.calls == [(0, 0)]
@@ -82,7 +86,7 @@ def test_a_signal_stops_a_search_before_its_next_score():
 @pytest.mark.parametrize("score", [Score(math.nan, 1.0), Score(1.0, math.inf)])
 def test_a_search_does_not_end_with_scores_that_are_no_numbers(score):
   problem = problems.problem(2, score=lambda index: score)
-  with pytest.raises(ValueError, match="allowed is a network whose scores are"):
+  with pytest.raises(ValueError, match="scores of the network must be finite"):
     search.uniform(problem, problems.budgets(problem))
 
 
@@ -111,9 +115,11 @@ def test_groups_are_ties_and_single_layers_without_what_a_pin_fixes():
 
 
 @pytest.mark.parametrize("budgets", [{}, {"watts": 3}])
-def test_an_unknown_budget_or_none_is_named_with_what_is_allowed(budgets):
+def test_an_unknown_budget_or_none_is_named_with_the_costs(budgets):
   problem = problems.problem()
-  with pytest.raises(ValueError, match="allowed are stored_bits, bops"):
+  with pytest.raises(
+    ValueError, match="budgets must be of the costs stored_bits, bops"
+  ):
     problem.check(budgets)
 
 
@@ -130,12 +136,14 @@ def test_the_solver_keeps_ties_and_pins_and_takes_more_pins():
 
 @pytest.mark.parametrize("field", ["costs", "sensitivity"])
 def test_a_table_of_another_shape_is_named(field):
-  with pytest.raises(ValueError, match=rf"{field}\['x'\]: shape \(6, 3\)"):
+  with pytest.raises(ValueError, match=rf"{field}.*\(6, 3\)"):
     problems.problem(**{field: {"x": np.ones((6, 3), np.int64)}})
 
 
 def test_what_to_prefer_is_loss_or_accuracy():
-  with pytest.raises(ValueError, match="metric='f1': allowed are loss, acc"):
+  with pytest.raises(
+    ValueError, match="metric must be loss or accuracy, got 'f1'"
+  ):
     problems.problem(metric="f1")
 
 
@@ -173,7 +181,7 @@ def test_a_result_can_be_named_but_not_above_a_budget():
   ledger = search.Ledger(problem, problem.cost((1, 1)))
   ledger((1, 1))
   assert problems.index_of(problem, ledger.result((3, 2))) == (3, 2)
-  with pytest.raises(ValueError, match="found .* allowed is at most"):
+  with pytest.raises(ValueError, match="found .* which exceeds"):
     ledger.result((0, 1))
 
 
@@ -320,7 +328,7 @@ def test_a_search_that_was_killed_pays_for_the_rest_only(tmp_path, name):
 def test_an_infeasible_budget_raises_before_any_evaluation(name):
   problem = with_tables()
   smallest = problem.cost(problem.start(3))["stored_bits"]
-  with pytest.raises(allocate.Infeasible, match=f"{smallest} or more"):
+  with pytest.raises(allocate.Infeasible, match=f">= {smallest}"):
     run(name, problem, {"stored_bits": smallest - 1})
   assert problem.evaluate.score.calls == []
   assert run(name, problem, {"stored_bits": smallest}).cost["sum_bits"] == 12
@@ -349,7 +357,9 @@ def test_budgets_hold_where_fewer_bits_cost_more(name):
 
 
 def test_bits_that_are_not_highest_first_are_refused():
-  with pytest.raises(ValueError, match=r"bits=\(2, 4\): not highest first"):
+  with pytest.raises(
+    ValueError, match=r"bits must be highest first, got \(2, 4\)"
+  ):
     search.Problem(
       table=problems.problem(2).table, bits=(2, 4), costs={}, evaluate=None
     )

@@ -41,6 +41,6 @@ def test_factor_follows_the_formula_of_its_mode(mode, size, expected):
   np.testing.assert_allclose(factor, expected, rtol=1e-5, atol=1e-8)
 
 
-def test_an_unknown_mode_is_named_with_what_is_allowed():
+def test_an_unknown_mode_is_an_error_that_lists_the_known():
   with pytest.raises(ValueError, match="alrs must be one of.*got 'fast'"):
     alrs.factor("fast", 1.0, jnp.float32(0), jnp.float32(1))

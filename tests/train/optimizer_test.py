@@ -73,7 +73,7 @@ def test_a_row_that_is_not_used_rests_as_a_separate_parameter_would(name):
       np.testing.assert_array_equal(got["s"][0], 0)
 
 
-def test_an_unknown_optimizer_is_named_with_what_is_allowed():
+def test_an_unknown_optimizer_is_an_error_that_lists_the_known():
   with pytest.raises(
     ValueError, match=r"optimizer must be one of \('adam', 'sgd'\), got 'lion'"
   ):

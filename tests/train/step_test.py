@@ -532,6 +532,7 @@ def _initial_state(parts):
 def _parts(network, mode, *, drawn="all", rate=0.7):
   return gradients.Parts(
     network=network,
+    bits=FOUR,
     optimizer=make_optimizer("sgd", param_labels=network.param_labels),
     learning_rate=optax.constant_schedule(rate),
     alrs=mode,
@@ -741,6 +742,6 @@ def test_progress_makes_the_target_softer_along_the_run():
     ({"mode": "fast"}, "alrs must be one of .* got 'fast'"),
   ],
 )
-def test_names_that_are_not_allowed_are_named(options, message):
+def test_unknown_names_are_errors_that_list_the_known(options, message):
   with pytest.raises(ValueError, match=message):
     _run(**options)

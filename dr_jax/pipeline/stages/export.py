@@ -35,7 +35,7 @@ def export(run: RunContext) -> None:
   artifact = deploy.open(path)
   loaded = artifact.load()
   scores = scoring.scores(run, loaded, run.bits)
-  trained = run.workdir.result(source)["scores"]
+  trained = run.workdir.finished(source)["scores"]
   if scores != trained:
     raise deploy.ArtifactError(
       f"{path} scores {scores}, but the trained network {trained}"

@@ -114,7 +114,7 @@ def _problem(run):
 
   estimates = traces(run)
   trainable = nn.functional(network)
-  fingerprint = run.workdir.result("supernet")["network"][:8]
+  fingerprint = run.workdir.finished("supernet")["network"][:8]
   directory = run.workdir.path / STAGE.name
   problem = dataclasses.replace(
     search_space.problem(config, table, run.bits),
@@ -169,7 +169,7 @@ def _path(run, problem, strategy, budget, budgets) -> pathlib.Path:
   """The file of one search; its name depends on all that decides its result."""
   config = run.config.search
   decides = {
-    "network": run.workdir.result("supernet")["network"],
+    "network": run.workdir.finished("supernet")["network"],
     "costs": {n: problem.costs[n].tolist() for n in config.costs},
     "budgets": budgets,
     "options": config.options.get(strategy, {}),

@@ -11,15 +11,14 @@ import math
 import pathlib
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
-from dr_jax import allocate
+from dr_jax import allocate, nn
 from dr_jax import search as searches
 from dr_jax.config import ConfigError, SearchConfig
 
 
 def problem(
-  config: SearchConfig, table: Sequence[Any], bits: tuple[int, ...]
+  config: SearchConfig, table: nn.LayerTable, bits: tuple[int, ...]
 ) -> searches.Problem:
   """The problem without what scores assignments: layers, costs, ties, pins.
 

@@ -147,7 +147,7 @@ def test_the_command_says_how_to_prepare_what_is_missing(tmp_path):
   code, errors = command(tmp_path, {"data": options | {"batch_size": 8}})
   assert code == 2
   assert errors.count("\n") == 1, errors
-  assert errors.startswith("error: data.dataset='cifar10': is not prepared")
+  assert errors.startswith("error: data.dataset 'cifar10' is not prepared")
   assert f"tfds build cifar10 --data_dir={tmp_path} --file_format" in errors
   assert not (tmp_path / "run").exists()
 
