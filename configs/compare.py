@@ -8,7 +8,7 @@ distillation, activations, curriculum) and shares the rest: Adam, learning rate,
 epochs, seeds. The network is narrow on purpose, a pre-activation ResNet8 of 4,
 8 and 16 channels: wide ones reach 99 % at every bit-width and show nothing. 540
 test images leave about half a point of noise in a single accuracy, hence three
-seeds, and cross-entropy beside it.
+seeds, and cross-entropy next to it.
 """
 
 import dataclasses

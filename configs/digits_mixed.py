@@ -6,7 +6,7 @@ Float training, joint training at {8, 6, 4, 2} bits, Hessian traces, a SuperNet
 trained by Hessian-aware stochastic bit-switching, every search at budgets of
 2.5 to 7 mean bits, and an artifact with the allocations found. The network, a
 pre-activation ResNet14 of 4 to 16 channels, is narrow enough that bits matter
-and has 14 quantized layers. Searches judge assignments on all images but those
+and has 14 quantized layers. Searches score assignments on all images but those
 of the test set: a fifth of the training images is held out, but 251 images
 alone rank good assignments poorly.
 

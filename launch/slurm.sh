@@ -17,10 +17,10 @@
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
 #
-# Five minutes before the time is up the processes are told to save and stop.
+# Five minutes before the time is up the processes are asked to save and stop.
 # Without "B:" the signal goes to them and not to this script.
 #SBATCH --signal=TERM@300
-# The job starts again after preemption or the loss of a node, and goes on from
+# The job starts again after preemption or the loss of a node, and resumes from
 # the last checkpoint; its log grows.
 #SBATCH --requeue
 #SBATCH --open-mode=append

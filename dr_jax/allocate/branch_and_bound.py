@@ -14,7 +14,7 @@ not above the ceiling has
 which few assignments satisfy when y is good. All of them are walked, variable
 by variable, with objectives and rows in exact integers; floats decide only
 what is hopeless by more than their rounding. Where they are many, the columns
-of one variable are split and each part gets prices of its own.
+of one variable are split and each part gets its own prices.
 
 References:
   Balas and Zemel, Operations Research 28 (1980): the core of a knapsack.
@@ -313,8 +313,8 @@ class _Walk:
   def _extend(self, states: _States, v: int) -> _States:
     spent = states.spent[:, None] + self._reduced[v]
     usage = states.usage[:, None] + self._rows[v]
-    hopeful = (spent <= self._room) & (usage <= self._limits).all(2)
-    parent, column = np.nonzero(hopeful)
+    unpruned = (spent <= self._room) & (usage <= self._limits).all(2)
+    parent, column = np.nonzero(unpruned)
     choices = states.choices[parent]
     choices[:, v] = column
     extended = _States(
@@ -366,7 +366,7 @@ def _first(states: _States) -> np.ndarray:
 def _undominated(states: _States) -> np.ndarray:
   """Returns the positions of states of which no other is as good in all.
 
-  With several rows only equal rows and the most hopeful states are compared,
+  With several rows only equal rows and the most promising states are compared,
   which leaves some dominated ones.
   """
   value, usage = states.value, states.usage

@@ -145,7 +145,7 @@ def _front(problem: Problem, total: np.ndarray, choices: np.ndarray) -> Front:
     index[:, list(group)] = columns[choices[:, v]][:, None]
   chosen = problem.sensitivity[np.arange(index.shape[1]), index]
   objective = np.array([math.fsum(row) for row in chosen.tolist()])
-  # What differs by less than float64 shows is no point of its own.
+  # What differs by less than float64 shows is not a separate point.
   kept = np.ones(len(total), bool)
   kept[1:] = objective[1:] < np.minimum.accumulate(objective)[:-1]
   return Front(total[kept], objective[kept], index[kept])

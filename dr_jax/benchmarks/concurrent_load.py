@@ -1,4 +1,4 @@
-"""Seconds of a training step while other things go on.
+"""Seconds of a training step under concurrent load.
 
 What `python -m dr_jax.benchmarks.overlap` prints.
 """
@@ -27,8 +27,8 @@ _WARMUP = 8
 _CHECKPOINT_EVERY = 10
 
 
-class Beside(NamedTuple):
-  """What goes on beside the steps.
+class Load(NamedTuple):
+  """The load that is concurrent with the steps.
 
   Attributes:
     name: in the table.
@@ -44,10 +44,10 @@ class Beside(NamedTuple):
 
 
 KINDS = (
-  Beside("the loop"),
-  Beside("and metrics of every step", metrics=True),
-  Beside("and checkpoints", metrics=True, checkpoints=True),
-  Beside("and decoding", metrics=True, checkpoints=True, images=True),
+  Load("the loop"),
+  Load("and metrics of every step", metrics=True),
+  Load("and checkpoints", metrics=True, checkpoints=True),
+  Load("and decoding", metrics=True, checkpoints=True, images=True),
 )
 
 
@@ -80,18 +80,18 @@ class Trained:
     jax.block_until_ready(state)
     return (time.perf_counter() - started) / steps
 
-  def looped(self, steps: int, beside: Beside, root: pathlib.Path) -> float:
+  def looped(self, steps: int, load: Load, root: pathlib.Path) -> float:
     """Seconds of a step in the training loop.
 
     Args:
       steps: how many are timed.
-      beside: what goes on meanwhile.
+      load: what runs concurrently.
       root: a directory of images, see `images.write`.
     """
     times: list[float] = []
     until = _WARMUP + steps
     batches: Any = [self._batch] * until
-    if beside.images:
+    if load.images:
       batches = images.batches(
         root,
         batch_size=len(self._batch["label"]),
@@ -101,9 +101,9 @@ class Trained:
     with contextlib.ExitStack() as stack:
       written = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       metrics, checkpoints = None, None
-      if beside.metrics:
+      if load.metrics:
         metrics = stack.enter_context(MetricsWriter(written / "metrics.jsonl"))
-      if beside.checkpoints:
+      if load.checkpoints:
         checkpoints = stack.enter_context(Checkpoints(written / "checkpoints"))
       train.Loop(
         stage="overlap",
@@ -130,7 +130,7 @@ class Trained:
 def measure(
   trained: Trained,
   root: pathlib.Path,
-  kinds: Sequence[Beside],
+  kinds: Sequence[Load],
   *,
   steps: int,
   rounds: int,
@@ -141,7 +141,7 @@ def measure(
   }
   for kind in kinds:
     runs[kind.name] = lambda kind=kind: trained.looped(steps, kind, root)
-  # Compiles what the loop needs beside the step.
+  # Compiles what the loop needs besides the step.
   trained.looped(1, kinds[-1], root)
   seconds: dict[str, list[float]] = {name: [] for name in runs}
   for _ in range(rounds):
@@ -153,7 +153,7 @@ def measure(
 def table(seconds: dict[str, list[float]], title: str) -> Table:
   """Medians, and medians of the ratios within a round."""
   shown = Table(title=title)
-  shown.add_column("what goes on")
+  shown.add_column("under load of")
   for column in ("ms/step", "of steps in a row"):
     shown.add_column(column, justify="right")
   alone = next(iter(seconds.values()))

@@ -6,8 +6,8 @@
       [--batch-size=256] [--image-size=224] [--modes=alternate/unroll,...]
 
 The second form times the steps of methods (`quant.RECIPES`, "all" for every
-one) beside Double Rounding's: the visits that a step of the method makes, with
-its schedule and distillation.
+one) compared with Double Rounding's: the passes that a step of the method
+makes, with its schedule and distillation.
 
 Everything is measured in one process, in turn, round after round, so that a
 noisy machine disturbs all alike: compare ratios. Reported per program: the
@@ -146,7 +146,7 @@ def _network(bits):
 
 
 def _methods(bits):
-  """Times the steps of methods beside Double Rounding's, and prints ratios."""
+  """Times the steps of methods, and prints ratios to Double Rounding's."""
   names = quant.RECIPES if _METHODS.value == ["all"] else _METHODS.value
   rows = [_method(name, bits) for name in dict.fromkeys([_OURS, *names])]
   _time(rows)

@@ -72,7 +72,7 @@ def _variables(address, count, number):
     # The size of XLA's pool of threads. With a single one, a collective could
     # wait for a thread that waits for the collective.
     "NPROC": "4",
-    # Empty, they hide what this process was told itself.
+    # Empty, they hide what this process was given itself.
     "JAX_COORDINATOR_ADDRESS": address if together else "",
     "JAX_NUM_PROCESSES": str(count) if together else "",
     "JAX_PROCESS_ID": str(number) if together else "",

@@ -29,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_mixed.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where runs go.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
 
-_FLOORS = ("uniform", "random")
+_BASELINES = ("uniform", "random")
 
 
 def main(argv):
@@ -51,7 +51,7 @@ def main(argv):
 
 
 def _uniform_table(bits, runs):
-  """The SuperNet at one bit-width everywhere, beside what it came from."""
+  """The SuperNet at one bit-width everywhere, and the network it came from."""
   table = Table(title="uniform bits: multi-precision network and SuperNet")
   table.add_column("bits")
   columns = ("multi-precision %", "SuperNet %", "difference")
@@ -106,12 +106,12 @@ def _search_table(seeds):
 
 
 def _floor_table(seeds):
-  """hessian_ilp against the floors, seed by seed."""
-  table = Table(title="hessian_ilp less a floor, paired by seed")
+  """hessian_ilp against the baselines, seed by seed."""
+  table = Table(title="hessian_ilp less a baseline, paired by seed")
   table.add_column("budget")
-  for floor in _FLOORS:
-    table.add_column(f"accuracy, {floor}", justify="right")
-    table.add_column(f"cross-entropy, {floor}", justify="right")
+  for baseline in _BASELINES:
+    table.add_column(f"accuracy, {baseline}", justify="right")
+    table.add_column(f"cross-entropy, {baseline}", justify="right")
   for name in ("accuracy", "cross-entropy"):
     table.add_column(f"{name} within one s.e.")
   found: dict[tuple[str, float], list] = {}
@@ -119,11 +119,11 @@ def _floor_table(seeds):
     found.setdefault((row["strategy"], row["budget"]), []).append(row["test"])
   for budget in dict.fromkeys(budget for _, budget in found):
     ours = found.get(("hessian_ilp", budget))
-    floors = [found.get((floor, budget)) for floor in _FLOORS]
-    if ours is None or None in floors:
+    baselines = [found.get((baseline, budget)) for baseline in _BASELINES]
+    if ours is None or None in baselines:
       continue
     cells, holds = [], {"accuracy": True, "loss": True}
-    for theirs in floors:
+    for theirs in baselines:
       for name, digits in (("accuracy", 2), ("loss", 4)):
         mine, other = ([s[name] for s in side] for side in (ours, theirs))
         cells.append(_difference(mine, other, digits))

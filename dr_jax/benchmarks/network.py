@@ -17,12 +17,12 @@ from dr_jax import models, nn, quant, train
 from dr_jax.config import TrainConfig
 from dr_jax.runtime.sharding import Layout
 
-# The smallest of the CIFAR networks has no name of its own.
+# The smallest of the CIFAR networks has no name.
 _DEPTH8 = "resnet8"
 NAMES = (_DEPTH8, *(name for name in models.NAMES if name != "resnet"))
 # The others are networks for 32x32 images of 10 classes.
 _IMAGENET = ("resnet18", "resnet34", "resnet50", "mobilenetv2")
-# Calibration needs no more, and compiles a program of its own.
+# Calibration needs no more, and compiles another program.
 _SAMPLE = 2
 
 

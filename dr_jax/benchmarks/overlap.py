@@ -39,7 +39,7 @@ flags.DEFINE_alias("image-size", "image_size")
 def main(argv):
   """Prints the table."""
   del argv
-  # Orbax tells of every step of a save.
+  # Orbax logs every step of a save.
   logging.set_verbosity(logging.WARNING)
   os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} {loopback.ONE_THREAD}".strip()

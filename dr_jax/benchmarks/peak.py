@@ -44,16 +44,16 @@ def peak(kind: str, dtype: str) -> float | None:
 
 
 def share_of_peak(
-  macs: int, images_per_second: float, visits: int, peak: float
+  macs: int, images_per_second: float, passes: int, peak: float
 ) -> float:
   """Returns the share of a peak, counting the model's own products only.
 
   Args:
     macs: multiply-accumulates of one image's forward pass.
     images_per_second: that whole steps train on.
-    visits: bit-widths that a step visits. Each takes a forward pass and a
+    passes: passes of a step, one per bit-width. Each takes a forward pass and a
       backward pass of twice its cost, two operations for a
       multiply-accumulate.
     peak: FLOP/s of all devices together.
   """
-  return 2 * 3 * macs * visits * images_per_second / peak
+  return 2 * 3 * macs * passes * images_per_second / peak

@@ -3,14 +3,14 @@
   python -m dr_jax.benchmarks.scaling [--processes=1,2,4] [--steps=20]
   python -m dr_jax.benchmarks.scaling --devices=1,2,4,8 [--model=resnet50]
 
-On a CPU, real processes that meet on loopback, each with one core of its own
+On a CPU, real processes on loopback, each with its own core
 as far as there are cores; where there are more processes than cores, a warning
 says so. With accelerators, one process with some of its devices. Each trains
 as the pipeline does: the loop, the layout, the question at every step whether
-somebody was told to stop. Efficiency is images per second and device, of those
+somebody was asked to stop. Efficiency is images per second and device, of those
 that the first count reached.
 
-A cluster that starts the processes itself, and tells them who they are with
+A cluster that starts the processes itself, and sets their numbers with
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, takes --measure:
 the first process prints one line of JSON.
 """

@@ -33,13 +33,13 @@ class Measured(NamedTuple):
 
   Attributes:
     name: of the kind.
-    visits: bit-widths that it visits.
+    passes: passes of a step.
     seconds: of a step, one for each round; empty if it did not fit in memory.
     first_seconds: of the first step, with compilation.
   """
 
   name: str
-  visits: int
+  passes: int
   seconds: list[float]
   first_seconds: float
 
@@ -186,7 +186,7 @@ def table(
       f"{row.first_seconds:.1f}",
     ]
     if best is not None:
-      share = share_of_peak(macs, speed, row.visits, best)
+      share = share_of_peak(macs, speed, row.passes, best)
       cells.append(f"{100 * share:.1f} %")
     shown.add_row(row.name, *cells)
   return shown

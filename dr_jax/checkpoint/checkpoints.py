@@ -62,7 +62,7 @@ def disk_bytes(state, *, keep=KEEP):
   """Returns how many bytes the checkpoints of a state take on disk at most.
 
   One more than are kept, since the oldest goes only when the newest is there;
-  and what Orbax writes beside the arrays, by measurement less than 64 KiB and
+  and what Orbax writes besides the arrays, by measurement less than 64 KiB and
   2 KiB for each array.
 
   Args:
@@ -330,7 +330,7 @@ class Checkpoints:
 
 
 def _recording(failed):
-  """A handler that tells at once what this process cannot write.
+  """A handler that records at once what this process cannot write.
 
   Orbax raises it when all processes have come to their end, and those that can
   write wait for a word of this one.
@@ -356,7 +356,7 @@ def _recording(failed):
 
 
 def _all_or_none(path, error):
-  """Raises where any process has an error, lest it go on without the others."""
+  """Raises in every process if any has an error, so that none continues."""
   if not all_agree(error is None):
     raise error or _damaged(path, "another process cannot read it")
 

@@ -2,7 +2,7 @@
 
 A state is one flat dictionary {"params/conv1/kernel": array, ...}, with the
 data of typed PRNG keys in their place. The manifest says shape, dtype and
-checksum of each array, and has a checksum of its own.
+checksum of each array, and carries its own checksum.
 """
 
 import collections

@@ -110,7 +110,7 @@ def epoch(source, *, batch_size, process_index=0, process_count=1, workers=0):
   """Returns one pass over the examples in order, for evaluation.
 
   All batches have the same shape, so that one compiled program serves them:
-  the last one is filled up with copies of its first example, and a mask tells
+  the last one is filled up with copies of its first example, and a mask says
   which examples count. Every process gets equally many. An image that cannot
   be read, where the source skips it, does not count.
 

@@ -34,7 +34,7 @@ class Records:
     """Returns the encoded image of a record, and its label."""
     try:
       record = self.source[index]
-    # What array_record and the parser raise for bytes that are no record.
+    # What array_record and the parser raise for bytes that are not a record.
     except Exception as error:
       raise UnreadableImage(str(error) or type(error).__name__) from None
     return record["image"], int(record["label"])

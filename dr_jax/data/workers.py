@@ -36,7 +36,7 @@ def read(batch, count, *, start=0, workers=0):
     for number in range(start, count):
       yield batch(number)
     return
-  # Grain asks for flags of its own, and a program without absl parses none.
+  # Grain reads its own flags, and a program without absl parses none.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   steps = grain.MapDataset.range(start, count).map(batch)

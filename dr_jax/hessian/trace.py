@@ -56,7 +56,7 @@ def trace(
 
   Probes are added until, for every selected leaf, the standard error is at
   most rel_stderr times the size of the mean. A leaf whose trace is about zero
-  never gets there: the run then ends at max_probes, and its stderr tells.
+  never gets there: the run then ends at max_probes, and its stderr shows it.
 
   The Hessian is that of the mean over all examples of all batches: each probe
   meets every batch, and batches count by their number of examples. Batches may

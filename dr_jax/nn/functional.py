@@ -155,8 +155,8 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
     batches: inputs [batch, ...], or tuples of all positional arguments.
 
   Raises:
-    ValueError: if there is no batch, or a norm did not see the batches or was
-      told to use its running average.
+    ValueError: if there is no batch, or a norm did not see the batches or is
+      set to use its running average.
   """
   norms = {
     path: module

@@ -74,7 +74,7 @@ class Quantized:
     self.promote = layer.promote_dtype
 
   def hold(self, weight: WeightQuantizer, arrays: dict[str, jax.Array]) -> None:
-    """Takes a weight quantizer and what it keeps beside the kernel."""
+    """Takes a weight quantizer and what it keeps besides the kernel."""
     self.weight_quantizer = weight
     self.weight_params = _learned(arrays)
 

@@ -3,7 +3,7 @@
 A comparison is a configuration with two more fields: `seeds`, and `methods`,
 each a name and the fields in which it differs from the rest (`method`, `quant`,
 `train`). Entries with the same `row` share a row of the table, for methods that
-train a network per bit-width. Every entry is a run of its own, in
+train a network per bit-width. Every entry is a run, in
 <workdir>/seed<n>/<name>; finished ones are not repeated.
 """
 

@@ -73,7 +73,7 @@ def finish_stage(
     bits: its candidate bit-widths, (None,) for a float network.
     steps: steps of training.
     started: time.monotonic() at the start of the stage.
-    **result: what the stage's result holds beside scores and seconds.
+    **result: what the stage's result holds besides scores and seconds.
   """
   if run.workdir.result(stage) is not None:
     return

@@ -1,7 +1,7 @@
 """Where the arrays of a run live: one mesh of devices with two axes.
 
   data  the batch is spread over it, and, if asked for, the parameters
-  bits  the bit-widths that a step visits at once (`vectorize="vmap"`)
+  bits  the bit-widths that a step trains at once (`vectorize="vmap"`)
 
 Axis types are Auto: the compiler places what a step computes, from where its
 inputs and outputs are. Batch norm sees the whole batch, on all devices.

@@ -9,7 +9,7 @@ candidate, averaged by probabilities m_lb. One batch takes one step on
 
   edmips  m = softmax(a); weights and logits learn from the same batches.
           CVPR 2020, arXiv 2004.05795.
-  dnas    m = softmax((a + Gumbel noise) / T), drawn anew for every batch, T
+  dnas    m = softmax((a + Gumbel noise) / T), resampled for every batch, T
           falling; weights learn from even batches and logits from odd ones.
           arXiv 1812.00090.
 
@@ -44,7 +44,7 @@ from dr_jax.train import Loop, TrainState, cross_entropy, make_optimizer
 
 
 class Knobs(NamedTuple):
-  """What a step is told from outside, so that one program serves all searches.
+  """Arguments of a step, so that one program serves all searches.
 
   Attributes:
     rows: int32 [L], where each layer finds its probabilities: the number of
@@ -55,7 +55,7 @@ class Knobs(NamedTuple):
     hot, cold: float32, temperature at the first and the last step.
     steps: float32, length of the search.
     noise: float32, 1 to draw probabilities, 0 to take them as they are.
-    alternate: bool, weights and logits learn from batches of their own.
+    alternate: bool, weights and logits learn from separate batches.
   """
 
   rows: Any

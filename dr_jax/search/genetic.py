@@ -34,8 +34,8 @@ def genetic(
   """Evolves assignments within the budgets; returns the best that was scored.
 
   The first generation is random. A child that is over a budget or was scored
-  before is drawn again, then repaired as in `floors.random`; one that is known
-  even then is left out.
+  before is drawn again, then repaired as in `baselines.random`; one that is
+  known even then is left out.
 
   With a predictor (MultiQuant) a linear model of the score, one coefficient
   per layer and bit-width, is fitted to all trials. It ranks `pool` times as
@@ -50,8 +50,8 @@ def genetic(
     parents: best assignments so far, from which children come.
     generations: their number, the first one included.
     crossover: children per generation with each layer from one of two parents.
-    mutation: children per generation with some layers of a parent drawn anew.
-    probability: of a layer to be drawn anew.
+    mutation: children per generation with some layers of a parent resampled.
+    probability: of a layer to be resampled.
     tries: times that a child is drawn before it is repaired.
     predictor: whether to rank children before they are scored.
     pool: with a predictor, children drawn for each without it.
@@ -128,13 +128,13 @@ class _Breed:
   def mutated(
     self, parents: Sequence[Index], number: int, known: Set[Index]
   ) -> list[Index]:
-    """A parent with some genes drawn anew."""
+    """A parent with some genes resampled."""
     parents = [self.genes.of(index) for index in parents]
 
     def child():
       parent = parents[self.rng.integers(len(parents))]
-      anew = self.rng.random(parent.shape) < self.probability
-      return np.where(anew, self.genes.draw(self.rng), parent)
+      resampled = self.rng.random(parent.shape) < self.probability
+      return np.where(resampled, self.genes.draw(self.rng), parent)
 
     return self._new(number, known, child)
 

@@ -4,7 +4,7 @@ A search is a function
 
     search(problem, budgets, *, seed=0, ...) -> Result
 
-It never retrains what it is judged on: an assignment is scored by inference, on
+It never retrains what it is scored on: an assignment is scored by inference, on
 examples of which the test set has none. Every score is remembered, in memory
 and on disk, so that a search that was killed runs again from its seed and finds
 all scores that it already paid for.
@@ -51,7 +51,7 @@ class Evaluator:
 
   Attributes:
     path: JSON lines, one trial each; None for memory alone. It belongs to one
-      network and one set of examples: a new one needs a file of its own.
+      network and one set of examples: a new one needs another file.
   """
 
   def __init__(

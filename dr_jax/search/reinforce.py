@@ -8,7 +8,7 @@ in [0, 1], which means a bit-width
 
 so that the ends have as much of [0, 1] as the others. The whole assignment then
 earns one reward, which every step of the pass is given. Here an assignment is
-judged on the SuperNet by inference: nothing is fine-tuned. HAQ: CVPR 2019,
+scored on the SuperNet by inference: nothing is fine-tuned. HAQ: CVPR 2019,
 arXiv 1811.08886, section 3.
 """
 
@@ -54,7 +54,7 @@ def reinforce(
   of a normal distribution, truncated to [0, 1], that narrows with every
   episode, and after each the agent learns once per step of it. An assignment
   over a budget is cut (`cut`) before it is scored, and the agent learns from
-  the bit-widths that were scored: told that its own actions had earned the
+  the bit-widths that were scored: given that its own actions had earned the
   reward, it saw no reason to ask for less than all bits everywhere. Rewards are
   accuracies, whatever `problem.metric` says; that decides at the end.
 

@@ -1,6 +1,6 @@
-"""What each bit-width learns from: labels, or answers of a higher one.
+"""What each bit-width learns from: labels, or logits of a higher one.
 
-With p_j the softmax at visit j of a step (0 the highest bit-width), y the
+With p_j the softmax at pass j of a step (0 the highest bit-width), y the
 one-hot labels, CE(target, p) = -sum target log p, and teachers detached:
 
   none        CE(y, p_j)
@@ -40,13 +40,13 @@ class Distillation(NamedTuple):
   """One scheme.
 
   Attributes:
-    teacher: whose logits a visit is given: "previous", "first", or None.
-    loss: `loss(logits, labels, teacher, visit, progress, memory) -> scalar`.
-      logits and teacher [n, classes], labels int [n], `visit` the number of
-      the visit in the step (int, or traced int32), `progress` in (0, 1] how
-      much of the run is done. At visit 0 the teacher means nothing.
+    teacher: whose logits a pass is given: "previous", "first", or None.
+    loss: `loss(logits, labels, teacher, number, progress, memory) -> scalar`.
+      logits and teacher [n, classes], labels int [n], `number` the number of
+      the pass in the step (int, or traced int32), `progress` in (0, 1] how
+      much of the run is done. At pass 0 the teacher means nothing.
     init: `init(classes) -> memory`, what is carried from step to step.
-    learn: `learn(memory, logits, labels) -> memory` from the first visit's
+    learn: `learn(memory, logits, labels) -> memory` from the first pass's
       logits, before any loss of the step.
   """
 
@@ -57,7 +57,7 @@ class Distillation(NamedTuple):
 
   @property
   def exchanges(self) -> bool:
-    """Whether a visit needs the answers of others."""
+    """Whether a pass needs the logits of others."""
     return self.teacher is not None or bool(self.init(1))
 
 
@@ -74,27 +74,27 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return -(targets * log_p).sum(-1).mean()
 
 
-def _none(logits, labels, teacher, visit, progress, memory):
-  del teacher, visit, progress, memory
+def _none(logits, labels, teacher, number, progress, memory):
+  del teacher, number, progress, memory
   return cross_entropy(logits, labels)
 
 
-def _soft(logits, labels, teacher, visit, progress, memory):
+def _soft(logits, labels, teacher, number, progress, memory):
   del progress, memory
   return _after_the_first(
-    visit,
+    number,
     lambda: cross_entropy(logits, labels),
     lambda: soft_cross_entropy(logits, jax.nn.softmax(teacher)),
   )
 
 
 def _mixture(share):
-  def loss(logits, labels, teacher, visit, progress, memory):
+  def loss(logits, labels, teacher, number, progress, memory):
     del memory
     part = share(progress)
     hard = jax.nn.one_hot(labels, logits.shape[-1])
     return _after_the_first(
-      visit,
+      number,
       lambda: cross_entropy(logits, labels),
       lambda: soft_cross_entropy(
         logits, (1 - part) * hard + part * jax.nn.softmax(teacher)
@@ -104,7 +104,7 @@ def _mixture(share):
   return loss
 
 
-def _resolution(logits, labels, teacher, visit, progress, memory):
+def _resolution(logits, labels, teacher, number, progress, memory):
   del progress, memory
   hard = 0.45 * cross_entropy(logits, labels)
 
@@ -115,11 +115,11 @@ def _resolution(logits, labels, teacher, visit, progress, memory):
     divergence = (jnp.exp(theirs) * (theirs - ours)).sum(-1).mean()
     return hard + 0.1 * t * t * divergence
 
-  return _after_the_first(visit, lambda: hard, with_teacher)
+  return _after_the_first(number, lambda: hard, with_teacher)
 
 
-def _class_means(logits, labels, teacher, visit, progress, memory):
-  del teacher, visit, progress
+def _class_means(logits, labels, teacher, number, progress, memory):
+  del teacher, number, progress
   hard = jax.nn.one_hot(labels, logits.shape[-1])
   return soft_cross_entropy(logits, (hard + memory["means"][labels]) / 2)
 
@@ -135,10 +135,10 @@ def _learn_class_means(memory, logits, labels):
   return {"means": jnp.where(count > 0, moved, means)}
 
 
-def _after_the_first(visit, first, later):
-  if isinstance(visit, int):
-    return later() if visit else first()
-  return jnp.where(visit == 0, first(), later())
+def _after_the_first(number, first, later):
+  if isinstance(number, int):
+    return later() if number else first()
+  return jnp.where(number == 0, first(), later())
 
 
 SCHEMES = {

@@ -1,8 +1,8 @@
-"""Hessian-Aware Stochastic Bit-switching: how a SuperNet meets mixed bits.
+"""Hessian-Aware Stochastic Bit-switching: how a SuperNet trains mixed bits.
 
-A step visits every bit-width b, high to low. At each visit every layer draws
-r ~ U[0, 1]: where r < sigma it takes its bits from its roulette, else b; the
-weights and inputs of a layer share them. With t the layers' sensitivities and
+A step passes through every bit-width b, high to low. At each pass every layer
+draws r ~ U[0, 1]: where r < sigma it takes its bits from its roulette, else b;
+the weights and inputs of a layer share them. With t the layers' sensitivities and
 t_m their mean, layer l's roulette is
 
   t_l <  t_m   every bit-width equally likely
@@ -84,7 +84,7 @@ def sampling(
 ) -> Sampling:
   """Builds the sampling of a SuperNet's training, for `train.make_trainer`.
 
-  Draws depend on the run's key, the step and the visit alone, so that a run is
+  Draws depend on the run's key, the step and the pass alone, so that a run is
   reproducible from its seed and resumable. Bits are traced: one program serves
   all assignments.
 
@@ -114,15 +114,15 @@ def sampling(
       )
     share = sigma(step * epochs // steps, epochs, start=start, warmup=warmup)
     return [
-      _visit(jax.random.fold_in(key, visit), visit, probabilities, share)
-      for visit in range(candidates)
+      _draw_pass(jax.random.fold_in(key, number), number, probabilities, share)
+      for number in range(candidates)
     ]
 
   return Sampling(labels=tuple, draw=draw)
 
 
-def _visit(key, own, probabilities, share):
-  """Bits of all layers in the visit of the bit-width number `own`."""
+def _draw_pass(key, own, probabilities, share):
+  """Bits of all layers in the pass of the bit-width number `own`."""
   switch, spin = jax.random.split(key)
   layers = len(probabilities)
   switched = jax.random.uniform(switch, (layers,)) < share

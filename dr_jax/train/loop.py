@@ -2,7 +2,7 @@
 
 The loop runs a few steps ahead of the device and looks at losses only when
 they are there, so that neither logging nor checking makes a step wait. Nor does
-a checkpoint: the device copies the state and goes on, and the copy is written
+a checkpoint: the device copies the state and continues, and the copy is written
 once every loss up to it was found finite.
 """
 

@@ -2,7 +2,7 @@
 
 Kernels and biases have a plain optimizer. Learned quantization parameters and
 rows of switchable norms belong to single bit-widths, so that only some of them
-are in use at a time: there every number has an optimizer of its own, which
+are in use at a time: there every number has its own optimizer, which
 rests while the number is not used, as separate parameters would in PyTorch.
 Weight decay acts on kernels only.
 """

@@ -1,10 +1,10 @@
-"""Which bit-widths a training step visits, in which order.
+"""The bit-widths of a training step's passes, and their order.
 
-A sampling is a list of visits. Each visit is a position in the candidate
+A sampling is a list of passes. Each is a position in the candidate
 bit-widths: fixed (a Python int, whose constants fold), drawn for the whole
 network (an int32 scalar), or drawn for every layer (int32 [layers]). The first
-visit is always the highest of the step, so that it can teach the others.
-Sensitivity-aware sampling is in `train.hasb`; there some layers of a visit have
+pass is always the highest of the step, so that it can teach the others.
+Sensitivity-aware sampling is in `train.hasb`; there some layers of a pass have
 other bits than its own.
 """
 
@@ -22,10 +22,10 @@ class Sampling(NamedTuple):
   """One way to choose bit-widths.
 
   Attributes:
-    labels: `labels(bits) -> tuple`, what each visit trains: a bit-width, or a
+    labels: `labels(bits) -> tuple`, what each pass trains: a bit-width, or a
       word where it is drawn.
     draw: `draw(key, candidates, layers, step) -> list` of indices, one per
-      visit; `candidates` and `layers` are numbers of bit-widths and layers,
+      pass; `candidates` and `layers` are numbers of bit-widths and layers,
       `step` counts batches from 0.
   """
 

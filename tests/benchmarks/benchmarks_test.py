@@ -152,7 +152,7 @@ def test_a_network_is_timed_on_all_devices():
     "float",
     "joint alternate sequential",
   ]
-  assert [row.visits for row in measured] == [1, 2]
+  assert [row.passes for row in measured] == [1, 2]
   for row in measured:
     assert len(row.seconds) == 2
     assert 0 < min(row.seconds) < row.first_seconds  # which compiled

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dr_jax import checkpoint
+from dr_jax.checkpoint import checkpoints as checkpoints_module
 from dr_jax.checkpoint.checkpoints import (
   CheckpointError,
   Checkpoints,
@@ -404,7 +404,7 @@ def test_another_state_does_not_give_way_to_the_one_before(tmp_path):
 def test_what_one_process_cannot_read_all_leave(tmp_path, monkeypatch):
   # Each restore asks twice, once it has read and once it has compared.
   answers = iter([False, True, True])
-  monkeypatch.setattr(checkpoint, "all_agree", lambda fine: next(answers))
+  monkeypatch.setattr(checkpoints_module, "all_agree", lambda _: next(answers))
   with Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, {"x": jnp.int32(step)}, blocking=True)

@@ -137,7 +137,7 @@ def test_the_command_names_a_truncated_image_in_one_line(make_folder, tmp_path):
   )  # fmt: skip
   assert code == 2, errors
   (line,) = (x for x in errors.splitlines() if x.startswith("error: "))
-  assert f"{path}/train/cat/" in line and ": cannot be read (" in line
+  assert f"{path}/train/cat/" in line and " cannot be read (" in line
   assert "Traceback" not in errors and "leaked" not in errors
 
 
@@ -181,5 +181,5 @@ def test_a_field_that_is_wrong_is_one_line(options, message):
 
 def test_digits_take_no_options_that_would_change_nothing():
   for field, value in (("workers", 2), ("mean", (0.5,)), ("image_size", 8)):
-    with pytest.raises(ConfigError, match=f"data.{field}=.*'digits'"):
+    with pytest.raises(ConfigError, match=f"data.{field} must be .*'digits'"):
       from_dict({"data": {field: value}})

@@ -161,7 +161,7 @@ def test_norms_per_device_are_a_configuration_of_their_own(alone, tmp_path):
       r"devices\.data must be in 0\.\.4 .* got 5",
     ),
     ({"bits": 2}, r"devices\.bits must be 1 with train\.vectorize='auto'"),
-    ({"norm": "per_device"}, r"devices\.norm='per_device': with .*data=0"),
+    ({"norm": "per_device"}, r"devices\.norm='per_device' needs .*data=0"),
     ({"data": 3}, r"data\.batch_size must be a multiple of 3"),
     ({"parameters": "split"}, r"devices\.parameters must be one of replicated"),
     ({"norm": "local"}, r"devices\.norm must be one of global, per_device"),
