@@ -1,10 +1,22 @@
 """Tests of the configuration as the library takes it: plain nested dicts."""
 
+import subprocess
+import sys
+
 import pytest
 
 from dr_jax.config import Config, ConfigError, from_dict, quantizers
 from dr_jax.quant import RECIPES
 from dr_jax.search import SEARCHES
+
+
+def test_fields_load_nothing_of_the_library():
+  """Files of configurations need the fields alone."""
+  code = "import sys, dr_jax.config; print(*sys.modules)"
+  output = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  ).stdout
+  assert not {"jax", "flax", "optax", "dr_jax.train"} & set(output.split())
 
 
 def test_missing_fields_keep_their_defaults():
