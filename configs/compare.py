@@ -11,13 +11,16 @@ test images leave about half a point of noise in a single accuracy, hence three
 seeds, and cross-entropy next to it.
 """
 
-import dataclasses
-
-import ml_collections
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from dr_jax import quant
-from dr_jax.config import DataConfig, DevicesConfig
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  ModelConfig,
+  TrainConfig,
+  files,
+)
 
 BITS = (8, 6, 4, 2)
 # Methods that serve any bit-widths from one network; those with a bit-width of
@@ -36,53 +39,35 @@ def get_config(arg=None):
     if name not in METHODS:
       known = ", ".join(METHODS)
       raise ValueError(f"methods must be of {known}, got {name!r}")
-  config = ml_collections.ConfigDict()
+  config = ConfigDict()
   config.name = "compare"
   config.seeds = (0, 1, 2)
   config.checkpoint_every = 1000
   config.log_every = 20
 
-  # Every field of the group, as the library has it.
-  config.data = ml_collections.ConfigDict(dataclasses.asdict(DataConfig()))
-  config.data.name = "digits"
-  config.data.batch_size = 128
-
-  config.devices = ml_collections.ConfigDict(
-    dataclasses.asdict(DevicesConfig())
+  config.data = files.group(DataConfig, name="digits", batch_size=128)
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(
+    ModelConfig, name="resnet", options={"depth": 8, "widths": (4, 8, 16)}
+  )
+  config.quant = ConfigDict({"bits": BITS})
+  config.pretrain = files.group(
+    TrainConfig, epochs=40, optimizer="sgd", learning_rate=0.1
+  )
+  # What a flag sets here holds for every method; else each has its own.
+  config.train = files.train_group(
+    epochs=40, learning_rate=2e-3, vectorize="sequential"
   )
 
-  config.model = ml_collections.ConfigDict()
-  config.model.name = "resnet"
-  config.model.options = ml_collections.ConfigDict()
-  config.model.options.depth = 8
-  config.model.options.widths = (4, 8, 16)
-
-  config.quant = ml_collections.ConfigDict()
-  config.quant.bits = BITS
-
-  config.pretrain = ml_collections.ConfigDict()
-  config.pretrain.epochs = 40
-  config.pretrain.optimizer = "sgd"
-  config.pretrain.learning_rate = 0.1
-
-  config.train = ml_collections.ConfigDict()
-  config.train.epochs = 40
-  config.train.optimizer = "adam"
-  config.train.learning_rate = 2e-3
-  config.train.vectorize = "sequential"
-  # Set by a flag they hold for every method; else each has its own.
-  for field in ("schedule", "sampling", "distillation", "alrs"):
-    config.train[field] = config_dict.placeholder(str)
-
-  config.methods = ml_collections.ConfigDict()
+  config.methods = ConfigDict()
   for name in chosen:
-    method = ml_collections.ConfigDict()
+    method = ConfigDict()
     method.method, method.row = name, name.replace("_", " ")
     if name.startswith("separate"):
       method.row = name.rpartition("_")[0].replace("_", " ")
       method.method = method.row.removeprefix("separate ").replace(" ", "_")
     if METHODS[name] != BITS:
-      method.quant = ml_collections.ConfigDict()
+      method.quant = ConfigDict()
       method.quant.bits = METHODS[name]
     config.methods[name] = method
   return config

@@ -13,79 +13,36 @@ Add the stage "separate" to train LSQ at each bit-width for comparison;
 rate and fewer epochs.
 """
 
-import dataclasses
+from ml_collections import ConfigDict
 
-import ml_collections
-from ml_collections import config_dict
-
-from dr_jax import quant
-from dr_jax.config import DataConfig, DevicesConfig
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  ModelConfig,
+  TrainConfig,
+  files,
+)
 
 
 def get_config(arg=None):
   """Returns the configuration; "432" as argument takes bits {4, 3, 2}."""
-  if arg and not arg.isdecimal():
-    raise ValueError(
-      f"argument must be bit-widths, as digits.py:432, got {arg!r}"
-    )
-  config = ml_collections.ConfigDict()
-  config.name = "digits" if not arg else f"digits_{arg}"
+  digits, _ = files.parse(arg)
+  config = ConfigDict()
+  config.name = f"digits_{digits}" if digits else "digits"
   config.seed = 0
   config.stages = ("pretrain", "multi_precision", "export", "report")
   config.checkpoint_every = 50
   config.log_every = 10
-
-  # Every field of the group, as the library has it.
-  config.data = ml_collections.ConfigDict(dataclasses.asdict(DataConfig()))
-  config.data.name = "digits"
-  config.data.batch_size = 128
-
-  config.devices = ml_collections.ConfigDict(
-    dataclasses.asdict(DevicesConfig())
-  )
-
-  config.model = ml_collections.ConfigDict()
-  config.model.name = "resnet"
-  config.model.weights = ""
-  config.model.dtype = "float32"
-  config.model.options = ml_collections.ConfigDict()
-  config.model.options.depth = 8
-  config.model.options.widths = (16, 64, 160)
-
-  # What the method leaves open here is its own; see quant.RECIPES.
   config.method = "double_rounding"
-  config.quant = ml_collections.ConfigDict()
-  config.quant.bits = tuple(map(int, arg)) if arg else (8, 6, 4, 2)
-  config.quant.weight = config_dict.placeholder(str)
-  config.quant.weight_options = _left_open(quant.options_of("weight"))
-  config.quant.activation = config_dict.placeholder(str)
-  config.quant.activation_options = _left_open(quant.options_of("activation"))
-  config.quant.norm = config_dict.placeholder(str)
-
-  config.pretrain = ml_collections.ConfigDict()
-  config.pretrain.epochs = 15
-  config.pretrain.optimizer = "sgd"
-  config.pretrain.learning_rate = 0.1
-  config.pretrain.weight_decay = 5e-5
-  config.pretrain.momentum = 0.9
-
-  config.train = ml_collections.ConfigDict()
-  config.train.epochs = 15
-  config.train.optimizer = "adam"
-  config.train.learning_rate = 1e-3
-  config.train.weight_decay = 5e-5
-  config.train.momentum = 0.9
-  config.train.vectorize = "auto"
-  config.train.schedule = config_dict.placeholder(str)
-  config.train.sampling = config_dict.placeholder(str)
-  config.train.distillation = config_dict.placeholder(str)
-  config.train.loss_weights = config_dict.placeholder(tuple)
-  config.train.alrs = config_dict.placeholder(str)
-  config.train.curriculum = config_dict.placeholder(str)
+  config.data = files.group(DataConfig, name="digits", batch_size=128)
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(
+    ModelConfig, name="resnet", options={"depth": 8, "widths": (16, 64, 160)}
+  )
+  # What is left open here is the method's own; see quant.RECIPES.
+  config.quant = files.quant_group(map(int, digits or "8642"))
+  config.pretrain = files.group(
+    TrainConfig, epochs=15, optimizer="sgd", learning_rate=0.1
+  )
+  config.train = files.train_group(epochs=15, learning_rate=1e-3)
   return config
-
-
-def _left_open(types):
-  """Fields that a flag can set; until then they are the method's own."""
-  fields = {name: config_dict.placeholder(t) for name, t in types.items()}
-  return ml_collections.ConfigDict(fields)

@@ -14,18 +14,26 @@ arXiv 2502.01199, section 3.3; searches in dr_jax/search.
 `python -m dr_jax.benchmarks.mixed` gives means over seeds.
 """
 
-import pathlib
-import runpy
+from ml_collections import ConfigDict
 
-import ml_collections
-
-_DIGITS = runpy.run_path(str(pathlib.Path(__file__).with_name("digits.py")))
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  HasbConfig,
+  HessianConfig,
+  ModelConfig,
+  SearchConfig,
+  TrainConfig,
+  files,
+)
 
 
 def get_config(arg=None):
   """Returns the configuration; "432" as argument takes bits {4, 3, 2}."""
-  config = _DIGITS["get_config"](arg)
-  config.name = config.name.replace("digits", "digits_mixed")
+  digits, _ = files.parse(arg)
+  config = ConfigDict()
+  config.name = f"digits_mixed_{digits}" if digits else "digits_mixed"
+  config.seed = 0
   config.stages = (
     "pretrain",
     "multi_precision",
@@ -35,50 +43,46 @@ def get_config(arg=None):
     "export",
     "report",
   )
-  config.data.holdout = 0.2
-  config.model.options.depth = 14
-  config.model.options.widths = (4, 8, 16)
-  config.pretrain.epochs = 60
-  config.train.epochs = 60
-
-  config.hessian = ml_collections.ConfigDict()
-  config.hessian.images = 1024
-  config.hessian.batch_size = 256
-  config.hessian.rel_stderr = 0.05
-  config.hessian.min_probes = 8
-  config.hessian.max_probes = 512
-
-  config.supernet = ml_collections.ConfigDict()
-  config.supernet.epochs = 60
-  config.supernet.optimizer = "adam"
-  config.supernet.learning_rate = 1e-3
-  config.supernet.weight_decay = 5e-5
-  config.supernet.momentum = 0.9
-  config.supernet.schedule = "alternate"
-  config.supernet.vectorize = "sequential"
-  config.supernet.alrs = "eta"
-  config.supernet.distillation = "none"
-
-  config.hasb = ml_collections.ConfigDict()
-  config.hasb.sigma = 0.5
-  config.hasb.warmup = 1 / 9
-
-  config.search = ml_collections.ConfigDict()
-  config.search.strategies = (
-    "hessian_ilp",
-    "greedy",
-    "genetic",
-    "edmips",
-    "dnas",
-    "reinforce",
-    "uniform",
-    "random",
-    "proportional",
+  config.checkpoint_every = 50
+  config.log_every = 10
+  config.method = "double_rounding"
+  config.data = files.group(
+    DataConfig, name="digits", batch_size=128, holdout=0.2
   )
-  config.search.costs = ("stored_bits",)
-  config.search.budgets = (2.5, 3.0, 4.0, 5.0, 6.0, 7.0)
-  config.search.eval_split = "both"
-  config.search.metric = "loss"
-  config.search.options = ml_collections.ConfigDict()
-  config.search.latency = ""
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(
+    ModelConfig, name="resnet", options={"depth": 14, "widths": (4, 8, 16)}
+  )
+  config.quant = files.quant_group(map(int, digits or "8642"))
+  config.pretrain = files.group(
+    TrainConfig, epochs=60, optimizer="sgd", learning_rate=0.1
+  )
+  config.train = files.train_group(epochs=60, learning_rate=1e-3)
+  config.hessian = files.group(HessianConfig)
+  config.supernet = files.group(
+    TrainConfig,
+    epochs=60,
+    learning_rate=1e-3,
+    vectorize="sequential",
+    alrs="eta",
+  )
+  config.hasb = files.group(HasbConfig)
+  config.search = files.group(
+    SearchConfig,
+    strategies=(
+      "hessian_ilp",
+      "greedy",
+      "genetic",
+      "edmips",
+      "dnas",
+      "reinforce",
+      "uniform",
+      "random",
+      "proportional",
+    ),
+    costs=("stored_bits",),
+    budgets=(2.5, 3.0, 4.0, 5.0, 6.0, 7.0),
+    eval_split="both",
+    metric="loss",
+  )
   return config

@@ -27,22 +27,56 @@ That is 31,000 images per second of the latter, which 32 cores at an assumed 100
 each do not decode: they take 33 hours.
 """
 
-import pathlib
-import runpy
+from ml_collections import ConfigDict
 
-_BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("resnet18.py")))
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  ModelConfig,
+  TrainConfig,
+  files,
+)
 
 
 def get_config(arg=None):
-  """Returns the configuration; `arg` as in configs/resnet18.py."""
-  config = _BASE["imagenet_config"]("mobilenetv2", arg, preactivation=None)
-  config.pretrain.weight_decay = 4e-5
-  if config.data.name == "generated":
+  """Returns the configuration; see above for what `arg` can be."""
+  digits, word = files.parse(arg, "smoke", "torchvision")
+  config = ConfigDict()
+  config.name = "_".join(filter(None, ("mobilenetv2", digits, word)))
+  config.seed = 0
+  config.stages = ("pretrain", "multi_precision", "export", "report")
+  config.checkpoint_every = 1000
+  config.log_every = 100
+  config.method = "double_rounding"
+  config.data = files.group(
+    DataConfig,
+    name="tfds",
+    dataset="imagenet2012",
+    test_split="validation",
+    batch_size=256,
+    augment="random_resized_crop",
+    image_size=224,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    workers=32,
+  )
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(ModelConfig, name="mobilenetv2")
+  config.quant = files.quant_group(map(int, digits or "8642"))
+  config.pretrain = files.group(
+    TrainConfig,
+    epochs=300,
+    optimizer="sgd",
+    learning_rate=0.045,
+    weight_decay=4e-5,
+  )
+  config.train = files.train_group(epochs=90, learning_rate=5e-4)
+  if word == "torchvision":
+    config.model.weights = "mobilenetv2.safetensors"
+    config.pretrain.epochs = 0  # it is only scored
+  if word == "smoke":
+    files.smoke(config)
     # Depthwise outputs start so small that running variances, from which
     # scales are calibrated, are right only after some 60 steps.
     config.pretrain.epochs = 16
-    return config
-  config.pretrain.learning_rate = 0.045
-  if config.pretrain.epochs:
-    config.pretrain.epochs = 300
   return config

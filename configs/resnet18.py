@@ -52,106 +52,54 @@ multiply-accumulates are 5.0e18 operations; eight A100 at an assumed 15 % of
 network. At an assumed 100 decoded images per second and core, 32 cores feed it.
 """
 
-import pathlib
-import runpy
+from ml_collections import ConfigDict
 
-import ml_collections
-
-_DIGITS = runpy.run_path(str(pathlib.Path(__file__).with_name("digits.py")))
-_WORDS = ("smoke", "torchvision")
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  ModelConfig,
+  TrainConfig,
+  files,
+)
 
 
 def get_config(arg=None):
   """Returns the configuration; see above for what `arg` can be."""
-  return imagenet_config("resnet18", arg)
-
-
-def imagenet_config(model, arg, *, bits="8642", preactivation=True):
-  """Returns a configuration for a network on ImageNet.
-
-  Args:
-    model: a name of `models.build`.
-    arg: None, bit-widths as "432", "smoke", "torchvision", or bit-widths and a
-      word, as "432,smoke".
-    bits: bit-widths where `arg` has none.
-    preactivation: option of the model, None for a model without it.
-  """
-  digits, word = _parsed(arg)
-  # Its group `quant`, and what `train` leaves to the method.
-  config = _DIGITS["get_config"](digits or bits)
-  config.name = "_".join(filter(None, (model, digits, word)))
+  digits, word = files.parse(arg, "smoke", "torchvision")
+  config = ConfigDict()
+  config.name = "_".join(filter(None, ("resnet18", digits, word)))
+  config.seed = 0
+  config.stages = ("pretrain", "multi_precision", "export", "report")
   config.checkpoint_every = 1000
   config.log_every = 100
-
-  config.data = ml_collections.ConfigDict()
-  config.data.name = "tfds"
-  config.data.dataset = "imagenet2012"
-  config.data.path = ""
-  config.data.train_split = "train"
-  config.data.test_split = "validation"
-  config.data.batch_size = 256
-  config.data.holdout = 0.0
-  config.data.augment = "random_resized_crop"
-  config.data.image_size = 224
-  config.data.mean = (0.485, 0.456, 0.406)
-  config.data.std = (0.229, 0.224, 0.225)
-  config.data.workers = 32
-  config.data.on_decode_error = "raise"
-
-  config.model = ml_collections.ConfigDict()
-  config.model.name = model
-  config.model.weights = ""
-  config.model.dtype = "float32"
-  config.model.options = ml_collections.ConfigDict()
-  if preactivation is not None:
-    config.model.options.preactivation = preactivation
-
-  config.pretrain.epochs = 90
-  config.pretrain.optimizer = "sgd"
-  config.pretrain.learning_rate = 0.1
-  config.pretrain.weight_decay = 1e-4
-  config.pretrain.momentum = 0.9
-
-  config.train.epochs = 90
-  config.train.optimizer = "adam"
-  config.train.learning_rate = 5e-4
-  config.train.weight_decay = 5e-5
+  config.method = "double_rounding"
+  config.data = files.group(
+    DataConfig,
+    name="tfds",
+    dataset="imagenet2012",
+    test_split="validation",
+    batch_size=256,
+    augment="random_resized_crop",
+    image_size=224,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    workers=32,
+  )
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(
+    ModelConfig, name="resnet18", options={"preactivation": True}
+  )
+  config.quant = files.quant_group(map(int, digits or "8642"))
+  config.pretrain = files.group(
+    TrainConfig,
+    epochs=90,
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=1e-4,
+  )
+  config.train = files.train_group(epochs=90, learning_rate=5e-4)
   if word == "torchvision":
-    config.model.weights = f"{model}.safetensors"
+    config.model.weights = "resnet18.safetensors"
+    config.model.options.preactivation = False
     config.pretrain.epochs = 0  # it is only scored
-    if preactivation is not None:
-      config.model.options.preactivation = False
-  return smoke(config) if word == "smoke" else config
-
-
-def smoke(config):
-  """The same stages and network, on a few generated images."""
-  config.data.name = "generated"
-  config.data.classes = 4
-  config.data.examples = 32
-  config.data.channels = 3
-  # Smaller ones leave so few pixels to a norm that training diverges.
-  config.data.image_size = 64
-  config.data.augment = "none"
-  config.data.batch_size = 8
-  config.data.workers = 0
-  config.pretrain.epochs = 1
-  config.pretrain.learning_rate = 0.01
-  config.train.epochs = 1
-  config.train.vectorize = "sequential"
-  config.checkpoint_every = 2
-  config.log_every = 1
-  return config
-
-
-def _parsed(arg):
-  """("432", "smoke") of "432,smoke"; either can be missing."""
-  words = arg.split(",") if arg else []
-  digits = words.pop(0) if words and words[0].isdecimal() else ""
-  word = words.pop(0) if words and words[0] in _WORDS else ""
-  if words:
-    raise ValueError(
-      f"argument must be bit-widths, as 432, {' or '.join(_WORDS)}, or both, "
-      f"as 432,smoke, got {arg!r}"
-    )
-  return digits, word
+  return files.smoke(config) if word == "smoke" else config

@@ -31,28 +31,26 @@ training (three bit-widths), 5.6 of the SuperNet; the traces, at most 512
 products of about two gradients of 1,024 images each, minutes.
 """
 
-import pathlib
-import runpy
+from ml_collections import ConfigDict
 
-import ml_collections
-
-_BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("resnet18.py")))
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  HasbConfig,
+  HessianConfig,
+  ModelConfig,
+  SearchConfig,
+  TrainConfig,
+  files,
+)
 
 
 def get_config(arg=None):
   """Returns the configuration; see above for what `arg` can be."""
-  return mixed_config("resnet18", arg)
-
-
-def mixed_config(model, arg):
-  """Returns a mixed-precision configuration for a network on ImageNet.
-
-  Args:
-    model: a name of `models.build`.
-    arg: as for `imagenet_config` in configs/resnet18.py.
-  """
-  config = _BASE["imagenet_config"](model, arg, bits="432")
-  config.name = config.name.replace(model, f"{model}_mixed")
+  digits, word = files.parse(arg, "smoke", "torchvision")
+  config = ConfigDict()
+  config.name = "_".join(filter(None, ("resnet18_mixed", digits, word)))
+  config.seed = 0
   config.stages = (
     "pretrain",
     "multi_precision",
@@ -62,43 +60,55 @@ def mixed_config(model, arg):
     "export",
     "report",
   )
-  config.data.holdout = 0.004
-
-  config.hessian = ml_collections.ConfigDict()
-  config.hessian.images = 1024
-  config.hessian.batch_size = 128
-  config.hessian.rel_stderr = 0.05
-  config.hessian.min_probes = 8
-  config.hessian.max_probes = 512
-
-  config.supernet = ml_collections.ConfigDict()
-  config.supernet.epochs = 90
-  config.supernet.optimizer = "adam"
-  config.supernet.learning_rate = 5e-4
-  config.supernet.weight_decay = 5e-5
-  config.supernet.schedule = "alternate"
-  config.supernet.vectorize = "sequential"
-  config.supernet.alrs = "eta"
-  config.supernet.distillation = "none"
-
-  config.hasb = ml_collections.ConfigDict()
-  config.hasb.sigma = 0.5
-  config.hasb.warmup = 1 / 9
-
-  config.search = ml_collections.ConfigDict()
-  config.search.strategies = ("hessian_ilp", "uniform", "proportional")
-  config.search.costs = ("sum_bits",)
+  config.checkpoint_every = 1000
+  config.log_every = 100
+  config.method = "double_rounding"
+  config.data = files.group(
+    DataConfig,
+    name="tfds",
+    dataset="imagenet2012",
+    test_split="validation",
+    batch_size=256,
+    holdout=0.004,
+    augment="random_resized_crop",
+    image_size=224,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    workers=32,
+  )
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(
+    ModelConfig, name="resnet18", options={"preactivation": True}
+  )
+  config.quant = files.quant_group(map(int, digits or "432"))
+  config.pretrain = files.group(
+    TrainConfig,
+    epochs=90,
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=1e-4,
+  )
+  config.train = files.train_group(epochs=90, learning_rate=5e-4)
+  config.hessian = files.group(HessianConfig, batch_size=128)
+  config.supernet = files.group(
+    TrainConfig,
+    epochs=90,
+    learning_rate=5e-4,
+    vectorize="sequential",
+    alrs="eta",
+  )
+  config.hasb = files.group(HasbConfig, sigma=0.5, warmup=1 / 9)
   bits = config.quant.bits
-  config.search.budgets = (sum(bits) / len(bits),)
-  config.search.eval_split = "held_out"
-  config.search.metric = "accuracy"
-  config.search.options = ml_collections.ConfigDict()
-  if config.data.name == "generated":
-    config.data.holdout = 0.25
-    config.hessian.images = 8
-    config.hessian.batch_size = 8
-    config.hessian.max_probes = 8
-    # Reached at once.
-    config.hessian.rel_stderr = 1e6
-    config.supernet.epochs = 1
-  return config
+  config.search = files.group(
+    SearchConfig,
+    strategies=("hessian_ilp", "uniform", "proportional"),
+    costs=("sum_bits",),
+    budgets=(sum(bits) / len(bits),),
+    eval_split="held_out",
+    metric="accuracy",
+  )
+  if word == "torchvision":
+    config.model.weights = "resnet18.safetensors"
+    config.model.options.preactivation = False
+    config.pretrain.epochs = 0  # it is only scored
+  return files.smoke(config) if word == "smoke" else config

@@ -35,32 +35,48 @@ images x 200 x 4 bit-widths x 3 passes x 2 x 41 M multiply-accumulates) at an
 assumed 5 % of an A100's 156 TFLOP/s (TensorFloat-32) are 21 minutes.
 """
 
-import pathlib
-import runpy
+from ml_collections import ConfigDict
 
-_BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("resnet18.py")))
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  ModelConfig,
+  TrainConfig,
+  files,
+)
 
 
 def get_config(arg=None):
   """Returns the configuration; see above for what `arg` can be."""
-  config = _BASE["imagenet_config"]("resnet20", arg, preactivation=None)
-  if config.model.weights:
-    raise ValueError(
-      "argument must be bit-widths, as 432, smoke, or both, as 432,smoke "
-      f"(torchvision has no ResNet20), got {arg!r}"
-    )
-  config.name = config.name.replace("resnet20", "resnet20_cifar10")
-  config.data.mean = (0.4914, 0.4822, 0.4465)
-  config.data.std = (0.2470, 0.2435, 0.2616)
-  if config.data.name == "generated":
+  digits, word = files.parse(arg, "smoke")
+  config = ConfigDict()
+  config.name = "_".join(filter(None, ("resnet20_cifar10", digits, word)))
+  config.seed = 0
+  config.stages = ("pretrain", "multi_precision", "export", "report")
+  config.checkpoint_every = 1000
+  config.log_every = 100
+  config.method = "double_rounding"
+  config.data = files.group(
+    DataConfig,
+    name="tfds",
+    dataset="cifar10",
+    batch_size=128,
+    augment="pad_and_crop",
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+  )
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(ModelConfig, name="resnet20")
+  config.quant = files.quant_group(map(int, digits or "8642"))
+  config.pretrain = files.group(
+    TrainConfig,
+    epochs=200,
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=1e-4,
+  )
+  config.train = files.train_group(epochs=200, learning_rate=5e-4)
+  if word == "smoke":
+    files.smoke(config)
     config.data.image_size = 32
-    return config
-  config.data.dataset = "cifar10"
-  config.data.test_split = "test"
-  config.data.batch_size = 128
-  config.data.augment = "pad_and_crop"
-  config.data.image_size = 0
-  config.data.workers = 0
-  config.pretrain.epochs = 200
-  config.train.epochs = 200
   return config

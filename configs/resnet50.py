@@ -21,12 +21,54 @@ eight A100 at an assumed 15 % of 156 TFLOP/s (TensorFloat-32) need 17 hours, and
 4.2 before for the float network.
 """
 
-import pathlib
-import runpy
+from ml_collections import ConfigDict
 
-_BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("resnet18.py")))
+from dr_jax.config import (
+  DataConfig,
+  DevicesConfig,
+  ModelConfig,
+  TrainConfig,
+  files,
+)
 
 
 def get_config(arg=None):
-  """Returns the configuration; `arg` as in configs/resnet18.py."""
-  return _BASE["imagenet_config"]("resnet50", arg)
+  """Returns the configuration; see above for what `arg` can be."""
+  digits, word = files.parse(arg, "smoke", "torchvision")
+  config = ConfigDict()
+  config.name = "_".join(filter(None, ("resnet50", digits, word)))
+  config.seed = 0
+  config.stages = ("pretrain", "multi_precision", "export", "report")
+  config.checkpoint_every = 1000
+  config.log_every = 100
+  config.method = "double_rounding"
+  config.data = files.group(
+    DataConfig,
+    name="tfds",
+    dataset="imagenet2012",
+    test_split="validation",
+    batch_size=256,
+    augment="random_resized_crop",
+    image_size=224,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    workers=32,
+  )
+  config.devices = files.group(DevicesConfig)
+  config.model = files.group(
+    ModelConfig, name="resnet50", options={"preactivation": True}
+  )
+  config.quant = files.quant_group(map(int, digits or "8642"))
+  config.pretrain = files.group(
+    TrainConfig,
+    epochs=90,
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=1e-4,
+  )
+  config.train = files.train_group(epochs=90, learning_rate=5e-4)
+  if word == "torchvision":
+    config.model.weights = "resnet50.safetensors"
+    config.model.options.preactivation = False
+    config.pretrain.epochs = 0  # it is only scored
+  return files.smoke(config) if word == "smoke" else config
