@@ -104,7 +104,7 @@ class Workdir:
   def _check(self, config):
     path = self.path / "config.json"
     if path.exists():
-      theirs = read_object(path, advice="use a new directory")
+      theirs = _renamed(read_object(path, advice="use a new directory"))
       mine = json.loads(json.dumps(dataclasses.asdict(config)))
       for field in ("search", "checkpoint_every", "log_every"):
         mine[field] = theirs.get(field, mine[field])
@@ -206,6 +206,14 @@ def read_object(
 def _written(directory):
   """Bytes of the files in a directory and below it."""
   return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
+
+
+def _renamed(values):
+  """A configuration with the names that its fields have now."""
+  data = dict(values.get("data", {}))
+  if "damaged" in data:
+    data["on_decode_error"] = data.pop("damaged")
+  return {**values, "data": data}
 
 
 def _free(config):

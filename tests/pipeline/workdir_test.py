@@ -20,7 +20,7 @@ Usage = collections.namedtuple("Usage", "total used free")
   ("below", "reason"),
   [("", "File exists"), ("run", "Not a directory"), ("a/b", "Not a directory")],
 )
-def test_a_directory_at_or_below_a_file_cannot_be_written_to(
+def test_a_directory_at_or_below_a_file_raises_an_error(
   tmp_path, below, reason
 ):
   file = tmp_path / "file"
@@ -33,7 +33,7 @@ def test_a_directory_at_or_below_a_file_cannot_be_written_to(
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
-def test_a_place_where_nothing_can_be_created_is_refused():
+def test_a_path_where_nothing_can_be_created_raises_an_error():
   path = "/proc/no_such_mount/run"
   with pytest.raises(ConfigError, match=f"^workdir {path} cannot be written"):
     with Workdir(path).claim(Config()):
@@ -41,7 +41,7 @@ def test_a_place_where_nothing_can_be_created_is_refused():
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_a_directory_that_is_there_but_takes_no_file_is_refused(
+def test_a_directory_that_cannot_be_written_to_raises_an_error(
   tmp_path, monkeypatch, code
 ):
   # Tests may run as root, for whom permissions do not count.
@@ -54,7 +54,9 @@ def test_a_directory_that_is_there_but_takes_no_file_is_refused(
       raise AssertionError("nothing may start")
 
 
-def test_what_fails_inside_a_claim_is_not_taken_for_its_own(tmp_path):
+def test_an_error_inside_a_claim_is_not_reported_as_one_of_the_directory(
+  tmp_path,
+):
   with pytest.raises(OSError, match="^inside$"):
     with Workdir(tmp_path).claim(Config()):
       raise OSError("inside")
@@ -84,7 +86,7 @@ def test_too_little_room_is_an_error_that_says_how_much_is_needed(
     workdir.check_space({"pretrain": 2 * 2**20, "export": 3 * 2**20 + 1})
 
 
-def test_finished_stages_and_what_is_written_already_need_no_more_room(
+def test_finished_stages_and_files_already_written_need_no_more_room(
   tmp_path, monkeypatch
 ):
   _with_free(monkeypatch, 5)
@@ -122,7 +124,7 @@ VMAP = {"schedule": "accumulate", "vectorize": "vmap"}
     ),
   ],
 )
-def test_a_run_goes_on_with_what_changes_nothing_of_what_is_trained(
+def test_a_run_resumes_with_other_fields_that_change_nothing_trained(
   tmp_path, before, after
 ):
   claim(tmp_path, before)
@@ -145,12 +147,47 @@ def test_a_run_goes_on_with_what_changes_nothing_of_what_is_trained(
     ({}, {"data": {"batch_size": 64}}, "data.batch_size is 128 there, 64 here"),
   ],
 )
-def test_a_run_does_not_go_on_as_another_one(
+def test_a_run_does_not_resume_with_another_configuration(
   tmp_path, before, after, difference
 ):
   claim(tmp_path, before)
   with pytest.raises(ConfigError, match=rf"configuration \({difference}\)"):
     claim(tmp_path, after)
+
+
+def test_another_search_does_not_make_another_configuration(
+  tmp_path,
+):
+  claim(tmp_path, {"seed": 3})
+  claim(tmp_path, {"seed": 3, "search": {"budgets": (4,)}})
+  assert read_object(tmp_path / "config.json")["search"]["budgets"] == [4]
+  with pytest.raises(ConfigError, match="seed is 3 there, 1 here"):
+    claim(tmp_path, {"seed": 1})
+
+
+def test_a_configuration_with_the_former_names_of_fields_is_the_same(tmp_path):
+  path = tmp_path / "config.json"
+  for skip in ("raise", "skip"):
+    claim(tmp_path, {"data": {"on_decode_error": skip}})
+    held = read_object(path)
+    held["data"]["damaged"] = held["data"].pop("on_decode_error")
+    held["search"]["judge"] = held["search"].pop("eval_split")
+    held["search"]["prefer"] = held["search"].pop("metric")
+    write_json(path, held)
+    claim(tmp_path, {"data": {"on_decode_error": skip}})
+    other = {"raise": "skip", "skip": "raise"}[skip]
+    with pytest.raises(ConfigError, match=f"on_decode_error is '{skip}' there"):
+      claim(tmp_path, {"data": {"on_decode_error": other}})
+    path.unlink()
+
+
+def test_a_directory_in_use_keeps_its_configuration(tmp_path):
+  path = tmp_path / "config.json"
+  with Workdir(tmp_path).claim(Config()):
+    before = path.read_text()
+    with pytest.raises(ConfigError, match="is in use by another process"):
+      claim(tmp_path, {"search": {"budgets": (7,)}})
+    assert path.read_text() == before
 
 
 def test_a_configuration_that_lacks_a_group_is_another_one(tmp_path):
@@ -165,14 +202,16 @@ def test_a_configuration_that_lacks_a_group_is_another_one(tmp_path):
       pass
 
 
-def test_a_directory_takes_one_at_a_time(tmp_path):
+def test_a_directory_takes_one_process_at_a_time(tmp_path):
   with Workdir(tmp_path).claim(Config()):
     with pytest.raises(ConfigError, match="is in use by another process"):
       with Workdir(tmp_path).claim(Config()):
         pass
 
 
-def test_a_run_that_came_and_went_just_now_is_seen(tmp_path, monkeypatch):
+def test_a_configuration_written_just_before_the_lock_is_seen(
+  tmp_path, monkeypatch
+):
   other = dataclasses.asdict(Config(seed=3))
   lock = Workdir._lock
 
@@ -187,7 +226,7 @@ def test_a_run_that_came_and_went_just_now_is_seen(tmp_path, monkeypatch):
   assert read_object(tmp_path / "config.json")["seed"] == 3
 
 
-def test_nothing_is_left_in_a_directory_that_is_refused(tmp_path):
+def test_a_directory_with_other_files_is_left_as_it_is(tmp_path):
   (tmp_path / "thesis.txt").write_text("precious")
   with pytest.raises(ConfigError, match="is not empty and holds no run"):
     with Workdir(tmp_path).claim(Config()):
@@ -195,7 +234,7 @@ def test_nothing_is_left_in_a_directory_that_is_refused(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "result.json"
   write_json(path, {"old": 1})
 
@@ -211,7 +250,7 @@ def test_a_write_that_is_cut_short_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_a_file_that_holds_no_object_is_damaged(tmp_path, content):
+def test_a_file_that_is_not_a_json_object_raises_an_error(tmp_path, content):
   path = tmp_path / "result.json"
   path.write_text(content)
   with pytest.raises(
@@ -220,7 +259,7 @@ def test_a_file_that_holds_no_object_is_damaged(tmp_path, content):
     read_object(path)
 
 
-def test_checkpoints_of_another_network_are_refused(tmp_path):
+def test_checkpoints_of_another_network_raise_an_error(tmp_path):
   workdir = Workdir(tmp_path)
   workdir.record_network("pretrain", {"bits": (None,), "layers": ["a"]})
   workdir.record_network("pretrain", {"bits": (None,), "layers": ["a"]})
