@@ -25,10 +25,15 @@ from rich.console import Console
 from dr_jax import pipeline, report
 from dr_jax.config import from_dict
 from dr_jax.pipeline import comparison
+from dr_jax.pipeline.stages import STAGES
 from dr_jax.runtime import compilation, processes
 from dr_jax.train import NonFiniteError
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="What to run.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  help_string="What to run. Its stages can be "
+  + "; ".join(f"{stage.name}: {stage.help}" for stage in STAGES.values()),
+)
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; runs/<name> by default."
 )

@@ -159,6 +159,7 @@ def run(
 def _float_run(config, workdir, interrupted):
   """The float network from which all methods start, and its row."""
   context = RunContext(config, workdir, interrupted)
+  pipeline.check(context)
   with context.workdir.claim(config):
     pipeline.check_space(context)
     network = float_network(context)

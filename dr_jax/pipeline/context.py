@@ -73,8 +73,6 @@ class RunContext:
       self.shape = nn.functional(nnx.eval_shape(self.model))
     except ValueError as error:
       raise ConfigError(f"model.options: {error}") from None
-    if config.model.weights:
-      self.untrained()
 
   def model(self) -> nnx.Module:
     """The float network with random parameters."""

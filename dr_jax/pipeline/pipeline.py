@@ -48,14 +48,16 @@ def run(
   """
   check_stages(config)
   context = RunContext(config, workdir, interrupted, start=start)
-  stages = [STAGES[name] for name in config.stages]
-  for stage in stages:
-    stage.check(context)
+  check(context)
   with context.workdir.claim(config):
     check_space(context)
-    for stage in stages:
+    for stage in _stages(config):
       run_stage(context, stage)
     return summarize(context)
+
+
+def _stages(config):
+  return [STAGES[name] for name in config.stages]
 
 
 def check_stages(config: Config) -> None:
@@ -74,6 +76,19 @@ def check_stages(config: Config) -> None:
         raise ConfigError(f"stages: {name} must come after {needed}")
 
 
+def check(context: RunContext) -> None:
+  """Checks what only the files and the model can tell; writes nothing.
+
+  Raises:
+    ConfigError: if the model's weights cannot be read or do not fit it, or
+      for what a stage cannot do.
+  """
+  if context.config.model.weights:
+    context.untrained()
+  for stage in _stages(context.config):
+    stage.check(context)
+
+
 def check_space(context: RunContext) -> None:
   """Checks the disk before hours of training fill it.
 
@@ -81,11 +96,10 @@ def check_space(context: RunContext) -> None:
     ConfigError: if its disk has too little room for the checkpoints of all
       stages and the artifact.
   """
-  stages = [STAGES[name] for name in context.config.stages]
   context.workdir.check_space(
     {
       stage.name: stage.disk_bytes(context)
-      for stage in stages
+      for stage in _stages(context.config)
       if stage.disk_bytes is not None
     }
   )
