@@ -79,7 +79,7 @@ def _search_table(seeds):
   table = Table(title=f"searches, {len(seeds)} seeds, test set")
   table.add_column("budget")
   table.add_column("search")
-  for column in (*report.COLUMNS, "judged loss"):
+  for column in (*report.COLUMNS, "eval loss"):
     table.add_column(column, justify="right")
   before = None
   for rows in zip(*seeds, strict=True):
@@ -100,7 +100,7 @@ def _search_table(seeds):
       f"{mean(lambda row: row['evaluations']):.0f}",
       f"{mean(lambda row: row['seconds']):.2f}",
       f"{mean(lambda row: row['evaluation_seconds']):.2f}",
-      f"{mean(lambda row: row['judged']['loss']):.4f}",
+      f"{mean(lambda row: row['eval']['loss']):.4f}",
     )
   return table
 

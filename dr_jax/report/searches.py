@@ -1,7 +1,7 @@
 """What searches found: a table, a plot, and the same as JSON.
 
 A row is what the stage search writes for one strategy and budget: "strategy",
-"budget" (mean bits), "allocation", "cost" {name: int}, "judged" and "test"
+"budget" (mean bits), "allocation", "cost" {name: int}, "eval" and "test"
 {"accuracy", "loss"}, "evaluations", "seconds", "evaluation_seconds".
 """
 
@@ -62,9 +62,10 @@ def search_summary(rows: Sequence[Row]) -> dict[str, Any]:
   """Returns the points of every search and the fronts over all of them.
 
   {"points": {strategy: [{"budget", "stored_bytes", "bops", "accuracy", "loss",
-  "judged", "evaluations", "seconds", "evaluation_seconds", "allocation"}]},
+  "eval", "evaluations", "seconds", "evaluation_seconds", "allocation"}]},
   "front": {"stored_bits": [[strategy, budget], ...], "bops": [...]}}; accuracy
-  and loss on the test set, and "judged" both on what the search looked at.
+  and loss on the test set, and "eval" both on the images that the search
+  scored assignments on.
   """
   return {
     "points": {
@@ -84,7 +85,7 @@ def _point(row):
     "stored_bytes": row["cost"]["stored_bits"] / 8,
     "bops": row["cost"]["bops"],
     **row["test"],
-    "judged": row["judged"],
+    "eval": row["eval"],
     "evaluations": row["evaluations"],
     "seconds": row["seconds"],
     "evaluation_seconds": row["evaluation_seconds"],

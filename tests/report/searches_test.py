@@ -14,7 +14,7 @@ def row(strategy, budget, bits, accuracy, loss=0.5):
     "budget": budget,
     "allocation": {"conv1": bits, "conv2": bits},
     "cost": {"stored_bits": 800 * bits, "bops": 1000 * bits * bits},
-    "judged": {"accuracy": 0.0, "loss": 9.0},
+    "eval": {"accuracy": 0.0, "loss": 9.0},
     "test": {"accuracy": accuracy, "loss": loss},
     "evaluations": 7,
     "seconds": 0.25,
@@ -30,12 +30,12 @@ ROWS = [
 ]
 
 
-def test_the_front_holds_what_nothing_cheaper_beats_on_test():
+def test_the_front_holds_rows_that_no_cheaper_row_beats_on_the_test_set():
   assert report.front(ROWS, "stored_bits") == [ROWS[2], ROWS[0]]
   assert report.front(ROWS, "stored_bits", "loss") == [ROWS[2], ROWS[1]]
 
 
-def test_of_equal_scores_the_cheapest_is_on_the_front():
+def test_the_cheapest_of_equal_scores_is_on_the_front():
   rows = [row("a", 8, 8, 90.0), row("b", 2, 2, 90.0)]
   assert report.front(rows, "bops") == [rows[1]]
 
@@ -54,7 +54,7 @@ def test_every_point_is_given_in_bytes_and_bops():
     "bops": 16000,
     "accuracy": 94.0,
     "loss": 0.1,
-    "judged": {"accuracy": 0.0, "loss": 9.0},
+    "eval": {"accuracy": 0.0, "loss": 9.0},
     "evaluations": 7,
     "seconds": 0.25,
     "evaluation_seconds": 1.5,
@@ -83,5 +83,5 @@ def test_the_table_has_a_row_for_every_search():
 
 
 @pytest.mark.parametrize("cost", ["stored_bits", "bops"])
-def test_no_rows_have_an_empty_front(cost):
+def test_the_front_of_no_rows_is_empty(cost):
   assert report.front([], cost) == []
