@@ -155,6 +155,6 @@ def test_the_table_is_written_and_a_second_run_repeats_nothing(finished):
     ),
   ],
 )
-def test_what_is_wrong_is_named_before_anything_runs(values, message):
+def test_an_error_names_method_and_field(values, message):
   with pytest.raises(ConfigError, match=message):
     comparison.from_values(values)

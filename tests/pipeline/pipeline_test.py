@@ -14,16 +14,8 @@ from dr_jax.config import ConfigError, from_dict
 from dr_jax.deploy import ArtifactError
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.pipeline import check_space, check_stages
-from dr_jax.pipeline.stages import STAGES
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.report import summary_table
-
-
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
 
 _STAGES = ("pretrain", "multi_precision", "separate", "export")
 
@@ -47,7 +39,7 @@ def finished(tmp_path_factory):
   return workdir, pipeline.run(_config(), workdir)
 
 
-def test_separate_trains_one_network_per_bit_width_beside_the_joint_one(
+def test_separate_trains_one_more_network_per_bit_width(
   finished,
 ):
   workdir, summary = finished
@@ -83,7 +75,7 @@ def compiled():
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_a_run_compiles_its_steps_once_however_many_there_are(
+def test_a_run_compiles_its_steps_once_whatever_their_number(
   tmp_path, compiled, epochs
 ):
   config = _config(stages=("pretrain", "multi_precision"), epochs=epochs)
@@ -135,7 +127,9 @@ def asked(monkeypatch):
   return sizes
 
 
-def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
+def test_space_is_estimated_for_every_phase_and_separate_network(
+  asked, tmp_path
+):
   def sizes(**train):
     config = _config()
     recipe = dataclasses.replace(config.train, **train)
@@ -153,7 +147,7 @@ def test_every_phase_and_every_separate_network_asks_for_room(asked, tmp_path):
   assert untrained["multi_precision"] == 0
 
 
-def test_a_run_takes_no_more_disk_than_it_asked_for(finished, asked):
+def test_a_run_writes_less_than_its_estimate(finished, asked):
   workdir, _ = finished
   check_space(RunContext(_config(), workdir))
   assert set(asked) == {"pretrain", "multi_precision", "separate", "export"}
@@ -192,7 +186,7 @@ def test_a_kill_between_the_last_number_and_the_result_repeats_nothing(
   assert again == numbers
 
 
-def test_an_artifact_that_scores_otherwise_than_the_network_is_an_error(
+def test_an_artifact_with_other_scores_than_the_network_raises_an_error(
   finished,
 ):
   workdir, _ = finished
@@ -219,7 +213,7 @@ def test_a_kill_while_the_configuration_is_written_leaves_a_usable_directory(
   assert json.loads((tmp_path / "config.json").read_text())["name"] == "run"
 
 
-def test_a_damaged_configuration_is_named(tmp_path):
+def test_a_damaged_configuration_is_named_in_the_error(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(
     ConfigError, match="config.json is damaged, not a JSON obj"
@@ -244,9 +238,19 @@ def test_a_damaged_configuration_is_named(tmp_path):
       {"stages": ("multi_precision", "hessian")},
       "stages: hessian must come after pretrain",
     ),
+    (
+      {"stages": ("pretrain", "search"), "data": {"holdout": 0.2}},
+      "stages: search must come after supernet",
+    ),
+    (
+      {"stages": ("pretrain", "multi_precision", "supernet", "hessian")},
+      "stages: supernet must come after hessian",
+    ),
   ],
 )
-def test_stages_that_lack_what_they_need_are_errors(values, message, tmp_path):
+def test_a_stage_without_what_it_needs_raises_an_error(
+  values, message, tmp_path
+):
   with pytest.raises(ConfigError, match=message):
     pipeline.run(from_dict(values), tmp_path / "run")
   assert not (tmp_path / "run").exists()
@@ -256,10 +260,3 @@ def test_given_weights_replace_the_float_stage():
   stages = ("multi_precision", "hessian")
   weights = {"weights": "resnet18.safetensors"}
   check_stages(from_dict({"stages": stages, "model": weights}))
-
-
-def test_every_stage_needs_stages_that_are_listed_before_it():
-  names = list(STAGES)
-  for position, stage in enumerate(STAGES.values()):
-    assert stage.name == names[position] and stage.help
-    assert set(stage.needs) <= set(names[:position])

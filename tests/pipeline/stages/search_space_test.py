@@ -1,4 +1,4 @@
-"""Budgets told as mean bit-widths; the rest is in mixed_precision_test."""
+"""Tests of budgets given as mean bit-widths; the rest is in search_test."""
 
 import pytest
 
