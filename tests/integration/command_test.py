@@ -1,12 +1,13 @@
 """Tests of the command as a user starts it: real processes, real signals.
 
-Kills, full disks and damage are in nothing_lost_test, other ways to end in
-main_ends_test.
+Kills, full disks and damage are in kills_test, exit codes in exit_codes_test.
 """
 
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+from forked_command import ForkedCommand
 
 from dr_jax import deploy, nn
 
@@ -28,6 +30,14 @@ SHORT = (
 )
 
 
+def arguments(workdir, flags):
+  """The short job's, and flags that may replace some of them."""
+  # A second value for a tuple would be appended to the first.
+  given = {flag.split("=")[0] for flag in flags}
+  short = [flag for flag in SHORT if flag.split("=")[0] not in given]
+  return ["--config=configs/digits.py", f"--workdir={workdir}", *short, *flags]
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
   """Starts the command on a short job; compiled programs are shared."""
@@ -38,19 +48,8 @@ def start(tmp_path_factory):
   }
 
   def command(workdir, *flags):
-    # A second value for a tuple would be appended to the first.
-    given = {flag.split("=")[0] for flag in flags}
-    short = [flag for flag in SHORT if flag.split("=")[0] not in given]
     return subprocess.Popen(
-      [
-        sys.executable,
-        "-m",
-        "dr_jax.main",
-        "--config=configs/digits.py",
-        f"--workdir={workdir}",
-        *short,
-        *flags,
-      ],
+      [sys.executable, "-m", "dr_jax.main", *arguments(workdir, flags)],
       cwd=ROOT,
       env=environment,
       stdout=subprocess.PIPE,
@@ -59,6 +58,14 @@ def start(tmp_path_factory):
     )
 
   return command
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+  """Runs the short job's command to its end, without the start of Python."""
+  command = ForkedCommand(tmp_path_factory.mktemp("forked"))
+  yield lambda workdir, *flags: command(*arguments(workdir, flags))
+  command.close()
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +105,7 @@ def test_the_job_prints_a_table_and_writes_what_it_showed(finished):
   }
 
 
-def test_the_artifact_reaches_exactly_the_accuracy_of_the_trained_model(
+def test_the_artifact_scores_exactly_as_the_trained_network(
   finished,
 ):
   stages = json.loads((finished[0] / "summary.json").read_text())["stages"]
@@ -111,13 +118,12 @@ def test_the_artifact_reaches_exactly_the_accuracy_of_the_trained_model(
   assert {row.bits for row in nn.layer_table(model)} == {2}
 
 
-def test_a_second_start_finds_everything_done(finished, start):
+def test_a_second_start_finds_everything_done(finished, forked):
   workdir, out, _ = finished
   before = (workdir / "metrics.jsonl").read_bytes()
-  process = start(workdir)
-  again, err = process.communicate(timeout=200)
-  assert process.returncode == 0, err
-  assert again == out
+  again = forked(workdir)
+  assert again.code == 0, again.err
+  assert again.out == out
   assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
@@ -133,7 +139,7 @@ def _steps(workdir, stage):
   return max((r["step"] for r in records if r["stage"] == stage), default=0)
 
 
-def test_a_second_process_in_the_same_directory_is_turned_away(
+def test_a_second_process_in_the_same_directory_ends_with_an_error(
   start, finished, tmp_path
 ):
   workdir = tmp_path / "shared"
@@ -146,13 +152,13 @@ def test_a_second_process_in_the_same_directory_is_turned_away(
   first.kill()
   first.communicate()
   assert second.returncode == 2
-  assert "another process is at work in it" in err
+  assert "is in use by another process" in err
   assert len(err.strip().splitlines()) == 1
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(finished, start, tmp_path):
   workdir = tmp_path / "stopped"
-  # Without the flag it is 0: see nothing_lost_test.
+  # Without the flag it is 0: see kills_test.
   process = start(workdir, "--preempted_exit_code=75")
   while _steps(workdir, "multi_precision") < 10:
     assert process.poll() is None, process.communicate()[1]
@@ -213,15 +219,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished, start, tmp_path):
     ("--config=configs/nothing.py", "nothing.py"),
   ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(finished, start, flag, message):
-  import re
-
+def test_bad_input_is_one_line_and_exit_code_2(finished, forked, flag, message):
   workdir = finished[0]
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
-  process = start(workdir, *flag.split(" "))
-  out, err = process.communicate(timeout=200)
-  assert process.returncode == 2, err
-  assert out == ""
+  code, out, err = forked(workdir, *flag.split(" "))
+  assert (code, out) == (2, ""), err
   lines = err.strip().splitlines()
   assert len(lines) == 1 and lines[0].startswith("error: "), err
   assert re.search(message, lines[0]), err
@@ -229,35 +231,32 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, start, flag, message):
   assert after == before
 
 
-def test_a_damaged_artifact_is_named_and_left_alone(finished, start, tmp_path):
-  import shutil
-
+def test_a_damaged_artifact_is_named_and_left_as_it_is(
+  finished, forked, tmp_path
+):
   workdir = tmp_path / "damaged"
   shutil.copytree(finished[0], workdir)
   path = workdir / "export" / "model" / "model.safetensors"
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
-  process = start(workdir)
-  _, err = process.communicate(timeout=200)
-  assert process.returncode == 2
-  assert err.count("\n") == 1 and "model.safetensors: damaged" in err
+  code, _, err = forked(workdir)
+  assert code == 2
+  assert err.count("\n") == 1 and "model.safetensors" in err
   assert path.read_bytes() == data
   shutil.rmtree(path.parent)
-  process = start(workdir)
-  _, err = process.communicate(timeout=200)
-  assert process.returncode == 2 and "No such file" in err
+  code, _, err = forked(workdir)
+  assert code == 2 and "No such file" in err
 
 
-def test_a_directory_that_is_no_run_is_left_alone(start, tmp_path):
+def test_a_directory_with_other_files_is_left_as_it_is(forked, tmp_path):
   (tmp_path / "thesis.txt").write_text("precious")
-  process = start(tmp_path)
-  _, err = process.communicate(timeout=200)
-  assert process.returncode == 2 and "is not empty and holds no run" in err
+  code, _, err = forked(tmp_path)
+  assert code == 2 and "is not empty and holds no run" in err
   assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_bits_of_the_final_state_are_finite(finished):
+def test_tensors_of_the_artifact_are_finite(finished):
   tensors = deploy.open(finished[0] / "export" / "model").tensors
   for name, value in tensors.items():
     assert np.isfinite(value.astype(np.float32)).all(), name

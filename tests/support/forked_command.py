@@ -1,0 +1,64 @@
+"""The command in forks of one interpreter that has loaded it already.
+
+A fork parses its flags, writes and exits as `python -m dr_jax.main` does, but
+starts in no time.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
+_SERVER = """
+import json, os, sys
+from absl import app
+from dr_jax import main
+
+for line in sys.stdin:
+  argv, *paths = json.loads(line)
+  child = os.fork()
+  if not child:
+    for descriptor, path in enumerate(paths, start=1):
+      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = ["dr_jax/main.py", *argv]
+    app.run(lambda argv: sys.exit(main.main(argv)), flags_parser=main._parse)
+  _, status = os.waitpid(child, 0)
+  print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Ended(NamedTuple):
+  """How a command ended, and what it wrote."""
+
+  code: int
+  out: str
+  err: str
+
+
+class ForkedCommand:
+  """Runs the command to its end; close it when no more is to run."""
+
+  def __init__(self, directory: pathlib.Path):
+    self._files = directory / "out", directory / "err"
+    self._server = subprocess.Popen(
+      [sys.executable, "-c", _SERVER],
+      cwd=ROOT,
+      env=os.environ | {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(directory)},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def __call__(self, *argv: str) -> Ended:
+    """Runs the command with these arguments."""
+    request = [argv, *map(str, self._files)]
+    self._server.stdin.write(json.dumps(request) + "\n")
+    self._server.stdin.flush()
+    code = int(self._server.stdout.readline())
+    return Ended(code, *(file.read_text() for file in self._files))
+
+  def close(self) -> None:
+    self._server.communicate()
