@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 
@@ -31,6 +32,35 @@ def compilation_cache(tmp_path_factory):
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def optax_promotes():
+  """Optax counts steps in integers and mixes them with floats; no other may."""
+
+  def promoting(function):
+    def wrapped(*args, **kwargs):
+      with jax.numpy_dtype_promotion("standard"):
+        return function(*args, **kwargs)
+
+    return wrapped
+
+  def optimizer(make):
+    def made(*args, **kwargs):
+      init, update = make(*args, **kwargs)
+      return optax.GradientTransformation(init, promoting(update))
+
+    return made
+
+  def schedule(make):
+    return lambda *args, **kwargs: promoting(make(*args, **kwargs))
+
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("adam", "scale_by_adam"):
+      patch.setattr(optax, name, optimizer(getattr(optax, name)))
+    name = "cosine_decay_schedule"
+    patch.setattr(optax, name, schedule(getattr(optax, name)))
+    yield
 
 
 @pytest.fixture(autouse=True)

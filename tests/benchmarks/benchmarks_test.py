@@ -42,12 +42,6 @@ RESNET20_MACS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
 def printed(table):
   file = io.StringIO()
   Console(file=file, width=200).print(table)

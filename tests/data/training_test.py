@@ -14,12 +14,6 @@ from dr_jax.config import ConfigError, from_dict
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
 def config(**options):
   """Six steps of four and a half batches an epoch, a checkpoint every two."""
   return from_dict(

@@ -18,12 +18,6 @@ from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.workdir import Workdir
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
 def config(dtype="float32", vectorize="auto", **devices):
   return from_dict(
     {
@@ -70,7 +64,7 @@ def stopping_after(count):
   "parameters",
   [pytest.param("replicated", marks=pytest.mark.slow), "sharded"],
 )
-def test_a_run_goes_on_with_another_number_of_devices(
+def test_a_run_resumes_with_another_number_of_devices(
   alone, tmp_path, parameters
 ):
   workdir = tmp_path / "run"
@@ -118,9 +112,7 @@ def restored(directory, config, workdir):
   return state.params, state.opt_state, state.batch_stats
 
 
-def test_bit_widths_spread_over_devices_train_as_one_after_the_other(
-  alone, tmp_path
-):
+def test_bit_widths_spread_over_devices_train_as_in_sequence(alone, tmp_path):
   """The float stage, which has none, has all devices along the axis data."""
   workdir = tmp_path / "run"
   pipeline.run(config(data=2, bits=2, vectorize="vmap"), workdir)
@@ -129,7 +121,9 @@ def test_bit_widths_spread_over_devices_train_as_one_after_the_other(
     np.testing.assert_allclose(found, losses(alone, stage), rtol=bound)
 
 
-def test_what_changes_nothing_may_change_before_a_run_goes_on(alone, tmp_path):
+def test_a_run_resumes_with_other_fields_that_change_nothing_trained(
+  alone, tmp_path
+):
   workdir = tmp_path / "run"
   shutil.copytree(alone, workdir)
   values = dataclasses.asdict(config(data=1))
@@ -141,7 +135,7 @@ def test_what_changes_nothing_may_change_before_a_run_goes_on(alone, tmp_path):
     Workdir(workdir)._check(from_dict(values))
 
 
-def test_norms_per_device_are_a_configuration_of_their_own(alone, tmp_path):
+def test_norms_per_device_make_another_configuration(alone, tmp_path):
   workdir = tmp_path / "run"
   pipeline.run(config(data=2, norm="per_device"), workdir)
   assert not np.allclose(
@@ -168,13 +162,23 @@ def test_norms_per_device_are_a_configuration_of_their_own(alone, tmp_path):
     ({"data": -1}, r"devices\.data must be in 0\.\..* got -1"),
   ],
 )
-def test_devices_that_cannot_be_are_named(tmp_path, devices, message):
+def test_impossible_devices_raise_an_error_that_names_the_field(
+  tmp_path, devices, message
+):
   with pytest.raises(ConfigError, match=message):
     pipeline.run(config(**devices), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 
-def test_bfloat16_computes_and_float32_remembers(tmp_path):
+@pytest.fixture
+def mixed_types(strict_numerics):
+  """Networks that compute in bfloat16 mix it with their float32 parameters."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+@pytest.mark.usefixtures("mixed_types")
+def test_bfloat16_computes_and_parameters_stay_float32():
   """Scales, statistics, parameters and losses stay float32."""
   bits = (8, 4)
   model = models.build(
@@ -218,7 +222,8 @@ def test_bfloat16_computes_and_float32_remembers(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bfloat16_run_is_served_as_it_was_trained(tmp_path):
+@pytest.mark.usefixtures("mixed_types")
+def test_the_artifact_of_a_bfloat16_run_scores_as_the_trained_network(tmp_path):
   workdir = tmp_path / "run"
   summary = pipeline.run(config("bfloat16", data=2), workdir)
   stages = summary["stages"]

@@ -10,12 +10,6 @@ from dr_jax.quant import RECIPES
 from dr_jax.train import CURRICULA, InterruptedRun
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
 def values(method, **train):
   return {
     "method": method,
@@ -64,7 +58,7 @@ def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
     assert least <= found <= least + 600
 
 
-def test_the_stages_of_bit_mixer_follow_each_other(tmp_path):
+def test_the_phases_of_bit_mixer_train_in_order(tmp_path):
   pipeline.run(from_dict(values("bit_mixer")), tmp_path)
   records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
   losses = [(r["stage"], r["bits"]) for r in records if r["name"] == "loss"]

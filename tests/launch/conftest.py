@@ -58,12 +58,6 @@ print(main._WORKDIR.value, main._PREEMPTED.value, main._DISTRIBUTED.value)
 """
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Nothing is computed in this process."""
-  yield
-
-
 @pytest.fixture
 def on_path(tmp_path, monkeypatch):
   """Puts a shell script in front of everything else on PATH."""

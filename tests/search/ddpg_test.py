@@ -18,13 +18,6 @@ from dr_jax.search.ddpg import (
 )
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: optax multiplies floats by its counts."""
-  with jax.numpy_rank_promotion("raise"):
-    yield
-
-
 def test_steps_link_what_the_agent_saw_with_what_it_saw_next():
   states = np.float32([[1, 2], [3, 4], [5, 6]])
   found = steps(states, np.float32([0.1, 0.2, 0.3]), -7.5)

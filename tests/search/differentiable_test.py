@@ -19,12 +19,6 @@ SEARCHES = (search.edmips, search.dnas)
 BITS = (8, 4, 2)
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: optax multiplies floats by its counts."""
-  yield
-
-
 @pytest.fixture
 def learned(monkeypatch):
   """The logits that every search ended in, in order."""

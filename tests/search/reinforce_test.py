@@ -3,7 +3,6 @@
 import itertools
 import sys
 
-import jax
 import numpy as np
 import problems
 import pytest
@@ -25,13 +24,6 @@ module = sys.modules["dr_jax.search.reinforce"]
 # Small networks that learn fast: a search takes a second.
 SMALL = {"hidden": 32, "actor_rate": 1e-3, "critic_rate": 1e-2}
 SHORT = {**SMALL, "episodes": 30}
-
-
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: optax multiplies floats by its counts."""
-  with jax.numpy_rank_promotion("raise"):
-    yield
 
 
 def search(problem, budgets=None, **options):

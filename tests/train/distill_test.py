@@ -14,12 +14,6 @@ LABELS = np.array([0, 3, 1, 2, 3], np.int32)
 ONE_HOT = np.eye(4)[LABELS]
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: optax indexes with other integers."""
-  yield
-
-
 def log_softmax(logits):
   logits = np.asarray(logits, np.float64)
   logits = logits - logits.max(-1, keepdims=True)

@@ -12,12 +12,6 @@ BITS = (8, 6, 4, 2)
 EPOCHS, BATCH = 15, 128
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
 @pytest.fixture(scope="module")
 def digits():
   return data.load("digits")

@@ -11,12 +11,6 @@ from dr_jax.train import make_optimizer
 KINDS = {"w": "weight", "b": "vector", "n": "norm", "s": "scale"}
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: optax multiplies floats by its counts."""
-  yield
-
-
 def _tree(seed, shape=(3, 2)):
   keys = jax.random.split(jax.random.key(seed), 4)
   return {

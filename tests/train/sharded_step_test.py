@@ -19,13 +19,6 @@ from dr_jax.runtime import sharding
 from dr_jax.train import gradients
 from dr_jax.train import state as states
 
-
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: optax multiplies floats by its counts."""
-  yield
-
-
 BITS = (8, 6, 4, 2)
 STEPS = 3
 

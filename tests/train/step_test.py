@@ -25,12 +25,6 @@ from dr_jax.train import (
 )
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: optax multiplies floats by its counts."""
-  yield
-
-
 @functools.cache
 def _network(norm="switchable"):
   return nn.functional(net.quantized(norm=norm))
@@ -103,7 +97,7 @@ def test_alternate_is_forward_backward_update_for_each_bit_width_in_turn():
   for index in range(len(net.BITS)):
     gradients, stats = _direct_gradients(params, stats, index, batch)
     params = jax.tree.map(
-      lambda p, g, kind: p - rate * (g + 1e-3 * p * (kind == "weight")),
+      lambda p, g, kind: p - rate * (g + 1e-3 * p * float(kind == "weight")),
       params,
       gradients,
       network.param_labels,
@@ -121,7 +115,7 @@ def test_accumulate_updates_once_with_the_sum_of_gradients(vectorize):
     g, stats = _direct_gradients(network.params, stats, index, batch)
     total = g if total is None else jax.tree.map(jnp.add, total, g)
   expected = jax.tree.map(
-    lambda p, g, kind: p - rate * (g + 1e-3 * p * (kind == "weight")),
+    lambda p, g, kind: p - rate * (g + 1e-3 * p * float(kind == "weight")),
     network.params,
     total,
     network.param_labels,
@@ -645,7 +639,7 @@ def test_a_student_learns_from_its_teacher_and_the_teacher_from_labels_alone():
     ),
     strict=True,
   ):
-    expected = start - rate * (g + 1e-3 * start * (kind == "weight"))
+    expected = start - rate * (g + 1e-3 * start * float(kind == "weight"))
     np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
 
 
@@ -692,7 +686,7 @@ def test_loss_weights_multiply_gradients_and_not_reported_losses(vectorize):
     ),
     strict=True,
   ):
-    expected = start - rate * (g + 1e-3 * start * (kind == "weight"))
+    expected = start - rate * (g + 1e-3 * start * float(kind == "weight"))
     np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
 
 

@@ -3,12 +3,6 @@
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Training runs as users run it."""
-  yield
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
   """Directory of compiled programs."""
