@@ -80,7 +80,7 @@ def test_the_joint_recipe_is_the_papers(name):
     ("resnet20_cifar10", 200, 0.1, 1e-4),
   ],
 )
-def test_the_float_recipe_is_the_one_that_the_file_names(
+def test_the_float_recipe_is_that_of_the_docstring(
   name, epochs, learning_rate, weight_decay
 ):
   recipe = config(name).pretrain
@@ -91,7 +91,7 @@ def test_the_float_recipe_is_the_one_that_the_file_names(
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_mixed_precision_is_as_in_the_paper(name):
+def test_the_mixed_precision_recipe_is_the_papers(name):
   wanted = config(name)
   assert wanted.search.costs == ("sum_bits",)
   assert wanted.search.budgets == (3.0,)
@@ -104,7 +104,7 @@ def test_mixed_precision_is_as_in_the_paper(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_smoke_run_has_the_same_network_and_stages_on_generated_images(name):
+def test_a_smoke_run_has_the_same_network_and_stages(name):
   whole, smoke = config(name), config(name, "smoke")
   assert smoke.stages == whole.stages
   assert smoke.model == whole.model and smoke.quant == whole.quant
@@ -157,7 +157,7 @@ def test_an_unknown_argument_is_an_error_that_lists_the_known(name, arg):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_its_text_has_the_command_the_targets_and_calls_an_estimate_one(name):
+def test_the_docstring_has_the_command_the_targets_and_an_estimated_time(name):
   text = load(name).__doc__
   assert f"python -m dr_jax.main --config=configs/{name}.py" in text
   assert "arXiv 2502.01199" in text

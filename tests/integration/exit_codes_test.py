@@ -1,6 +1,6 @@
-"""How the command ends, in this process: exit codes and what it says.
+"""How the command ends, in this process: exit codes and messages.
 
-Real processes and real signals are in main_test and processes_test.
+Real processes and real signals are in command_test, kills_test, processes/.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""What kills, full disks and damage do to a run: real processes, real files.
+"""Kills, full disks and damaged files: real processes, real files.
 
-Every run here ends in the same bits as the one that nothing happened to.
+Every run here ends in the same bits as one that is left alone.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(job, tmp_path_factory):
-  """The directory of the short run that nothing happened to."""
+  """The directory of the short run that is left alone."""
   workdir = tmp_path_factory.mktemp("run") / "whole"
   job.finish(workdir)
   return workdir
@@ -133,8 +133,8 @@ def steps_of(workdir, stage):
   return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
-def went_on_from(err):
-  """{stage: step}, as a process said it."""
+def resumed_from(err):
+  """{stage: step} from which a process resumed, as it reported."""
   said = re.findall(r"^(\S+)  resumes from step (\d+) of", err, re.MULTILINE)
   return {stage: int(step) for stage, step in said}
 
@@ -211,11 +211,11 @@ def kill_again_and_again(job, workdir, flags, *, kills, seed):
 
   Returns:
     How many kills hit a process at work, how many of them a save, and how many
-    processes said where they went on.
+    processes reported where they resumed.
   """
   print(f"kills at random moments: seed {seed}")
   moments = random.Random(seed)
-  hit = torn = told = 0
+  hit = torn = resumed = 0
   for number in range(kills):
     before = {stage: steps_of(workdir, stage) for stage in STAGES}
     process = job.start(workdir, *flags)
@@ -225,8 +225,8 @@ def kill_again_and_again(job, workdir, flags, *, kills, seed):
     assert at_work or process.returncode == 0, err
     hit += at_work
     torn += at_work and is_saving(workdir)
-    for stage, step in went_on_from(err).items():
-      told += 1
+    for stage, step in resumed_from(err).items():
+      resumed += 1
       assert step == max(before[stage], default=0), (stage, number)
     for stage in STAGES:
       last = max(steps_of(workdir, stage), default=0)
@@ -234,18 +234,18 @@ def kill_again_and_again(job, workdir, flags, *, kills, seed):
       # A save is complete when the next one begins, five steps later; killed
       # just before that, the checkpoint is the one of five steps earlier.
       assert last_logged(workdir, stage) - last <= 10, (stage, number)
-  return hit, torn, told
+  return hit, torn, resumed
 
 
 @pytest.mark.slow
-def test_three_kills_lose_at_most_the_steps_since_the_last_checkpoint(
+def test_three_kills_lose_only_steps_since_the_last_checkpoint(
   job, whole, tmp_path
 ):
   workdir = tmp_path / "killed"
   kill_again_and_again(job, workdir, [SHORT], kills=3, seed=0)
   before = {stage: steps_of(workdir, stage) for stage in STAGES}
   _, err = job.finish(workdir)
-  for stage, step in went_on_from(err).items():
+  for stage, step in resumed_from(err).items():
     assert step == max(before[stage])
   assert essence(workdir) == essence(whole)
 
@@ -255,12 +255,12 @@ def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   job.finish(whole, LONG)
   seed = random.SystemRandom().randrange(2**32)
-  hit, torn, told = kill_again_and_again(
+  hit, torn, resumed = kill_again_and_again(
     job, killed, [LONG], kills=24, seed=seed
   )
   assert hit >= 20, "the run was over too soon"
   assert torn >= 3, "hardly any kill hit a save"
-  assert told >= 8, "hardly any process came to train"
+  assert resumed >= 8, "hardly any process came to train"
   job.finish(killed, LONG)
   assert essence(killed) == essence(whole)
 
@@ -295,7 +295,7 @@ def empty_the_directory(checkpoint):
     pytest.param(empty_the_directory, marks=pytest.mark.slow),
   ],
 )
-def test_a_checkpoint_damaged_by_hand_gives_way_to_the_one_before(
+def test_a_run_resumes_before_a_damaged_checkpoint(
   job, whole, stopped, tmp_path, damage
 ):
   workdir = tmp_path / "damaged"
@@ -307,7 +307,7 @@ def test_a_checkpoint_damaged_by_hand_gives_way_to_the_one_before(
   (warning,) = [x for x in err.splitlines() if x.startswith("warning: ")]
   assert warning.startswith(f"warning: damaged checkpoint {path}: ")
   assert warning.endswith(f"; taking step {before}")
-  assert went_on_from(err) == {"multi_precision": before}
+  assert resumed_from(err) == {"multi_precision": before}
   assert essence(workdir) == essence(whole)
 
 
@@ -352,7 +352,7 @@ def test_a_limit_on_file_sizes_stops_the_run_and_harms_no_checkpoint(
   kept = max(steps_of(workdir, "multi_precision"))
   assert last <= kept < 58
   _, err = job.finish(workdir)
-  assert went_on_from(err) == {"multi_precision": kept}
+  assert resumed_from(err) == {"multi_precision": kept}
   assert essence(workdir) == essence(whole)
 
 
@@ -416,7 +416,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_harms_no_checkpoint(
   kept = max(steps_of(after, "multi_precision"))
   assert last <= kept < 58
   _, err = job.finish(after)
-  assert went_on_from(err) == {"multi_precision": kept}
+  assert resumed_from(err) == {"multi_precision": kept}
   assert essence(after) == essence(whole)
 
 
@@ -432,7 +432,7 @@ def test_a_disk_that_is_too_small_is_reported_before_training(
   assert last_logged(after, "multi_precision") == last
 
 
-def test_a_second_process_takes_its_programs_from_the_disk(
+def test_a_second_process_reads_its_programs_from_the_cache(
   job, whole, tmp_path
 ):
   out, _ = job.finish(
