@@ -105,12 +105,14 @@ class RunContext:
     leaves = jax.tree.leaves(self.shape.params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-  def batches(self) -> Any:
-    """Whole training batches, the same in every process."""
+  def batches(self, shard: int = 0, shards: int = 1) -> Any:
+    """Training batches by step, or one shard of each; whole by default."""
     return data.batches(
       self.data.train,
       batch_size=self.config.data.batch_size,
       seed=self.config.seed,
+      process_index=shard,
+      process_count=shards,
       workers=self.config.data.workers,
     )
 

@@ -14,7 +14,7 @@ import jax
 import optax
 from flax import nnx
 
-from dr_jax import data, nn, train
+from dr_jax import nn, train
 from dr_jax.checkpoint import Checkpoints, disk_bytes
 from dr_jax.config import QuantConfig, TrainConfig, prefixed, quantizers
 from dr_jax.pipeline import scoring
@@ -123,45 +123,43 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
     phase.stage,
     {"bits": phase.bits, "layers": [row.name for row in nn.layer_table(model)]},
   )
-  key = jax.random.fold_in(jax.random.key(run.config.seed), phase.number)
   directory = run.workdir.path / phase.stage / "checkpoints"
-  with Checkpoints(directory) as checkpoints, _metrics(run) as metrics:
+  with Checkpoints(directory) as checkpoints:
+    key = jax.random.fold_in(jax.random.key(run.config.seed), phase.number)
     state = trainer.init(key)
     if checkpoints.latest() is not None:
       state = checkpoints.restore(like=state)
     if int(state.step) < steps:
       run.workdir.check_space({phase.stage: disk_bytes(state)})
-      if metrics is not None:
-        metrics.resume(phase.stage, int(state.step))
-      shard, shards = layout.share
-      loop = train.Loop(
-        stage=phase.stage,
-        steps=steps,
-        labels=trainer.labels,
-        step=trainer.step,
-        batches=data.batches(
-          run.data.train,
-          batch_size=run.config.data.batch_size,
-          seed=run.config.seed,
-          process_index=shard,
-          process_count=shards,
-          workers=run.config.data.workers,
-        ),
-        checkpoints=checkpoints,
-        metrics=metrics,
-        checkpoint_every=run.config.checkpoint_every,
-        log_every=run.config.log_every,
-        interrupted=run.agreed,
-        put=layout.put,
-        show_progress=processes.is_first(),
-      )
-      with _count_unreadable(run, phase.stage, shard):
-        state = loop.run(state)
+      state = _run_loop(run, phase, steps, layout, trainer, checkpoints, state)
     params, batch_stats = train.gather(
       layout, (state.params, state.batch_stats)
     )
     nn.update(model, params=params, batch_stats=batch_stats)
   return steps
+
+
+def _run_loop(run, phase, steps, layout, trainer, checkpoints, state):
+  """Returns the state after the last step."""
+  shard, shards = layout.share
+  with _metrics(run) as metrics, _count_unreadable(run, phase.stage, shard):
+    if metrics is not None:
+      metrics.resume(phase.stage, int(state.step))
+    loop = train.Loop(
+      stage=phase.stage,
+      steps=steps,
+      labels=trainer.labels,
+      step=trainer.step,
+      batches=run.batches(shard, shards),
+      checkpoints=checkpoints,
+      metrics=metrics,
+      checkpoint_every=run.config.checkpoint_every,
+      log_every=run.config.log_every,
+      interrupted=run.agreed,
+      put=layout.put,
+      show_progress=processes.is_first(),
+    )
+    return loop.run(state)
 
 
 def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:

@@ -15,7 +15,6 @@ from dr_jax.deploy import ArtifactError
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.pipeline import check_space, check_stages
 from dr_jax.pipeline.workdir import Workdir
-from dr_jax.report import summary_table
 
 _STAGES = ("pretrain", "multi_precision", "separate", "export")
 
@@ -114,7 +113,7 @@ def test_a_disk_that_was_filled_since_is_an_error_before_a_stage_is_trained(
   )
   with pytest.raises(ConfigError, match="0.1 MiB free, but pretrain may take"):
     pipeline.run(_config(), tmp_path)
-  assert (tmp_path / "metrics.jsonl").read_text() == ""
+  assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.fixture
@@ -156,20 +155,6 @@ def test_a_run_writes_less_than_its_estimate(finished, asked):
     written = sum(path.stat().st_size for path in files if path.is_file())
     # Of three checkpoints asked for, two are there; the rest is small here.
     assert 0 < written < size, stage
-
-
-def test_the_table_shows_separate_runs_also_without_a_joint_one(finished):
-  _, summary = finished
-  column = summary_table(summary).columns[-1]
-  scores = [
-    summary["stages"][f"separate/{b}"]["scores"][b]["accuracy"]
-    for b in ("8", "2")
-  ]
-  assert list(column.cells)[1:] == [f"{score:.2f}" for score in scores]
-  del summary["stages"]["multi_precision"], summary["stages"]["export"]
-  assert list(summary_table(summary).columns[-1].cells)[1:] == [
-    f"{score:.2f}" for score in scores
-  ]
 
 
 def test_a_kill_between_the_last_number_and_the_result_repeats_nothing(
