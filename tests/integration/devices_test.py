@@ -129,10 +129,12 @@ def test_a_run_resumes_with_other_fields_that_change_nothing_trained(
   values = dataclasses.asdict(config(data=1))
   values["data"]["path"] = "elsewhere"
   values |= {"checkpoint_every": 9, "log_every": 7}
-  Workdir(workdir)._check(from_dict(values))
+  with Workdir(workdir).claim(from_dict(values)):
+    pass
   values["data"]["batch_size"] = 64
   with pytest.raises(ConfigError, match=r"data\.batch_size is 128 there"):
-    Workdir(workdir)._check(from_dict(values))
+    with Workdir(workdir).claim(from_dict(values)):
+      pass
 
 
 def test_norms_per_device_make_another_configuration(alone, tmp_path):
