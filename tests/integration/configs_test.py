@@ -37,6 +37,12 @@ def test_every_configuration_file_of_one_network_is_tested_here():
   assert files == {*PAPER, "digits", "digits_mixed", "compare"}
 
 
+def test_a_configuration_file_runs_no_other_one():
+  for path in (ROOT / "configs").glob("*.py"):
+    for word in ("runpy", "importlib", "exec(", "open("):
+      assert word not in path.read_text(), path
+
+
 @pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("arg", [None, "432", "8642", "smoke", "432,smoke"])
 def test_a_configuration_is_one_that_the_library_accepts(name, arg):
