@@ -38,6 +38,7 @@ class RunContext:
       processes must ask.
     shape: the float network as `nn.functional`, with shapes for arrays.
     networks: networks by stage, once trained or restored.
+    results: what the stages have reached so far, by name and in order.
   """
 
   def __init__(
@@ -69,6 +70,7 @@ class RunContext:
     self.bits = config.quant.bits
     self.weight, self.activation = quantizers(config.quant)
     self.networks: dict[str, nnx.Module] = {}
+    self.results: dict[str, dict[str, Any]] = {}
     try:
       self.shape = nn.functional(nnx.eval_shape(self.model))
     except ValueError as error:

@@ -53,6 +53,10 @@ def run(
     check_space(context)
     for stage in _stages(config):
       run_stage(context, stage)
+      for name in stage.result_names(context):
+        # None if a network was given in place of the stage.
+        if (result := context.workdir.result(name)) is not None:
+          context.results[name] = result
     return summarize(context)
 
 

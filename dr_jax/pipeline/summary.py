@@ -18,7 +18,7 @@ def summarize(run: RunContext) -> dict[str, Any]:
   return {
     "name": run.config.name,
     "bits": run.bits,
-    "stages": run.workdir.results(),
+    "stages": run.results,
     "environment": environment(),
   }
 

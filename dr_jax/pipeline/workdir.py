@@ -155,18 +155,6 @@ class Workdir:
     path = self.path / stage / "result.json"
     return on_first(lambda: read_object(path) if path.exists() else None)
 
-  def results(self) -> dict[str, dict[str, Any]]:
-    """The results of all finished stages, by name."""
-
-    def read():
-      files = sorted(self.path.rglob("result.json"))
-      return {
-        str(file.parent.relative_to(self.path)): read_object(file)
-        for file in files
-      }
-
-    return on_first(read)
-
   def finished(self, stage: str) -> dict[str, Any]:
     """What a stage that is done has reached.
 

@@ -43,9 +43,9 @@ def test_separate_trains_one_more_network_per_bit_width(
 ):
   workdir, summary = finished
   stages = summary["stages"]
-  assert set(stages) == {
+  assert list(stages) == [
     "pretrain", "multi_precision", "separate/8", "separate/2", "export"
-  }  # fmt: skip
+  ]  # fmt: skip
   for bits in ("8", "2"):
     assert list(stages[f"separate/{bits}"]["scores"]) == [bits]
   records = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]

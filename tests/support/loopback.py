@@ -17,6 +17,7 @@ import warnings
 
 import jax
 import numpy as np
+import optax
 
 from dr_jax import nn, train
 from dr_jax.checkpoint.checkpoints import Checkpoints
