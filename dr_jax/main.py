@@ -226,11 +226,11 @@ def _unknown_field(argv):
   flags.FLAGS(sys.argv, known_only=True)
   for override in overrides:
     node = _CONFIG.value
-    for key in override.partition("=")[0].split(".")[1:]:
+    path = override.partition("=")[0].split(".")[1:]
+    for depth, key in enumerate(path):
       if not isinstance(node, config_dict.ConfigDict):
-        return (
-          f"{override}: {key!r} must be a field, but is below a plain value"
-        )
+        group = ".".join(path[:depth])
+        return f"{override}: {group} is a value, not a group of fields"
       if key not in node:
         return (
           f"{override}: field must be one of {', '.join(node)}, got {key!r}"

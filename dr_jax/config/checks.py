@@ -121,8 +121,8 @@ def _quantizer(config, field, role):
     raise ConfigError(f"quant.{group}{error}") from None
   if not isinstance(quantizer, role):
     raise ConfigError(
-      f"quant.{field} must name a {role.__name__}, got {name!r}, which is a "
-      f"{type(quantizer).__name__}"
+      f"quant.{field} must name a quantizer of type {role.__name__}, got "
+      f"{name!r} of type {type(quantizer).__name__}"
     )
   return quantizer
 

@@ -157,7 +157,7 @@ def test_unknown_arguments_and_a_missing_configuration_are_named(
   capsys.readouterr()
   assert main.main(["main", "digits"]) == 2
   assert capsys.readouterr().err == (
-    "error: arguments must be --name=value, got 'digits'\n"
+    "error: arguments must be flags, --name=value, got 'digits'\n"
   )
   monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=None))
   assert main.main(["main"]) == 2
