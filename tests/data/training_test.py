@@ -107,7 +107,7 @@ def command(tmp_path, values):
       f"--workdir={tmp_path / 'run'}",
     ],
     cwd=ROOT,
-    env=os.environ | {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""},
+    env=os.environ | {"XLA_FLAGS": ""},
     capture_output=True,
     text=True,
     check=False,

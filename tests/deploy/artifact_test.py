@@ -245,7 +245,7 @@ class Half(nnx.Module):
 
 
 @pytest.fixture
-def mixed_dtypes(strict_numerics):
+def mixed_dtypes():
   """Layers of bfloat16 parameters take float32 inputs, as Flax lets them."""
   with jax.numpy_dtype_promotion("standard"):
     yield

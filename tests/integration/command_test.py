@@ -39,13 +39,9 @@ def arguments(workdir, flags):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start():
   """Starts the command on a short job; compiled programs are shared."""
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
-    "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
-  }
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
   def command(workdir, *flags):
     return subprocess.Popen(

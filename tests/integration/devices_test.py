@@ -173,7 +173,7 @@ def test_impossible_devices_raise_an_error_that_names_the_field(
 
 
 @pytest.fixture
-def mixed_types(strict_numerics):
+def mixed_types():
   """Networks that compute in bfloat16 mix it with their float32 parameters."""
   with jax.numpy_dtype_promotion("standard"):
     yield

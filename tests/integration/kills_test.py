@@ -46,12 +46,8 @@ runpy.run_module("dr_jax.main", run_name="__main__")
 class Job:
   """Starts the command; compiled programs are shared."""
 
-  def __init__(self, cache):
-    self.environment = os.environ | {
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "",
-      "XDG_CACHE_HOME": str(cache),
-    }
+  def __init__(self):
+    self.environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
   def start(self, workdir, *flags, program=("-m", "dr_jax.main"), shell=()):
     flags = [*FLAGS, f"--workdir={workdir}", *(flags or [SHORT])]
@@ -73,8 +69,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-  return Job(tmp_path_factory.mktemp("cache"))
+def job():
+  return Job()
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,6 @@ PAGES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def strict_numerics():
-  """Overrides the strict promotion: a user's file has none."""
-  yield
-
-
 @pytest.fixture(scope="module", autouse=True)
 def method():
   """Runs the block of the section on own methods; returns its source."""

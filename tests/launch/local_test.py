@@ -190,6 +190,8 @@ def test_sigterm_reaches_every_process_once(stand_in, tmp_path):
   assert [x["signals"] for x in stand_in(2)] == [["SIGTERM"]] * 2
 
 
+# The child replaces itself with another program at once.
+@pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 def test_ctrl_c_in_a_terminal_reaches_every_process_once(stand_in, tmp_path):
   pid, terminal = pty.fork()
   if pid == 0:

@@ -46,7 +46,7 @@ class ForkedCommand:
     self._server = subprocess.Popen(
       [sys.executable, "-c", _SERVER],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": "", "XDG_CACHE_HOME": str(directory)},
+      env=os.environ | {"XLA_FLAGS": ""},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,

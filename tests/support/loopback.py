@@ -35,12 +35,11 @@ def free_port():
 
 
 @contextlib.contextmanager
-def started(commands, cache, *, devices=1):
+def started(commands, *, devices=1):
   """One Python process for each command; killed at the end if still alive.
 
   Args:
     commands: arguments of Python, as lists of strings.
-    cache: directory of compiled programs.
     devices: how many each process has.
   """
   together = {
@@ -51,7 +50,6 @@ def started(commands, cache, *, devices=1):
   for number, command in enumerate(commands):
     environment = os.environ | {
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-      "XDG_CACHE_HOME": str(cache),
       "PYTHONPATH": str(ROOT),
       **(together if len(commands) > 1 else {}),
       "JAX_PROCESS_ID": str(number) if len(commands) > 1 else "",

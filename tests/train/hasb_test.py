@@ -1,6 +1,5 @@
 """Stochastic bit-switching: the draws by hand, and a SuperNet trained by it."""
 
-import contextlib
 import functools
 
 import jax
@@ -241,16 +240,6 @@ def switching():
   return hasb.sampling(SENSITIVITY, BITS, steps=STEPS, epochs=10, start=0.8)
 
 
-@contextlib.contextmanager
-def lenient_numerics():
-  """Optax multiplies floats by its counts."""
-  with (
-    jax.numpy_dtype_promotion("standard"),
-    jax.numpy_rank_promotion("allow"),
-  ):
-    yield
-
-
 @functools.cache
 def make(schedule="alternate", vectorize="sequential", sampling=None):
   """The trainer of the run."""
@@ -269,17 +258,15 @@ def make(schedule="alternate", vectorize="sequential", sampling=None):
 def prepare(step=0, **options):
   """The trainer of the run, and its first state, moved to another step."""
   trainer = make(**options)
-  with lenient_numerics():
-    state = trainer.init(jax.random.key(3))
+  state = trainer.init(jax.random.key(3))
   return trainer, state._replace(step=jnp.int32(step))
 
 
 def train(trainer, state, steps):
   losses = []
-  with lenient_numerics():
-    for number in steps:
-      state, loss = trainer.step(state, net.batch(number))
-      losses.append(np.asarray(loss))
+  for number in steps:
+    state, loss = trainer.step(state, net.batch(number))
+    losses.append(np.asarray(loss))
   return state, np.array(losses)
 
 

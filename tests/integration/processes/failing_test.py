@@ -65,12 +65,12 @@ runpy.run_module("dr_jax.main", run_name="__main__")
     pytest.param("killed", 1, -9, marks=pytest.mark.slow),
   ],
 )
-def test_the_others_end_within_a_minute(tmp_path, cache, how, victim, code):
+def test_the_others_end_within_a_minute(tmp_path, how, victim, code):
   workdir = tmp_path / "run"
   flags = (*FLAGS, f"--workdir={workdir}")
   commands = [("-m", "dr_jax.main", *flags)] * 2
   commands[victim] = ("-c", VICTIM, how, *flags)
-  with loopback.started(commands, cache) as running:
+  with loopback.started(commands) as running:
     failed, other = running[victim], running[1 - victim]
     text, _ = failed.communicate(timeout=120)
     ended = time.monotonic()

@@ -23,14 +23,14 @@ BEFORE, LAST = 10, 19  # Steps of the two checkpoints: 2 epochs of 9.8 batches.
 DATA = "state/ocdbt.process_{}/d/*"
 
 
-def trained(count, workdir, cache):
+def trained(count, workdir):
   """What `count` processes said of a run that ended well."""
   command = (
     *FLAGS,
     "--config.devices.parameters=sharded",
     f"--workdir={workdir}",
   )
-  with loopback.started([command] * count, cache) as running:
+  with loopback.started([command] * count) as running:
     codes, said = loopback.finish(running, timeout=120)
   assert codes == [0] * count, said
   return said
@@ -41,9 +41,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, cache):
+def together(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("together") / "run"
-  trained(2, workdir, cache)
+  trained(2, workdir)
   return workdir
 
 
@@ -106,7 +106,7 @@ SEEN_BY_ONE = {
 
 
 @pytest.fixture(scope="module")
-def read(together, tmp_path_factory, cache):
+def read(together, tmp_path_factory):
   """Directory of arrays, and lines by directory, that two processes read."""
   out = tmp_path_factory.mktemp("read")
   copies = [
@@ -114,7 +114,7 @@ def read(together, tmp_path_factory, cache):
   ]
   program = (loopback.__file__, out, together)
   commands = [(*program, *[together] * len(copies)), (*program, *copies)]
-  with loopback.started(commands, cache) as running:
+  with loopback.started(commands) as running:
     codes, said = loopback.finish(running, timeout=120)
   assert codes == [0, 0], said
   lines = [
@@ -171,10 +171,10 @@ def test_damage_that_one_process_sees_makes_all_take_the_one_before(read, name):
   ],
 )
 def test_a_damaged_share_gives_way_to_the_checkpoint_before(
-  together, tmp_path, cache, pattern, damage
+  together, tmp_path, pattern, damage
 ):
   workdir = damaged(together, tmp_path / "run", pattern, damage)
-  said = trained(2, workdir, cache)
+  said = trained(2, workdir)
   for text in said:
     (warning,) = [x for x in text.splitlines() if x.startswith("warning: ")]
     assert f"damaged checkpoint {workdir}" in warning

@@ -11,11 +11,11 @@ from PIL import Image
 from dr_jax import deploy
 
 
-def run(count, config, flags, workdir, cache, *, devices=1, timeout=120):
+def run(count, config, flags, workdir, *, devices=1, timeout=120):
   """What `count` processes said of a run that ended well."""
   command = ("-m", "dr_jax.main", f"--config={config}", *flags)
   command = (*command, f"--workdir={workdir}")
-  with loopback.started([command] * count, cache, devices=devices) as running:
+  with loopback.started([command] * count, devices=devices) as running:
     codes, said = loopback.finish(running, timeout=timeout)
   assert codes == [0] * count, said
   return said
@@ -34,21 +34,21 @@ BITS = (
 
 
 @pytest.fixture(scope="module")
-def one_after_the_other(tmp_path_factory, cache):
+def one_after_the_other(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("bits") / "run"
-  run(1, "configs/digits.py", BITS, workdir, cache)
+  run(1, "configs/digits.py", BITS, workdir)
   return workdir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2], ids=["across", "within"])
 def test_bit_widths_over_processes_or_in_each_train_as_in_one(
-  one_after_the_other, tmp_path, cache, devices
+  one_after_the_other, tmp_path, devices
 ):
   """With a device each, processes share no batch, but the bit-widths."""
   flags = (*BITS, "--config.devices.bits=2")
   workdir = tmp_path / "run"
-  run(2, "configs/digits.py", flags, workdir, cache, devices=devices)
+  run(2, "configs/digits.py", flags, workdir, devices=devices)
   expected = loopback.losses(one_after_the_other, "multi_precision")
   found = loopback.losses(workdir, "multi_precision")
   assert len(found) == len(expected) == 18
@@ -82,13 +82,11 @@ def files(workdir):
 
 
 @pytest.mark.slow
-def test_a_mixed_precision_job_of_two_processes_ends_as_that_of_one(
-  tmp_path, cache
-):
+def test_a_mixed_precision_job_of_two_processes_ends_as_that_of_one(tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
   config = "configs/digits_mixed.py"
-  run(1, config, MIXED, one, cache, timeout=300)
-  said = run(2, config, MIXED, two, cache, timeout=300)
+  run(1, config, MIXED, one, timeout=300)
+  said = run(2, config, MIXED, two, timeout=300)
   assert ["hessian_ilp" in text for text in said] == [True, False]
   assert files(two) == files(one)
   results = {
@@ -137,7 +135,7 @@ def get_config():
 """
 
 
-def test_the_first_process_counts_what_no_process_could_read(tmp_path, cache):
+def test_the_first_process_counts_what_no_process_could_read(tmp_path):
   """One epoch of 24 images: each process draws half, one unreadable each."""
   random = np.random.default_rng(0)
   for split, count in (("train", 12), ("test", 4)):
@@ -159,7 +157,7 @@ def test_the_first_process_counts_what_no_process_could_read(tmp_path, cache):
     "pretrain": {"epochs": 1, "learning_rate": 0.01},
   }  # fmt: skip
   config.write_text(IMAGES.format(values=values))
-  said = run(2, config, (), tmp_path / "run", cache)
+  said = run(2, config, (), tmp_path / "run")
   named = [text.count(": cannot be read;") for text in said]
   assert named == [1, 1]
   expected = (

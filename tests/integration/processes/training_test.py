@@ -31,11 +31,11 @@ FLAGS = (
 STEPS = 36  # 4 epochs of 1,257 images in batches of 128, and a part.
 
 
-def started(count, workdir, cache, *flags, last=()):
+def started(count, workdir, *flags, last=()):
   """The processes of one run; `last` are flags of the last process alone."""
   command = ("-m", "dr_jax.main", *FLAGS, *flags, f"--workdir={workdir}")
   commands = [command] * (count - 1) + [(*command, *last)]
-  return loopback.started(commands, cache)
+  return loopback.started(commands)
 
 
 def trained(workdir):
@@ -47,13 +47,13 @@ def trained(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
+def whole(tmp_path_factory):
   """Uninterrupted runs, when asked for: number of processes -> workdir."""
   place = tmp_path_factory.mktemp("whole")
 
   @functools.cache
   def run(count):
-    with started(count, place / str(count), cache) as running:
+    with started(count, place / str(count)) as running:
       codes, said = finish(running)
     assert codes == [0] * count, said
     assert sum("accuracy %" in text for text in said) == 1
@@ -90,10 +90,10 @@ def wait_for(path, running, timeout=120):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_others_end_with_a_message_and_a_restart_ends_the_same(
-  whole, tmp_path, cache, victim
+  whole, tmp_path, victim
 ):
   workdir = tmp_path / "run"
-  with started(2, workdir, cache) as running:
+  with started(2, workdir) as running:
     wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
     running[victim].kill()
     killed = time.monotonic()
@@ -105,7 +105,7 @@ def test_others_end_with_a_message_and_a_restart_ends_the_same(
     assert any(message in said for message in messages)
     assert "Traceback" not in said
   assert not (workdir / "pretrain" / "result.json").exists()
-  with started(2, workdir, cache) as running:
+  with started(2, workdir) as running:
     codes, said = finish(running)
   assert codes == [0, 0], said
   for a, b in zip(
@@ -116,28 +116,28 @@ def test_others_end_with_a_message_and_a_restart_ends_the_same(
     np.testing.assert_array_equal(b, a)
 
 
-def test_an_error_of_one_process_alone_ends_all(tmp_path, cache):
+def test_an_error_of_one_process_alone_ends_all(tmp_path):
   last = ("--config.seed=-1",)
-  with started(2, tmp_path / "run", cache, last=last) as running:
+  with started(2, tmp_path / "run", last=last) as running:
     codes, said = finish(running, timeout=90)
   assert codes[1] == 2
   assert "error: seed must be >= 0, got -1" in said[1]
   assert codes[0] not in (0, None)
 
 
-def test_an_error_of_the_first_process_reaches_all(tmp_path, cache):
+def test_an_error_of_the_first_process_reaches_all(tmp_path):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "mine").write_text("")
-  with started(2, tmp_path / "run", cache) as running:
+  with started(2, tmp_path / "run") as running:
     codes, said = finish(running, timeout=90)
   assert codes == [2, 2]
   for text in said:
     assert "is not empty and holds no run" in text
 
 
-def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, cache):
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
   workdir = tmp_path / "run"
-  with started(2, workdir, cache, "--config.pretrain.epochs=400") as running:
+  with started(2, workdir, "--config.pretrain.epochs=400") as running:
     wait_for(workdir / "pretrain" / "checkpoints" / "6", running)
     running[1].send_signal(signal.SIGTERM)
     codes, said = finish(running, timeout=60)
