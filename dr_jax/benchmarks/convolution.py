@@ -14,9 +14,10 @@ occurs in the network and summed over the network, in several formulations:
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,20 +61,20 @@ SHAPES = (
 
 def main(argv):
   del argv
-  builders = {
+  builders: dict[str, Callable[[Any], list[Callable[[], object]]]] = {
     "xla": lambda shape: _jax(shape, _convolve, compilation.jit),
     "ynnpack": lambda shape: _jax(shape, _convolve, jax.jit),
     "product": lambda shape: _jax(shape, _product, compilation.jit),
   }
   if _TORCH.value:
     builders["torch"] = _torch
-  table = Table(title=f"milliseconds (least of {_ROUNDS.value})")
+  table = Table(title=f"milliseconds (minimum of {_ROUNDS.value})")
   table.add_column("convolution")
   for name in ("times", "pass", *builders):
     table.add_column(name, justify="right")
   totals = np.zeros((len(PASSES), len(builders)))
   for shape in SHAPES:
-    times = _least([build(shape) for build in builders.values()])
+    times = _minima([build(shape) for build in builders.values()])
     counts = np.full((len(PASSES), 1), shape.count)
     counts[1] *= shape is not SHAPES[0]  # nobody needs the image's gradient
     totals += counts * times
@@ -93,9 +94,9 @@ def main(argv):
   console.print(environment())
 
 
-def _least(programs: list[list[Callable[[], None]]]) -> np.ndarray:
-  """Least seconds [passes, formulations], all measured in turn."""
-  least = np.full((len(PASSES), len(programs)), np.inf)
+def _minima(programs: list[list[Callable[[], object]]]) -> np.ndarray:
+  """Minimum seconds [passes, formulations], all measured in turn."""
+  minima = np.full((len(PASSES), len(programs)), np.inf)
   for number in range(_ROUNDS.value + 1):  # the first call compiles
     for column, calls in enumerate(programs):
       for row, call in enumerate(calls):
@@ -103,8 +104,8 @@ def _least(programs: list[list[Callable[[], None]]]) -> np.ndarray:
         call()
         seconds = time.perf_counter() - started
         if number:
-          least[row, column] = min(least[row, column], seconds)
-  return least
+          minima[row, column] = min(minima[row, column], seconds)
+  return minima
 
 
 def _describe(shape):
@@ -155,7 +156,10 @@ def _jax(shape, convolve, jit):
     jit(lambda x, w: jax.vjp(lambda x: forward(x, w), x)[1](y)),
     jit(lambda x, w: jax.vjp(lambda w: forward(x, w), w)[1](y)),
   )
-  return [lambda f=f: jax.block_until_ready(f(x, w)) for f in programs]
+  return [
+    functools.partial(lambda f: jax.block_until_ready(f(x, w)), program)
+    for program in programs
+  ]
 
 
 def _torch(shape):

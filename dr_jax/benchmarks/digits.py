@@ -72,7 +72,7 @@ def _accuracy(result, bits):
 
 def _table(name, bits, rows):
   table = Table(
-    title=f"{name}: test accuracy, mean (least) of {_SEEDS.value} seeds"
+    title=f"{name}: test accuracy, mean (minimum) of {_SEEDS.value} seeds"
   )
   table.add_column("run")
   for b in bits:

@@ -93,8 +93,8 @@ def _network():
   return loss, kernels, ((vectors, network.batch_stats), batch)
 
 
-def _timed(name, function, *arguments) -> Timed:
-  jit = jax.jit if _PLAIN.value else compilation.jit
+def _timed(name: str, function: Callable, *arguments) -> Timed:
+  jit: Callable = jax.jit if _PLAIN.value else compilation.jit
   started = time.perf_counter()
   program = jit(function).lower(*arguments).compile()
   seconds = time.perf_counter() - started
@@ -116,7 +116,7 @@ def _report(rows):
   for column in (
     "program",
     "median s",
-    "least s",
+    "min s",
     "of gradient",
     "per second",
     "temporary MiB",

@@ -42,7 +42,7 @@ def write(root: pathlib.Path) -> list[bytes]:
 
 def batches(
   root: pathlib.Path, *, batch_size: int, image_size: int, workers: int
-) -> data.pipeline.Batches:
+) -> data.batching.Batches:
   """Training batches of what `write` wrote, made as recipes for ImageNet do.
 
   Args:

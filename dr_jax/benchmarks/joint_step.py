@@ -11,7 +11,7 @@ makes, with its schedule and distillation.
 
 Everything is measured in one process, in turn, round after round, so that a
 noisy machine disturbs all alike: compare ratios. Reported per program: the
-median and the least seconds of a step, the compiled program's temporary
+median and the minimum seconds of a step, the compiled program's temporary
 memory, seconds to compile, and the number of compilations.
 """
 
@@ -129,7 +129,7 @@ def _network(bits):
       raise ValueError(f"{name} must not be set with --model, got {given}")
   compilation.cache_on_disk()
   layout = sharding.layout()
-  setting = network.Setting(_MODEL.value, _SIZE.value, _DTYPE.value, bits)
+  setting = network.Setting(str(_MODEL.value), _SIZE.value, _DTYPE.value, bits)
   cpu = jax.default_backend() == "cpu"
   measured = throughput.measure(
     setting,
@@ -151,7 +151,7 @@ def _methods(bits):
   rows = [_method(name, bits) for name in dict.fromkeys([_OURS, *names])]
   _time(rows)
   table = Table(title=_title(bits))
-  for column in ("method", "median s", "least s", f"of {_OURS}", "compile s"):
+  for column in ("method", "median s", "min s", f"of {_OURS}", "compile s"):
     table.add_column(column, justify="left" if column == "method" else "right")
   ours = np.array(rows[0].seconds)
   for row in rows:
@@ -224,14 +224,15 @@ def _timed(name, model, recipe: TrainConfig) -> Timed:
 
   compilations = []
 
-  def listen(event, seconds, **_):
+  def listen(event: str, duration_secs: float, **_: str | int) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
-      compilations.append(seconds)
+      compilations.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   started = time.perf_counter()
   compiled = trainer.lower(state[0], batch).compile()
-  memory = compiled.memory_analysis().temp_size_in_bytes
+  analysis = compiled.memory_analysis()
+  memory = analysis.temp_size_in_bytes if analysis else 0
   first = time.perf_counter() - started
   run()
   run()
@@ -271,7 +272,7 @@ def _report(rows, bits):
   for column in (
     "step",
     "median s",
-    "least s",
+    "min s",
     "of singles",
     "temporary MiB",
     "compile s",

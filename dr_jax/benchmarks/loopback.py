@@ -1,4 +1,4 @@
-"""Several real processes of one program that meet on this machine.
+"""Several real processes of one program that connect on this machine.
 
 Each is bound to one core and computes with one thread, so that more of them
 are more cores at work, and not more threads on the same ones.

@@ -119,8 +119,12 @@ def _floor_table(seeds):
     found.setdefault((row["strategy"], row["budget"]), []).append(row["test"])
   for budget in dict.fromkeys(budget for _, budget in found):
     ours = found.get(("hessian_ilp", budget))
-    baselines = [found.get((baseline, budget)) for baseline in _BASELINES]
-    if ours is None or None in baselines:
+    baselines = [
+      found[baseline, budget]
+      for baseline in _BASELINES
+      if (baseline, budget) in found
+    ]
+    if ours is None or len(baselines) < len(_BASELINES):
       continue
     cells, holds = [], {"accuracy": True, "loss": True}
     for theirs in baselines:

@@ -118,6 +118,6 @@ def trainer(
     distillation=recipe.distillation,
     loss_weights=recipe.loss_weights,
     layout=layout,
-    num_classes=model.head.out_features,
+    num_classes=model.head.out_features,  # pyrefly: ignore
   )
   return made, made.init(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Published peaks of accelerators, for the share of them that a step reaches.
+"""Published peaks of accelerators, of which a step reaches a fraction.
 
 Dense matrix products, as the makers state them; figures "with sparsity" are
 halved. float32 is what XLA does with it by default: TensorFloat-32 on NVIDIA
@@ -43,10 +43,10 @@ def peak(kind: str, dtype: str) -> float | None:
   return None
 
 
-def share_of_peak(
+def fraction_of_peak(
   macs: int, images_per_second: float, passes: int, peak: float
 ) -> float:
-  """Returns the share of a peak, counting the model's own products only.
+  """Returns the fraction of a peak, counting the model's own products only.
 
   Args:
     macs: multiply-accumulates of one image's forward pass.

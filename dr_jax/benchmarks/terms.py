@@ -3,7 +3,7 @@
   python -m dr_jax.benchmarks.terms [--weights=25000000] [--rounds=5]
 
 `quant.term_quantization` on one weight [c_in, 1024], under jit, for each of its
-budgets: least and median of the rounds, without compilation.
+budgets: minimum and median of the rounds, without compilation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv):
   program = jax.jit(quantizer.fake_quantize)
   jax.block_until_ready(program({}, w, jnp.int32(0)))
   table = Table(title=f"{w.size:,} weights, groups of 8")
-  for column in ("terms per group", "median s", "least s"):
+  for column in ("terms per group", "median s", "min s"):
     table.add_column(column, justify="right")
   for index, budget in enumerate(budgets):
     seconds = []

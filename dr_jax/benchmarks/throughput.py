@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 
 from dr_jax.benchmarks.network import Setting, trainer
-from dr_jax.benchmarks.peak import peak, share_of_peak
+from dr_jax.benchmarks.peak import fraction_of_peak, peak
 from dr_jax.config import TrainConfig
 from dr_jax.runtime.sharding import Layout
 
@@ -123,6 +123,7 @@ def _program(step, state, batch) -> Callable[[int], None]:
   states = [state]
 
   def run(count):
+    losses = None
     for _ in range(count):
       states[0], losses = step(states[0], batch)
     jax.block_until_ready((states[0], losses))
@@ -148,11 +149,11 @@ def table(
   batch_size: int,
   measured: Sequence[Measured],
 ) -> Table:
-  """What was measured, with shares of the peak where there are any."""
+  """What was measured, with fractions of the peak where one is known."""
   devices = layout.mesh.devices.flat
   kind, count = devices[0].device_kind, len(devices)
   caption = f"{count} x {kind}, {setting.dtype}"
-  best = None
+  best, macs = None, 0
   if devices[0].platform != "cpu":
     best = peak(kind, setting.dtype)
     caption += "; unknown peak"
@@ -170,7 +171,7 @@ def table(
     caption=caption,
   )
   shown.add_column("step")
-  columns = ["images/s", "median s", "least s", "first step s"]
+  columns = ["images/s", "median s", "min s", "first step s"]
   for column in columns + ["of peak"] * (best is not None):
     shown.add_column(column, justify="right")
   for row in measured:
@@ -186,7 +187,7 @@ def table(
       f"{row.first_seconds:.1f}",
     ]
     if best is not None:
-      share = share_of_peak(macs, speed, row.passes, best)
-      cells.append(f"{100 * share:.1f} %")
+      fraction = fraction_of_peak(macs, speed, row.passes, best)
+      cells.append(f"{100 * fraction:.1f} %")
     shown.add_row(row.name, *cells)
   return shown

@@ -22,7 +22,7 @@ from dr_jax.benchmarks import (
   scaling,
   throughput,
 )
-from dr_jax.benchmarks.peak import peak, share_of_peak
+from dr_jax.benchmarks.peak import fraction_of_peak, peak
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.data import batching
 from dr_jax.runtime import sharding
@@ -97,9 +97,9 @@ def test_devices_that_are_not_in_the_table_have_no_known_peak(kind, dtype):
   assert peak(kind, dtype) is None
 
 
-def test_a_share_of_the_peak_counts_three_passes_at_every_bit_width():
+def test_the_fraction_of_the_peak_counts_three_passes_at_every_bit_width():
   # 2 operations x 3 passes x 4 bit-widths x 10^9 x 100 per second = 2.4e12.
-  assert share_of_peak(10**9, 100.0, 4, 1e13) == pytest.approx(0.24)
+  assert fraction_of_peak(10**9, 100.0, 4, 1e13) == pytest.approx(0.24)
 
 
 def test_every_layer_counts_in_the_products_of_a_network():
@@ -110,7 +110,7 @@ def test_every_layer_counts_in_the_products_of_a_network():
   ("model", "size", "classes"),
   [("resnet8", 32, 10), ("resnet50", 224, 1000), ("mobilenetv2", 224, 1000)],
 )
-def test_networks_have_images_and_classes_of_their_own(model, size, classes):
+def test_each_network_has_its_image_size_and_classes(model, size, classes):
   setting = network.Setting(model)
   assert (setting.size, setting.classes) == (size, classes)
   batch = network.Setting(model, 16).batch(3)
@@ -118,12 +118,12 @@ def test_networks_have_images_and_classes_of_their_own(model, size, classes):
   assert batch["image"].dtype == np.float32
 
 
-def test_computation_has_the_type_that_was_asked_for():
+def test_dtype_is_that_of_the_computation():
   half = SMALL._replace(dtype="bfloat16").floating()
   assert half.stem.dtype == "bfloat16"
 
 
-def test_modes_are_all_or_those_that_are_named():
+def test_modes_are_all_or_the_named_ones():
   assert throughput.modes([]) == list(throughput.MODES)
   assert throughput.modes([], quick=True, vmap=False) == [
     ("alternate", "sequential"),
@@ -157,7 +157,7 @@ def test_a_network_is_timed_on_all_devices():
   assert float(cells(text, "float")[0]) == pytest.approx(speed, abs=0.5)
 
 
-def test_a_batch_that_devices_cannot_share_is_refused():
+def test_a_batch_that_devices_do_not_divide_raises():
   with pytest.raises(ValueError, match="batch_size must be a multiple.*got 6"):
     throughput.measure(SMALL, sharding.layout(), 6, [], rounds=1, steps=1)
 
@@ -176,26 +176,26 @@ MEASURED = [
 ]
 
 
-def test_shares_of_the_peak_are_those_of_all_devices():
+def test_fractions_are_of_the_peak_of_all_devices():
   setting = network.Setting("resnet20", dtype="bfloat16")
   layout = fake("NVIDIA L4")
   text = printed(throughput.table(setting, layout, 20_000, MEASURED))
   # 20,000 images in 0.02 s, and 20,000 at four bit-widths in 0.08 s.
-  share = 6 * RESNET20_MACS * 1e6 / (2 * 121e12)
-  assert cells(text, "float")[-1] == f"{100 * share:.1f} %"
-  assert cells(text, "joint")[-1] == f"{100 * share:.1f} %"
+  fraction = 6 * RESNET20_MACS * 1e6 / (2 * 121e12)
+  assert cells(text, "float")[-1] == f"{100 * fraction:.1f} %"
+  assert cells(text, "joint")[-1] == f"{100 * fraction:.1f} %"
   assert cells(text, "large")[0] == "out of memory"
   assert "242 TFLOP/s" in text
 
 
-def test_a_device_without_a_published_peak_is_said_to_have_none():
+def test_a_device_without_a_published_peak_has_no_fraction():
   layout = fake("NVIDIA L40S")
   text = printed(throughput.table(SMALL, layout, 8, MEASURED))
   assert "unknown peak" in text
   assert "of peak" not in text
 
 
-def test_a_step_that_does_not_fit_in_memory_is_no_error():
+def test_a_step_out_of_memory_is_reported_in_the_table():
   def fails(message):
     def run(count):
       raise jax.errors.JaxRuntimeError(message)
@@ -217,7 +217,7 @@ def test_scaling_trains_equally_many_images_on_every_device(devices):
   assert (speed.sum_seconds > 0) == (devices > 1)
 
 
-def test_efficiency_is_the_share_of_the_first_speed_of_each():
+def test_efficiency_is_speed_per_device_relative_to_one():
   speeds = [scaling.Speed(100, 0.16, 0), scaling.Speed(150, 0.21, 0.0314)]
   text = printed(scaling.table(SMALL, 16, "processes", [1, 2], speeds))
   assert cells(text, "1") == ["100.0", "100.0", "1.00", "0.160", ""]
@@ -245,14 +245,14 @@ def program(tmp_path, monkeypatch):
   return write
 
 
-def test_every_process_has_a_core_and_knows_the_others(program):
+def test_every_process_has_its_core_and_all_addresses(program):
   name = program(
     "import json, os, sys, time\n"
     "names = 'JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID'\n"
-    "told = [os.environ[name] for name in names.split()]\n"
+    "seen = [os.environ[name] for name in names.split()]\n"
     "cores = sorted(os.sched_getaffinity(0))\n"
-    "open(sys.argv[1] + told[2], 'w').write(json.dumps([told, cores]))\n"
-    "print('number', told[2])\n"
+    "open(sys.argv[1] + seen[2], 'w').write(json.dumps([seen, cores]))\n"
+    "print('number', seen[2])\n"
   )
   folder = pathlib.Path(os.environ["PYTHONPATH"])
   before = loopback.cores()
@@ -260,20 +260,20 @@ def test_every_process_has_a_core_and_knows_the_others(program):
   assert loopback.run(name, [f"{folder}/"], count) == "number 0\n"
   assert loopback.cores() == before
   found = [json.loads((folder / str(n)).read_text()) for n in range(count)]
-  assert [told[1:] for told, _ in found] == [
+  assert [seen[1:] for seen, _ in found] == [
     [str(count), str(n)] for n in range(count)
   ]
-  assert len({told[0] for told, _ in found}) == 1
+  assert len({seen[0] for seen, _ in found}) == 1
   assert [cores for _, cores in found] == [[c] for c in (*before, before[0])]
 
 
-def test_a_single_process_is_told_of_no_others(program, monkeypatch):
+def test_a_single_process_gets_no_addresses(program, monkeypatch):
   monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
   name = program("import os; print(repr(os.environ['JAX_NUM_PROCESSES']))")
   assert loopback.run(name, [], 1) == "''\n"
 
 
-def test_when_one_process_fails_the_others_are_ended(program, tmp_path):
+def test_one_failed_process_ends_the_others(program, tmp_path):
   name = program(
     "import os, pathlib, sys, time\n"
     "here = pathlib.Path(__file__).parent / 'pid'\n"
@@ -315,7 +315,7 @@ def trained(photographs):
     (3, batching.Batches, "stream", 0.25),
   ],
 )
-def test_a_step_that_waits_is_seen_to_wait(
+def test_waiting_in_a_step_shows_in_its_time(
   trained, photographs, monkeypatch, kind, owner, method, delay
 ):
   """Of eight timed steps, the second is saved; one writes three numbers."""
@@ -353,7 +353,7 @@ def command(name, *arguments):
 
 
 @pytest.mark.slow
-def test_processes_meet_and_their_speeds_are_printed():
+def test_processes_connect_and_their_speeds_are_printed():
   ended = command(
     *("scaling", "--processes=2", "--steps=1", "--image-size=8"),
     "--batch-size=2",
@@ -374,7 +374,7 @@ def test_processes_meet_and_their_speeds_are_printed():
     ),
   ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments, message):
+def test_bad_arguments_end_with_one_line(arguments, message):
   ended = command(*arguments)
   assert ended.returncode == 2
   assert ended.stderr.startswith(message)
