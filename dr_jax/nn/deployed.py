@@ -16,7 +16,7 @@ from flax import nnx
 from dr_jax.nn import layers
 from dr_jax.nn.bits import Bits, Offset, Scale, quantized_layers
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
-from dr_jax.nn.quantize import substitute
+from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
 

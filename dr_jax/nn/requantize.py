@@ -7,7 +7,7 @@ from flax import nnx
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
 from dr_jax.nn.bits import all_bits, candidates, quantized_layers
-from dr_jax.nn.quantize import substitute
+from dr_jax.nn.substitute import substitute
 from dr_jax.quant import WeightQuantizer
 
 

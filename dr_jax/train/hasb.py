@@ -2,8 +2,8 @@
 
 A step passes through every bit-width b, high to low. At each pass every layer
 draws r ~ U[0, 1]: where r < sigma it takes its bits from its roulette, else b;
-the weights and inputs of a layer share them. With t the layers' sensitivities and
-t_m their mean, layer l's roulette is
+the weights and inputs of a layer share them. With t the layers' sensitivities
+and t_m their mean, layer l's roulette is
 
   t_l <  t_m   every bit-width equally likely
   t_l >= t_m   bit-width b with probability b / sum(B)

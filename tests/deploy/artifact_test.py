@@ -279,7 +279,9 @@ def test_a_loaded_network_is_not_saved_again(tmp_path):
     ValueError, match="layer middle holds stored codes; pass what"
   ):
     deploy.save(tmp_path / "again", loaded)
-  with pytest.raises(ValueError, match="model: no batch norm that collects"):
+  with pytest.raises(
+    ValueError, match="model must have a batch norm that collects"
+  ):
     nn.recalibrate(loaded, [jnp.ones((2, 6))])
 
 
