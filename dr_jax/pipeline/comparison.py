@@ -1,10 +1,10 @@
-"""Many methods in one run: the same float start, data order and steps.
+"""Comparisons: many methods from the same float network, data order and steps.
 
 A comparison is a configuration with two more fields: `seeds`, and `methods`,
-each a name and the fields in which it differs from the rest (`method`, `quant`,
-`train`). Entries with the same `row` share a row of the table, for methods that
-train a network per bit-width. Every entry is a run, in
-<workdir>/seed<n>/<name>; finished ones are not repeated.
+which maps names to the fields that are theirs (`method`, `quant`, `train`).
+Entries with the same `row` share a row of the table, for methods that train one
+network per bit-width. Every entry is a run in <workdir>/seed<n>/<name>;
+finished ones are not repeated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """What is compared.
+  """The runs of a comparison.
 
   Attributes:
     base: the float run.
@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 
 
 def from_values(values: Mapping[str, Any]) -> Comparison:
-  """Builds a checked comparison; every method is built before one is run.
+  """Builds a comparison; every method is checked before any is run.
 
   Raises:
     ConfigError: as `config.from_dict`, naming the method.
@@ -77,7 +77,7 @@ def from_values(values: Mapping[str, Any]) -> Comparison:
 
 
 def _entry(name, given, shared):
-  """One method, checked."""
+  """Builds and checks the entry of one method."""
   where = f"methods.{name}"
   if not isinstance(given, Mapping):
     raise ConfigError(f"{where} must be a group of fields, got {given!r}")
@@ -115,7 +115,7 @@ def run(
   *,
   interrupted: Callable[[], str | None] = lambda: None,
 ) -> dict[str, Any]:
-  """Runs what is not done yet; writes compare.json and compare.md.
+  """Runs all methods that are not done; writes compare.json and compare.md.
 
   Returns:
     What compare.json holds: {"rows": {row: {"scores": {bits: {"accuracy",
@@ -169,7 +169,7 @@ def _float_run(config, workdir, interrupted):
 
 
 def _joined(before, result):
-  """One row of several runs: their bit-widths, the sum of their costs."""
+  """Joins runs of one row: all their bit-widths, the sum of their costs."""
   if before is None:
     return result
   joined = {key: before[key] | result[key] for key in ("scores", "bytes_at")}

@@ -1,9 +1,8 @@
 """The state of a run: configuration, directory, data, devices, networks.
 
-Nothing here trains or scores (`training`, `scoring`); the stages do, in
-`stages/`. Training is spread over all processes and devices
-(`runtime.sharding`, `runtime.processes`); all else is done by the first
-process, on its own devices.
+It neither trains (`training`) nor scores (`scoring`). Training is spread over
+all processes and devices (`runtime.sharding`, `runtime.processes`); the first
+process does everything else, on its own devices.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ class RunContext:
   """What the stages of one run share.
 
   Attributes:
-    config, workdir, bits: what is run, where, and the candidate bit-widths.
+    config, workdir, bits: the configuration, the directory and the candidate
+      bit-widths.
     weight, activation: the quantizers of `config.quant`.
     start: a trained float network that replaces the stage pretrain, or None.
     data: training and test sets, without `held_out`, which only searches see.
-    layout: where training lives; `local` where this process does the rest.
+    layout: devices of training; `local`: those of this process, for the rest.
     interrupted: returns the name of a signal that this process received, or
-      None; `agreed` that of a signal that any process received, and all
-      processes must ask.
+      None; `agreed`: that of a signal that any process received. All processes
+      must call `agreed` together.
     shape: the float network as `nn.functional`, with shapes for arrays.
     networks: networks by stage, once trained or restored.
-    results: what the stages have reached so far, by name and in order.
+    results: results of the stages so far, by name and in order.
   """
 
   def __init__(
@@ -49,7 +49,7 @@ class RunContext:
     *,
     start: nnx.Module | None = None,
   ):
-    """Reads the configuration into values; writes nothing.
+    """Builds the values that the configuration describes; writes nothing.
 
     Raises:
       ConfigError: if the configuration does not fit the data, the devices or
@@ -84,7 +84,7 @@ class RunContext:
     )
 
   def model_options(self) -> dict[str, Any]:
-    """Keyword arguments of `models.build`, those given by the data included."""
+    """Keyword arguments of `models.build`, with those that the data imply."""
     return {
       **self.config.model.options,
       "dtype": self.config.model.dtype,
@@ -134,7 +134,7 @@ class RunContext:
     return self.local.put(batch) if fits else batch
 
   def stop_if_asked(self, stage: str) -> None:
-    """Raises train.InterruptedRun if a signal asked to stop."""
+    """Raises train.InterruptedRun if this process received a signal."""
     name = self.interrupted()
     if name:
       raise train.InterruptedRun(f"{stage}: stopped by {name}", name)
@@ -153,7 +153,7 @@ def _datasets(config):
 
 
 def _layouts(config):
-  """Where training lives, and the devices of this process alone."""
+  """The layout of training, and that of this process's devices alone."""
   try:
     layout = sharding.layout(**dataclasses.asdict(config.devices))
   except ValueError as error:

@@ -1,7 +1,7 @@
 """A run: the stages that a configuration names, in order.
 
-Each stage is resumable, and skipped when done; `stages.STAGES` says what there
-is and what each needs.
+Each stage resumes where it was stopped, and is skipped when done. `stages`
+defines them and what each needs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def run(
   """Runs the stages that a configuration names, in order.
 
   Args:
-    config: what to run.
-    workdir: directory of this run; with the same configuration it resumes.
+    config: the configuration.
+    workdir: directory of the run, which resumes there.
     interrupted: returns the name of a signal that asks to stop, else None.
     start: a trained float network that replaces the stage pretrain.
 
@@ -40,8 +40,8 @@ def run(
 
   Raises:
     ConfigError: if the configuration does not fit the data, or the directory
-      belongs to another configuration, cannot be written to or has too little
-      room; nothing is overwritten.
+      belongs to another configuration, cannot be written to, or has too little
+      room. Nothing is overwritten then.
     CheckpointError: if a state cannot be saved or restored.
     ValueError: from the library, for values that only it can check.
     train.NonFiniteError, train.InterruptedRun: see `train.Loop`.
@@ -81,7 +81,7 @@ def check_stages(config: Config) -> None:
 
 
 def check(context: RunContext) -> None:
-  """Checks what only the files and the model can tell; writes nothing.
+  """Checks the configuration against files and model; writes nothing.
 
   Raises:
     ConfigError: if the model's weights cannot be read or do not fit it, or
@@ -94,11 +94,11 @@ def check(context: RunContext) -> None:
 
 
 def check_space(context: RunContext) -> None:
-  """Checks the disk before hours of training fill it.
+  """Checks that the disk has room, before anything is trained.
 
   Raises:
-    ConfigError: if its disk has too little room for the checkpoints of all
-      stages and the artifact.
+    ConfigError: if it has too little room for the checkpoints of all stages
+      and the artifact.
   """
   context.workdir.check_space(
     {

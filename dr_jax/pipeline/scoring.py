@@ -1,4 +1,4 @@
-"""Scores of a network as it is deployed, and the end of a stage with them."""
+"""Scores of a network as it is deployed, and the result of a stage."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def finish_stage(
   started: float,
   **result: Any,
 ) -> None:
-  """Scores a trained network and ends its stage, unless that was done.
+  """Scores a trained network and writes its stage's result, unless it exists.
 
   Args:
     run: the run.
@@ -81,7 +81,7 @@ def finish_stage(
   def finish():
     found = scores(run, as_deployed(run, model), bits)
     with MetricsWriter(run.workdir.metrics) as metrics:
-      # A process killed right here has written some of them already.
+      # A process that was killed here has written some of them already.
       metrics.resume(stage, steps, names=("loss", "images_per_second"))
       for key, score in found.items():
         named = {f"test_{name}": value for name, value in score.items()}

@@ -1,4 +1,4 @@
-"""What a run has reached so far, and where."""
+"""Results of a run so far, and the environment that they come from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dr_jax.pipeline.context import RunContext
 
 
 def summarize(run: RunContext) -> dict[str, Any]:
-  """What has been reached so far, by stage, and the environment."""
+  """Returns the results so far by stage, and the environment."""
   return {
     "name": run.config.name,
     "bits": run.bits,
@@ -24,7 +24,7 @@ def summarize(run: RunContext) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-  """Versions and device of this process."""
+  """Returns the versions and the device of this process."""
   packages = ("dr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
   versions = {}
   for package in packages:

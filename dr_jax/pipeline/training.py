@@ -48,10 +48,10 @@ class Phase(NamedTuple):
 def train_quantized(
   run: RunContext, stage: str, config: QuantConfig, recipe: TrainConfig
 ) -> nnx.Module:
-  """Quantizes the float network and trains it; restored if the stage is done.
+  """Quantizes and trains the float network, or restores a finished stage.
 
   Args:
-    run: the run, whose networks already hold the float one.
+    run: the run, with the float network among its networks.
     stage: its name.
     config: how to quantize.
     recipe: how to train.
@@ -93,7 +93,7 @@ def train_quantized(
         len(curriculum.phases),
       ),
     )
-  # Norms shared by all bit-widths have the statistics of all of them.
+  # A norm shared by all bit-widths keeps the statistics of all of them.
   if curriculum.recalibrate and config.norm != "shared":
     _recalibrate(run, network, weight.bits)
   scoring.finish_stage(
@@ -181,7 +181,7 @@ def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:
     )
     return trainer.init(jax.random.key(0))
 
-  # As many sets of checkpoints as the curriculum has phases.
+  # Every phase of the curriculum keeps checkpoints.
   phases = train.CURRICULA[recipe.curriculum].phases
   shapes = jax.eval_shape(state, run.shape.params, run.shape.batch_stats)
   return len(phases) * disk_bytes(shapes)
@@ -199,7 +199,7 @@ def _trainer(run, model, phase, steps):
   if phase.sampling is not None:
     sampling = phase.sampling(steps)
   vectorize = train.resolve_vectorize(recipe.vectorize, recipe.schedule)
-  # Bit-widths of one step over devices, if they train at once.
+  # Bit-widths spread over devices only if one program trains them at once.
   passes = len(train.pass_labels(network.bits, sampling))
   at_once = vectorize == "vmap" and passes % run.layout.bits == 0
   layout = run.layout if at_once else run.layout.flat()
@@ -230,7 +230,7 @@ def _trainer(run, model, phase, steps):
 
 
 def _metrics(run):
-  """The metrics file, in the process that writes it."""
+  """The metrics file in the process that writes it, None in others."""
   if processes.is_first():
     return MetricsWriter(run.workdir.metrics)
   return contextlib.nullcontext()
@@ -238,7 +238,7 @@ def _metrics(run):
 
 @contextlib.contextmanager
 def _count_unreadable(run, stage, shard):
-  """Warns, in the first process, of the images that no process could read."""
+  """Warns, in the first process, about images that could not be read."""
 
   def unreadable():
     return collections.Counter(getattr(run.data.train, "unreadable", ()))

@@ -1,8 +1,8 @@
 """The directory of a run: which configuration owns it, and its results.
 
-A stage is done when its `result.json` is there. Every file is complete or
-absent; what belongs to another configuration is never overwritten. Of several
-processes the first reads and writes, for all.
+A stage is done when its `result.json` exists. Every file is complete or
+absent; files of another configuration are never overwritten. Of several
+processes, the first one reads and writes for all.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ class Workdir:
 
   @contextlib.contextmanager
   def claim(self, config: Config) -> Iterator[None]:
-    """Keeps the directory for one process and this configuration.
+    """Locks the directory for one process and this configuration.
 
-    Only what changes nothing of what is trained may be other than before
-    (`search`, `devices`, where data lie and who decodes them, how often
-    checkpoints are written). A kill lets others in.
+    A run resumes with other values only of fields that do not affect what is
+    trained: `search`, `devices`, the path of the data, the number of workers,
+    the intervals of checkpoints and logs. The lock ends with the process, even
+    if it is killed.
 
     Raises:
       ConfigError: if the directory cannot be written to, holds another
-        configuration or other files, or another process is at work in it;
-        nothing that it held is changed then.
+        configuration or other files, or is in use by another process; its
+        files are unchanged then.
     """
     with contextlib.ExitStack() as held:
       on_first(lambda: self._claim(config, held))
@@ -75,15 +76,15 @@ class Workdir:
       ) from None
 
   def check_space(self, stages: Mapping[str, int]) -> None:
-    """Checks that there is room for what stages will write.
+    """Checks that the disk has room for what the stages will write.
 
-    What a stage has written already is written over.
+    Files that a stage has written already count towards its bytes.
 
     Args:
-      stages: bytes that each takes at most, by name; finished ones take none.
+      stages: bytes that each writes at most, by name; finished ones need none.
 
     Raises:
-      ConfigError: if the disk has less room.
+      ConfigError: if the disk has too little room.
     """
     on_first(lambda: self._check_space(stages))
 
@@ -127,11 +128,11 @@ class Workdir:
       )
 
   def record_network(self, stage: str, network: dict[str, Any]) -> None:
-    """Writes what a stage trains, or checks that its checkpoints are of it.
+    """Records which network a stage trains, or checks that it is the same.
 
     Args:
       stage: its name.
-      network: what distinguishes networks whose arrays may have equal shapes.
+      network: JSON that distinguishes networks with arrays of equal shapes.
 
     Raises:
       ConfigError: if the checkpoints there are of another network.
@@ -151,12 +152,15 @@ class Workdir:
       )
 
   def result(self, stage: str) -> dict[str, Any] | None:
-    """What a stage has reached, or None if it is not done."""
+    """Returns the result of a stage, or None if it is not done.
+
+    Every process must call this: the first one reads the file for all.
+    """
     path = self.path / stage / "result.json"
     return on_first(lambda: read_object(path) if path.exists() else None)
 
   def finished(self, stage: str) -> dict[str, Any]:
-    """What a stage that is done has reached.
+    """Returns the result of a stage that is done.
 
     Raises:
       ConfigError: if it is not done.
@@ -167,7 +171,7 @@ class Workdir:
     return result
 
   def finish(self, stage: str, started: float, **result: Any) -> None:
-    """Ends a stage: what it has reached, and its seconds since `started`."""
+    """Writes the result of a stage, with its seconds since `started`."""
     result["seconds"] = round(time.monotonic() - started, 1)
     on_first(
       lambda: files.write_json(self.path / stage / "result.json", result)
@@ -180,7 +184,7 @@ def read_object(
   """Reads a JSON object.
 
   Raises:
-    ConfigError: if the file holds something else.
+    ConfigError: if the file holds anything else.
   """
   try:
     value = files.read_json(path)
@@ -197,7 +201,7 @@ def _written(directory):
 
 
 def _renamed(values):
-  """A configuration with the names that its fields have now."""
+  """Replaces former names of fields by their present ones."""
   data = dict(values.get("data", {}))
   if "damaged" in data:
     data["on_decode_error"] = data.pop("damaged")
@@ -205,7 +209,7 @@ def _renamed(values):
 
 
 def _free(config):
-  """Fields of groups that may change between a run and its continuation."""
+  """Fields within groups that may change when a run resumes."""
   fields = [("data", "path"), ("data", "workers")]
   fields += [("devices", "bits"), ("devices", "parameters")]
   # Where arrays live changes the order of sums, unless norms see the devices.

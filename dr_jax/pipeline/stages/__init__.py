@@ -1,7 +1,7 @@
 """The stages of a run, in the order in which they are listed for users.
 
-A stage is one file here that defines `STAGE`, and one entry below; order,
-checks, disk space, summary and help text derive from it.
+A stage is one file that defines `STAGE`, and one entry below. Order, checks,
+disk space, summary and help text are derived from it.
 """
 
 from dr_jax.pipeline.stages import (

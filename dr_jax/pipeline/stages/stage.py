@@ -1,4 +1,4 @@
-"""What a stage is: one value, from which everything else about it derives."""
+"""A stage: one value, from which everything else about it is derived."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ class Stage(NamedTuple):
   """One stage of a run.
 
   Attributes:
-    name: what `stages` of a configuration calls it; its directory.
-    help: what it does, in one line.
-    run: does it.
+    name: its name in `stages` of a configuration, and its directory.
+    help: one line for `--help`.
+    run: runs it, to the end or until a signal.
     needs: stages that must come before it.
-    network: trains or restores the network that later stages build on, or None
-      if the stage has none.
-    single_process: whether the first process does it alone, once all have the
-      networks of the stages before it.
-    check: raises ConfigError for what can be known before anything is written.
-    disk_bytes: estimates the bytes that it will write at most; None for few.
-    results: names of its results in the directory; None for its own name.
-    is_done: whether there is nothing to do; None for: it has all its results.
+    network: trains or restores the network that later stages build on; None if
+      there is none.
+    single_process: whether the first process runs it alone, once all processes
+      have the networks of the stages before it.
+    check: raises ConfigError for what is wrong before anything is written.
+    disk_bytes: returns the bytes that it writes at most; None if negligible.
+    results: returns the names of its results; None if that is its own name.
+    is_done: returns whether nothing is left to do; None if that is whenever
+      all its results exist.
   """
 
   name: str
@@ -40,11 +41,11 @@ class Stage(NamedTuple):
   is_done: Callable[[RunContext], bool] | None = None
 
   def result_names(self, run: RunContext) -> tuple[str, ...]:
-    """Names under which the directory has results of this stage."""
+    """Returns the names of this stage's results in the directory."""
     return (self.name,) if self.results is None else self.results(run)
 
   def done(self, run: RunContext) -> bool:
-    """Whether nothing is left to do; every process must ask."""
+    """Returns whether nothing is left to do; all processes must call this."""
     if self.is_done is not None:
       return self.is_done(run)
     names = self.result_names(run)
