@@ -37,7 +37,9 @@ def config(**options):
 
 def losses(workdir):
   """Every loss and score that a run wrote, in order."""
-  records = map(json.loads, (workdir / "metrics.jsonl").open())
+  records = map(
+    json.loads, (workdir / "metrics.jsonl").read_text().splitlines()
+  )
   return [
     (r["step"], r["name"], r["value"])
     for r in records

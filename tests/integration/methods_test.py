@@ -40,7 +40,9 @@ def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
   bits = [str(b) for b in config.quant.bits]
   assert list(stages["export"]["scores"]) == bits
   trained = config.train.curriculum != "post_training"
-  records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  records = [
+    json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+  ]
   assert any(r["name"] == "loss" for r in records) == trained
   artifact = deploy.open(tmp_path / "export" / "model")
   sizes = [artifact.bytes_at(b) for b in artifact.bits]
@@ -60,7 +62,9 @@ def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
 
 def test_the_phases_of_bit_mixer_train_in_order(tmp_path):
   pipeline.run(from_dict(values("bit_mixer")), tmp_path)
-  records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  records = [
+    json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+  ]
   losses = [(r["stage"], r["bits"]) for r in records if r["name"] == "loss"]
   phases = ["float_weights", "quantized_weights", "mixed"]
   assert [p.name for p in CURRICULA["bit_mixer"].phases] == phases

@@ -48,7 +48,9 @@ def test_separate_trains_one_more_network_per_bit_width(
   ]  # fmt: skip
   for bits in ("8", "2"):
     assert list(stages[f"separate/{bits}"]["scores"]) == [bits]
-  records = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
+  records = [
+    json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
   seen = {(r["stage"], r["bits"]) for r in records if r["name"] == "loss"}
   assert seen == {
     ("pretrain", None),
@@ -79,7 +81,9 @@ def test_a_run_compiles_its_steps_once_whatever_their_number(
 ):
   config = _config(stages=("pretrain", "multi_precision"), epochs=epochs)
   pipeline.run(config, tmp_path)
-  records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").open()]
+  records = [
+    json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+  ]
   steps = max(r["step"] for r in records if r["stage"] == "multi_precision")
   assert steps == epochs * 1257 // 128
   # The float network's, and one that serves both bit-widths.

@@ -103,7 +103,9 @@ def test_a_signal_saves_a_checkpoint_and_a_second_run_ends_the_same(tmp_path):
 def test_metrics_hold_the_mean_loss_of_each_bit_width(tmp_path):
   with MetricsWriter(tmp_path / "m.jsonl") as metrics:
     _loop(tmp_path, None, metrics).run(_state())
-  records = [json.loads(x) for x in (tmp_path / "m.jsonl").open()]
+  records = [
+    json.loads(x) for x in (tmp_path / "m.jsonl").read_text().splitlines()
+  ]
   losses = [
     (r["step"], r["bits"], r["value"]) for r in records if r["name"] == "loss"
   ]
@@ -184,7 +186,7 @@ def test_without_checkpoints_an_error_says_that_none_is_kept(tmp_path):
 def test_the_last_step_is_logged_wherever_it_falls(tmp_path):
   with MetricsWriter(tmp_path / "m.jsonl") as metrics:
     _loop(tmp_path, None, metrics, steps=7).run(_state())
-  records = map(json.loads, (tmp_path / "m.jsonl").open())
+  records = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
   assert [r["step"] for r in records if r["bits"] == 8] == [5, 7]
 
 
@@ -194,7 +196,7 @@ def test_images_per_second_counts_the_images_since_the_last_entry(
   monkeypatch.setattr(loop_module.time, "monotonic", lambda: 0.0)
   with MetricsWriter(tmp_path / "m.jsonl") as metrics:
     _loop(tmp_path, None, metrics, steps=7).run(_state())
-  records = map(json.loads, (tmp_path / "m.jsonl").open())
+  records = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
   rates = [r["value"] for r in records if r["name"] == "images_per_second"]
   # Batches of 4, five of them and then two, each time in the least time.
   assert rates == [20 / 1e-9, 8 / 1e-9]

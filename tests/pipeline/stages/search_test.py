@@ -210,7 +210,10 @@ def test_another_supernet_in_the_same_directory_is_searched_again(
 ):
   # Scores that only another network can have had.
   path = trials_of(copied)
-  fake = [[json.loads(line)[0], 99.0, 0.001, 0.0] for line in path.open()]
+  fake = [
+    [json.loads(line)[0], 99.0, 0.001, 0.0]
+    for line in path.read_text().splitlines()
+  ]
   path.unlink()
   other = path.with_name("trials_held_out_00000000.jsonl")
   other.write_text("".join(json.dumps(trial) + "\n" for trial in fake))
