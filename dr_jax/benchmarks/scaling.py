@@ -127,8 +127,8 @@ def measure(setting, layout, batch_size, steps) -> Speed:
     batch_size: images per device.
     steps: how many are timed.
   """
-  share = layout.data // layout.share[1]
-  batch = setting.batch(batch_size * share)
+  _, shards = layout.shard
+  batch = setting.batch(batch_size * layout.data // shards)
   cpu = jax.default_backend() == "cpu"
   # On a CPU, what compiles in a quarter of the time.
   recipe = TrainConfig(vectorize="sequential" if cpu else "auto", alrs="eta")
@@ -143,7 +143,7 @@ def measure(setting, layout, batch_size, steps) -> Speed:
       step=trainer.step,
       batches=[batch] * until,
       interrupted=interrupted,
-      put=layout.put,
+      put=layout.shard_batch,
       show_progress=False,
     )
     return jax.block_until_ready(loop.run(state))

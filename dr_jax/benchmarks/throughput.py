@@ -94,7 +94,7 @@ def measure(
       f"batch_size must be a multiple of {layout.data}, the number of devices, "
       f"got {batch_size}"
     )
-  batch = layout.put(setting.batch(batch_size))
+  batch = layout.shard_batch(setting.batch(batch_size))
   quantized = setting.quantized()
   models = [("float", setting.floating(), MODES[0])]
   for mode in modes:

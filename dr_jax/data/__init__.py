@@ -1,15 +1,9 @@
-"""Data sets and the order in which a run sees them."""
+"""Data sets, and batches of them as a function of the step number."""
 
 from dr_jax.data.batching import batches, epoch
+from dr_jax.data.datasets import NAMES, Dataset, load
 from dr_jax.data.image_source import ImageSource
-from dr_jax.data.sources import (
-  NAMES,
-  ArraySource,
-  Dataset,
-  Source,
-  hold_out,
-  load,
-)
+from dr_jax.data.sources import ArraySource, Source, hold_out
 from dr_jax.data.transforms import AUGMENT, UnreadableImage
 from dr_jax.data.workers import WorkerError
 

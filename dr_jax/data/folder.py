@@ -1,8 +1,11 @@
 """Images in one directory per class: SPLIT/CLASS/NAME.png or .jpg."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,10 +31,10 @@ class Folder:
   files: np.ndarray
   labels: np.ndarray
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.files)
 
-  def read(self, index):
+  def read(self, index: int) -> tuple[bytes, int]:
     """Returns the bytes of a file, and its label."""
     try:
       encoded = (self.path / os.fsdecode(self.files[index])).read_bytes()
@@ -39,12 +42,12 @@ class Folder:
       raise UnreadableImage(error.strerror or str(error)) from None
     return encoded, int(self.labels[index])
 
-  def name(self, index):
+  def name(self, index: int) -> str:
     """Returns the path of a file."""
     return str(self.path / os.fsdecode(self.files[index]))
 
 
-def scan(path, split):
+def scan(path: str | os.PathLike, split: str) -> Folder:
   """Finds the images of a split.
 
   Args:
@@ -93,7 +96,7 @@ def scan(path, split):
   )
 
 
-def check_same_classes(train, test):
+def check_same_classes(train: Folder, test: Folder) -> None:
   """Raises ValueError unless two splits have the same classes."""
   if train.classes == test.classes:
     return
@@ -107,8 +110,10 @@ def check_same_classes(train, test):
       )
 
 
-def _sorted(directory, kind):
-  """Names in code point order: no locale, no order of the file system."""
+def _sorted(
+  directory: pathlib.Path, kind: Callable[[os.DirEntry], bool]
+) -> list[str]:
+  """Names of one kind, in code point order: the same on every file system."""
   with os.scandir(directory) as entries:
     names = [
       entry.name

@@ -1,19 +1,24 @@
 """A source of images that are decoded and transformed when they are needed.
 
-The examples behind it hand out what is stored; see `Examples`. An image that
-cannot be read stops the run, or the next readable one takes its place; which
-example that is depends on the data alone, not on who reads it.
+The examples behind it are what is stored, encoded; see `Examples`. An image
+that cannot be read stops the run, or the next readable one is taken in its
+place; which one that is depends on the data alone, not on who reads it.
 """
+
+from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from dr_jax.data import transforms
+from dr_jax.data.sources import Batch, Example, Source
 
 
 class Examples(Protocol):
@@ -27,7 +32,7 @@ class Examples(Protocol):
     """Returns an encoded image (or uint8 [H, W, C]) and its label.
 
     Raises:
-      transforms.UnreadableImage: if there is nothing to be read.
+      transforms.UnreadableImage: if it cannot be read.
     """
     ...
 
@@ -37,25 +42,25 @@ class Examples(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-  """Some examples of others, by their numbers [N]."""
+class SomeExamples:
+  """Some of other examples, by their numbers [N]."""
 
   examples: Examples
   indices: np.ndarray
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.indices)
 
-  def read(self, index):
+  def read(self, index: int) -> tuple[bytes | np.ndarray, int]:
     return self.examples.read(int(self.indices[index]))
 
-  def name(self, index):
+  def name(self, index: int) -> str:
     return self.examples.name(int(self.indices[index]))
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSource:
-  """A `Source` of encoded images.
+class ImageSource(Source):
+  """A source of encoded images.
 
   Attributes:
     examples: where encoded images and labels are read.
@@ -65,7 +70,7 @@ class ImageSource:
     num_classes: labels are below it.
     on_decode_error: "raise" stops at an image that cannot be read; "skip" takes
       the next one that can.
-    unreadable: how often each unreadable image was to be drawn, by name.
+    skipped: how often each unreadable image was to be drawn, by name.
   """
 
   examples: Examples
@@ -73,53 +78,27 @@ class ImageSource:
   image_shape: tuple[int, int, int]
   num_classes: int
   on_decode_error: str = "raise"
-  unreadable: collections.Counter = dataclasses.field(
+  skipped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter, compare=False
   )
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.examples)
 
-  def __getitem__(self, index):
-    """Returns one example as evaluation sees it."""
+  def __getitem__(self, index: int) -> Example:
     batch = self.gather(np.array([index]))
     return {"image": batch["image"][0], "label": batch["label"][0]}
 
-  def gather(self, indices):
-    """Returns the examples at `indices` ([B]) as evaluation sees them.
-
-    Beside "image" and "label" the batch has "unreadable", bool [B]: whether
-    another example took the place.
-    """
-    return self.normalized(self.pixels(indices))
-
-  def pixels(self, indices):
-    """Returns what `gather` does, but not normalized: uint8 [B, H, W, C].
+  def read(self, indices: np.ndarray) -> Batch:
+    """Returns the examples at `indices` ([B]) as uint8 [B, H, W, C].
 
     A quarter of the bytes for a worker to hand over: with float32, workers
     spent as much time on that as on decoding.
     """
     return self._batch(indices, [self.transform.test] * len(indices))
 
-  def normalized(self, batch):
-    """Returns a batch of `pixels` or `draw` with float32 images.
-
-    Labels are copied: where a device array shares the memory of a numpy array,
-    as on a CPU, it would keep what a worker handed over.
-    """
-    image = np.empty(batch["image"].shape, np.float32)
-    self.transform.normalize(batch["image"], image)
-    return batch | {"image": image, "label": batch["label"].copy()}
-
-  def draw(self, indices, *, seed, start):
-    """Returns the examples at `indices` ([B]) augmented, as `pixels` does.
-
-    Args:
-      indices: of the examples.
-      seed: of the run.
-      start: position of the first one in the endless stream of examples. Each
-        example's random choices are a function of seed and position alone.
-    """
+  def draw(self, indices: np.ndarray, *, seed: int, start: int) -> Batch:
+    """Returns the examples at `indices` ([B]) augmented, as `read` does."""
     augmentations = []
     for position in range(start, start + len(indices)):
       # Three words, where the order of an epoch is drawn from two.
@@ -128,30 +107,48 @@ class ImageSource:
       augmentations.append(functools.partial(self.transform.train, words=words))
     return self._batch(indices, augmentations)
 
-  def choose(self, indices):
-    """Returns a source of the examples at `indices` ([N]) alone."""
-    return dataclasses.replace(self, examples=Chosen(self.examples, indices))
+  def finish(self, batch: Batch) -> Batch:
+    """Returns a batch of `read` or `draw` with normalized float32 images.
 
-  def report(self, indices):
+    Labels are copied: where a device array shares the memory of a numpy array,
+    as on a CPU, it would keep what a worker handed over.
+    """
+    image = np.empty(batch["image"].shape, np.float32)
+    self.transform.normalize(batch["image"], image)
+    return batch | {"image": image, "label": batch["label"].copy()}
+
+  def subset(self, indices: np.ndarray) -> ImageSource:
+    """Returns a source of some examples, which are also the next readable."""
+    examples = SomeExamples(self.examples, indices)
+    return dataclasses.replace(self, examples=examples)
+
+  @property
+  def unreadable(self) -> collections.Counter[str]:
+    return self.skipped
+
+  def report(self, indices: np.ndarray) -> None:
     """Counts unreadable images and warns of each once, by name."""
     for index in indices.tolist():
       name = self.examples.name(index)
-      if name not in self.unreadable:
+      if name not in self.skipped:
         warnings.warn(
           f"{name}: cannot be read; the next example takes its place",
           stacklevel=2,
         )
-      self.unreadable[name] += 1
+      self.skipped[name] += 1
 
-  def shaped(self):
+  def with_shape(self) -> ImageSource:
     """Returns the source with the shape of its first image, if unknown."""
     if self.image_shape[0]:
       return self
     pixels, _, _ = self._example(0, self.transform.test)
-    return dataclasses.replace(self, image_shape=pixels.shape)
+    height, width, channels = pixels.shape
+    return dataclasses.replace(self, image_shape=(height, width, channels))
 
-  def _example(self, index, transform):
-    """(uint8 [H, W, C], label, whether another example took its place)."""
+  def _example(
+    self, index: int, transform: Callable[[Image.Image], np.ndarray]
+  ) -> tuple[np.ndarray, int, bool]:
+    """(uint8 [H, W, C], label, whether another example was taken instead)."""
     for moved in range(len(self)):
       taken = (index + moved) % len(self)
       try:
@@ -169,7 +166,7 @@ class ImageSource:
       f"{self.examples.name(index)} cannot be read, nor can any other example"
     )
 
-  def _checked(self, pixels, label, index):
+  def _checked(self, pixels: np.ndarray, label: int, index: int) -> np.ndarray:
     if self.image_shape[0] and pixels.shape != self.image_shape:
       raise ValueError(
         f"{self.examples.name(index)} must have the shape of the others, "
@@ -182,7 +179,11 @@ class ImageSource:
       )
     return pixels
 
-  def _batch(self, indices, transforms):
+  def _batch(
+    self,
+    indices: np.ndarray,
+    transforms: Sequence[Callable[[Image.Image], np.ndarray]],
+  ) -> Batch:
     size = len(indices)
     batch = {
       "image": np.empty((size, *self.image_shape), np.uint8),

@@ -4,10 +4,13 @@ They are read as array_record files, which give random access. Images stay
 encoded until the transformation, so that worker processes decode them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import difflib
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
@@ -21,16 +24,16 @@ class Records:
 
   Attributes:
     source: a `tfds.core` data source of {"image": bytes, "label": int}.
-    split: as named in the configuration.
+    split: its name in TFDS, for messages.
   """
 
   source: Any
   split: str
 
-  def __len__(self):
+  def __len__(self) -> int:
     return len(self.source)
 
-  def read(self, index):
+  def read(self, index: int) -> tuple[bytes, int]:
     """Returns the encoded image of a record, and its label."""
     try:
       record = self.source[index]
@@ -39,26 +42,29 @@ class Records:
       raise UnreadableImage(str(error) or type(error).__name__) from None
     return record["image"], int(record["label"])
 
-  def name(self, index):
+  def name(self, index: int) -> str:
     """Returns data set, split and number of a record."""
     return f"{self.source.dataset_info.full_name} {self.split} {index}"
 
 
-def open_splits(dataset, path, splits):
-  """Opens splits of a data set that is prepared on this machine.
+def open_splits(
+  dataset: str, path: str, train_split: str, test_split: str
+) -> tuple[Records, Records, int, int]:
+  """Opens two splits of a data set that is prepared on this machine.
 
   Args:
     dataset: name, as "cifar10" or "imagenet_resized/32x32".
     path: the data directory of TFDS; "" for its default.
-    splits: names, also slices as "train[:90%]".
+    train_split: name of a split, also a slice as "train[:90%]".
+    test_split: likewise.
 
   Returns:
-    (a `Records` per split, number of classes, number of channels).
+    (training split, test split, number of classes, number of channels).
 
   Raises:
-    ValueError: if the data set is unknown, not prepared, has no such split, or
-      no image and label. If it is not prepared, the message holds the command
-      that prepares it.
+    ValueError: if the data set is unknown, not prepared, or has no such split,
+      or no image and label. If it is not prepared, the message holds the
+      command that prepares it.
   """
   # Slow to import, and only this kind of data set needs it.
   import tensorflow_datasets as tfds
@@ -73,27 +79,20 @@ def open_splits(dataset, path, splits):
     )
   # The files alone: worker processes need not import what prepared them.
   builder = tfds.builder_from_directory(found.data_path)
-  features = dict(builder.info.features.items())
-  image, label = (features.get(name) for name in ("image", "label"))
-  if not isinstance(image, tfds.features.Image) or not isinstance(
-    label, tfds.features.ClassLabel
-  ):
-    raise ValueError(
-      "dataset must have an image and a class label, but "
-      f"{dataset!r} has the features {', '.join(features)}"
+  num_classes, channels = _shape(tfds, builder, dataset)
+  train, test = (
+    _open(tfds, builder, name, split, _command(dataset, path))
+    for name, split in (
+      ("train_split", train_split),
+      ("test_split", test_split),
     )
-  channels = image.shape[-1]
-  if channels not in (1, 3):
-    raise ValueError(
-      f"dataset must have 1 or 3 channels, but {dataset!r} has {channels}"
-    )
-  records = [_open(tfds, builder, dataset, split, path) for split in splits]
-  return records, label.num_classes, channels
+  )
+  return train, test, num_classes, channels
 
 
 @contextlib.contextmanager
-def _without_warnings():
-  """TFDS warns of a directory in which it looks, and says no more than we."""
+def _without_warnings() -> Iterator[None]:
+  """Keeps TFDS from logging what our errors say as well."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -102,7 +101,7 @@ def _without_warnings():
     logging.set_verbosity(verbosity)
 
 
-def _find(tfds, dataset, path):
+def _find(tfds: Any, dataset: str, path: str) -> Any:
   try:
     return tfds.builder(dataset, data_dir=path or None)
   except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
@@ -117,12 +116,33 @@ def _find(tfds, dataset, path):
     ) from None
 
 
-def _open(tfds, builder, dataset, split, path):
-  name = split.split("[")[0]
-  if name not in builder.info.splits:
+def _shape(tfds: Any, builder: Any, dataset: str) -> tuple[int, int]:
+  """The numbers of classes and of channels."""
+  features = dict(builder.info.features.items())
+  image, label = (features.get(name) for name in ("image", "label"))
+  if not isinstance(image, tfds.features.Image) or not isinstance(
+    label, tfds.features.ClassLabel
+  ):
     raise ValueError(
-      f"split of {dataset!r} must be one of "
-      f"{', '.join(builder.info.splits)}, got {split!r}"
+      "dataset must have an image and a class label, but "
+      f"{dataset!r} has the features {', '.join(features)}"
+    )
+  channels = image.shape[-1]
+  if channels not in (1, 3):
+    raise ValueError(
+      f"dataset must have 1 or 3 channels, but {dataset!r} has {channels}"
+    )
+  return label.num_classes, channels
+
+
+def _open(
+  tfds: Any, builder: Any, name: str, split: str, command: str
+) -> Records:
+  known = builder.info.splits
+  if split.split("[")[0] not in known:
+    raise ValueError(
+      f"{name} must be one of {', '.join(known)}, or a slice of one, got "
+      f"{split!r}"
     )
   try:
     source = builder.as_data_source(
@@ -130,14 +150,14 @@ def _open(tfds, builder, dataset, split, path):
     )
   except NotImplementedError:
     raise ValueError(
-      f"dataset {dataset!r} is prepared in another file format; prepare it "
-      f"again: {_command(dataset, path)}, with --overwrite"
+      f"dataset {builder.info.full_name} is prepared in another file format; "
+      f"prepare it again: {command}, with --overwrite"
     ) from None
   return Records(source, split)
 
 
-def _command(dataset, path):
-  """The command that prepares a data set, from what a shell takes apart."""
+def _command(dataset: str, path: str) -> str:
+  """The shell command that prepares a data set."""
   directory = f"--data_dir={shlex.quote(path)} " if path else ""
   return (
     f"tfds build {shlex.quote(dataset)} {directory}--file_format=array_record "

@@ -1,17 +1,20 @@
 """Encoded images to arrays: decoding, cropping, flipping, normalization.
 
-Nothing here draws random numbers. What training chooses at random is a
-function of 64-bit words that the caller passes, so that an example looks the
-same in whatever process it is decoded.
+Nothing here draws random numbers. Augmentation is a function of 64-bit words
+that the caller passes, so that an example looks the same in whatever process it
+is decoded.
 
 Random resized crops are those of Szegedy et al., "Going Deeper with
 Convolutions", arXiv 1409.4842 (section 6), in the usual form of ten attempts;
 padding and cropping those of He et al., arXiv 1512.03385 (section 4.2).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -33,7 +36,7 @@ class UnreadableImage(ValueError):
   """An image that cannot be decoded."""
 
 
-def decode(encoded, channels):
+def decode(encoded: bytes | np.ndarray, channels: int) -> Image.Image:
   """Decodes an image file.
 
   Args:
@@ -41,12 +44,12 @@ def decode(encoded, channels):
       [H, W, C], which is decoded already.
     channels: 1 for gray, 3 for RGB; other images are converted.
 
-  Returns:
-    A PIL image.
-
   Raises:
-    UnreadableImage: if it is truncated, damaged, no image, or has more than 8
-      bits per channel.
+    UnreadableImage: if it is truncated, damaged, not an image, or has more than
+      8 bits per channel.
+
+  >>> decode(np.zeros((2, 3, 1), np.uint8), channels=1).size
+  (3, 2)
   """
   if isinstance(encoded, np.ndarray):
     return Image.fromarray(encoded[..., 0] if channels == 1 else encoded)
@@ -78,10 +81,10 @@ class Transform:
 
   augment: str = "none"
   size: int = 0
-  mean: tuple = ()
-  std: tuple = ()
+  mean: tuple[float, ...] = ()
+  std: tuple[float, ...] = ()
 
-  def train(self, image, words):
+  def train(self, image: Image.Image, words: np.ndarray) -> np.ndarray:
     """Returns uint8 [H, W, C]; random choices are taken from `words`.
 
     Args:
@@ -93,29 +96,40 @@ class Transform:
     if self.augment == "none":
       return self.test(image)
     if self.augment == "pad_and_crop":
-      image = _crop_after_padding(self._fitted(image, 1), *chances[1:3])
+      across, down = chances[1:3]
+      image = _crop_after_padding(self._fitted(image, 1), across, down)
     else:
-      box = random_box(*image.size, chances[1:])
+      box = random_box(image.width, image.height, chances[1:])
       size = (self.size, self.size)
       image = image.crop(box).resize(size, Image.Resampling.BILINEAR)
     if chances[0] < 0.5:
       image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return _pixels(image)
 
-  def test(self, image):
-    """Returns uint8 [H, W, C] of a PIL image, nothing being random."""
+  def test(self, image: Image.Image) -> np.ndarray:
+    """Returns uint8 [H, W, C]; nothing is random.
+
+    >>> Transform(size=4).test(Image.new("L", (8, 5))).shape
+    (4, 4, 1)
+    """
     crops = self.augment == "random_resized_crop"
     return _pixels(self._fitted(image, _MARGIN if crops else 1))
 
-  def normalize(self, pixels, out):
+  def normalize(self, pixels: np.ndarray, out: np.ndarray) -> None:
     """Writes (pixels / 255 - mean) / std.
 
     Args:
       pixels: uint8 [..., H, W, C], contiguous.
       out: float32 [..., H, W, C], contiguous.
+
+    >>> out = np.empty((1, 1, 3), np.float32)
+    >>> pixels = np.array([[[0, 51, 255]]], np.uint8)
+    >>> Transform(mean=(0.5,) * 3, std=(0.5,) * 3).normalize(pixels, out)
+    >>> out.tolist()
+    [[[-1.0, -0.6000000238418579, 1.0]]]
     """
     width, channels = pixels.shape[-2:]
-    # Rows as long as they can be: numpy's loops over 3 channels are slow.
+    # Rows as long as possible: numpy's loops over 3 channels are slow.
     rows = out.reshape(-1, width * channels)
     np.divide(pixels.reshape(rows.shape), np.float32(255), out=rows)
     if self.mean:
@@ -123,20 +137,22 @@ class Transform:
     if self.std:
       rows /= np.tile(np.asarray(self.std, np.float32), width)
 
-  def _fitted(self, image, margin):
+  def _fitted(self, image: Image.Image, margin: float) -> Image.Image:
     """The center of an image whose shorter side is `margin` times the size."""
     if not self.size:
       return image
     shorter, wanted = min(image.size), round(self.size * margin)
     if shorter != wanted:
       # Not rounded: the longer side as torchvision computes it.
-      size = tuple(side * wanted // shorter for side in image.size)
-      image = image.resize(size, Image.Resampling.BILINEAR)
+      width, height = (side * wanted // shorter for side in image.size)
+      image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (round((side - self.size) / 2) for side in image.size)
     return image.crop((left, top, left + self.size, top + self.size))
 
 
-def random_box(width, height, chances):
+def random_box(
+  width: int, height: int, chances: Sequence[float]
+) -> tuple[int, int, int, int]:
   """Returns the box of a random resized crop.
 
   Args:
@@ -147,13 +163,17 @@ def random_box(width, height, chances):
 
   Returns:
     (left, top, right, bottom). If no attempt fits into the image, the largest
-    centered box of a ratio that is allowed.
+    centered box of a permitted ratio.
+
+  >>> random_box(500, 375, [0.5] * 22)
+  (91, 29, 409, 347)
   """
   place = chances[:2]
   for attempt in range(_ATTEMPTS):
     first, second = chances[2 + 2 * attempt : 4 + 2 * attempt]
     area = width * height * _between(*_AREA, first)
-    ratio = math.exp(_between(*map(math.log, _RATIO), second))
+    low, high = _RATIO
+    ratio = math.exp(_between(math.log(low), math.log(high), second))
     w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
       left = int(place[0] * (width - w + 1))
@@ -165,18 +185,20 @@ def random_box(width, height, chances):
   return left, top, left + w, top + h
 
 
-def _pixels(image):
+def _pixels(image: Image.Image) -> np.ndarray:
   """uint8 [H, W, C] of a PIL image."""
   pixels = np.asarray(image)
   return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _crop_after_padding(image, across, down):
-  """A crop of the image's own size, with zeros where it sticks out."""
+def _crop_after_padding(
+  image: Image.Image, across: float, down: float
+) -> Image.Image:
+  """A crop as large as the image, with zeros where it sticks out."""
   left = int(across * (2 * _PAD + 1)) - _PAD
   top = int(down * (2 * _PAD + 1)) - _PAD
   return image.crop((left, top, left + image.width, top + image.height))
 
 
-def _between(low, high, chance):
+def _between(low: float, high: float, chance: float) -> float:
   return low + (high - low) * chance

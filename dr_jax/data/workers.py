@@ -1,20 +1,27 @@
 """Reading ahead: batches made in order by this process or by workers."""
 
+from __future__ import annotations
+
 import gc
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Generator
 
 import grain
 from absl import flags
 
+from dr_jax.data.sources import Batch
+
 
 class WorkerError(OSError):
-  """A process that decodes images has ended, killed by something else."""
+  """A process that decodes images was killed."""
 
 
-def read(batch, count, *, start=0, workers=0):
+def read_ahead(
+  batch: Callable[[int], Batch], count: int, *, start: int = 0, workers: int = 0
+) -> Generator[Batch, None, None]:
   """Yields `batch(start)`, `batch(start + 1)`, ... up to `count`.
 
   Args:
@@ -22,8 +29,8 @@ def read(batch, count, *, start=0, workers=0):
     count: the number of the last step, plus 1.
     start: the number of the first step.
     workers: processes that call `batch`, worker w of W for every W-th step;
-      each is at most four batches ahead. 0 calls it in this process, when
-      asked.
+      each is at most four batches ahead. 0 calls it in this process, when a
+      batch is asked for.
 
   Yields:
     Batches in the order of their numbers. Closing the generator ends the
@@ -40,13 +47,13 @@ def read(batch, count, *, start=0, workers=0):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   steps = grain.MapDataset.range(start, count).map(batch)
-  # Without threads: grain would start 16 in every worker, which take the time
-  # from each other, and keep 500 batches there.
-  alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  # Grain would start 16 threads in every worker, which compete for its core,
+  # and keep 500 batches there.
+  without_threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   iterator = iter(
-    steps.to_iter_dataset(alone).mp_prefetch(
+    steps.to_iter_dataset(without_threads).mp_prefetch(
       grain.multiprocessing.MultiprocessingOptions(num_workers=workers),
-      worker_init_fn=_begin,
+      worker_init_fn=_follow_parent,
     )
   )
   try:
@@ -65,20 +72,21 @@ def read(batch, count, *, start=0, workers=0):
     gc.collect()
 
 
-def _begin(worker, workers):
-  """Begins a worker: its parent alone decides when it ends.
+def _follow_parent(worker: int, workers: int) -> None:
+  """Starts a worker that ends when its parent asks, or has ended itself.
 
   Ctrl-C and a scheduler's SIGTERM reach every process; the parent still wants
-  the batches of the steps before its checkpoint. A parent that is killed says
-  nothing, and leaves workers that wait for ever.
+  the batches of the steps before its checkpoint. A parent that is killed cannot
+  ask, and would leave workers that wait forever.
   """
   del worker, workers
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
+  assert parent is not None
 
-  def follow():
+  def exit_with_parent():
     parent.join()
     os._exit(1)
 
-  threading.Thread(target=follow, daemon=True).start()
+  threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -131,7 +131,7 @@ class RunContext:
   def spread(self, batch: Batch) -> Batch:
     """A batch sharded over this process's devices, if it divides among them."""
     fits = len(batch["label"]) % self.local.data == 0
-    return self.local.put(batch) if fits else batch
+    return self.local.shard_batch(batch) if fits else batch
 
   def stop_if_asked(self, stage: str) -> None:
     """Raises train.InterruptedRun if this process received a signal."""

@@ -141,7 +141,7 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
 
 def _run_loop(run, phase, steps, layout, trainer, checkpoints, state):
   """Returns the state after the last step."""
-  shard, shards = layout.share
+  shard, shards = layout.shard
   with _metrics(run) as metrics, _count_unreadable(run, phase.stage, shard):
     if metrics is not None:
       metrics.resume(phase.stage, int(state.step))
@@ -156,7 +156,7 @@ def _run_loop(run, phase, steps, layout, trainer, checkpoints, state):
       checkpoint_every=run.config.checkpoint_every,
       log_every=run.config.log_every,
       interrupted=run.agreed,
-      put=layout.put,
+      put=layout.shard_batch,
       show_progress=processes.is_first(),
     )
     return loop.run(state)
@@ -241,7 +241,7 @@ def _count_unreadable(run, stage, shard):
   """Warns, in the first process, about images that could not be read."""
 
   def unreadable():
-    return collections.Counter(getattr(run.data.train, "unreadable", ()))
+    return collections.Counter(run.data.train.unreadable)
 
   before = unreadable()
   yield

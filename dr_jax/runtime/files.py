@@ -1,6 +1,6 @@
-"""Files that are complete or absent.
+"""Writes that are complete or absent.
 
-A file is written beside its place and renamed: a reader, or a process that
+A file is written under another name and renamed: a reader, or a process that
 starts after a kill, sees the old content or the new, never a part of it.
 """
 
@@ -17,14 +17,13 @@ from typing import Any
 
 Path = str | os.PathLike
 
-# Of a file that is being written; a kill can leave one behind.
+# Suffix of a file that is being written; a kill can leave one behind.
 PARTIAL = ".partial"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes a file as a whole, and the directories that it needs.
 
-  >>> import tempfile
   >>> path = pathlib.Path(tempfile.mkdtemp()) / "a" / "b"
   >>> write_bytes(path, b"content")
   >>> path.read_bytes()
@@ -33,8 +32,12 @@ def write_bytes(path: Path, content: bytes) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = partial_path(path)
-  partial.write_bytes(content)
-  partial.replace(path)
+  try:
+    partial.write_bytes(content)
+    partial.replace(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,12 +46,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file as a whole."""
+  """Writes a JSON file as a whole.
+
+  Raises:
+    TypeError: if JSON cannot hold the value.
+  """
   write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
   """Reads a JSON file.
+
+  >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.json"
+  >>> write_json(path, {"bits": [8, 4]})
+  >>> read_json(path)
+  {'bits': [8, 4]}
 
   Raises:
     ValueError: if it does not hold JSON, naming the file.
@@ -61,7 +73,7 @@ def read_json(path: Path) -> Any:
 
 
 def partial_path(path: Path) -> pathlib.Path:
-  """Where a file is while it is being written."""
+  """Returns where a file is while it is being written."""
   path = pathlib.Path(path)
   return path.with_name(path.name + PARTIAL)
 
@@ -69,6 +81,9 @@ def partial_path(path: Path) -> pathlib.Path:
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   """A directory that appears at `path` when the block ends without an error.
+
+  Yields:
+    Where to write its files until then.
 
   Raises:
     FileExistsError: if the path exists; nothing is overwritten.

@@ -58,8 +58,8 @@ class Layout(NamedTuple):
     return self._replace(mesh=_mesh(list(self.mesh.devices.flat), bits=1))
 
   @property
-  def share(self) -> tuple[int, int]:
-    """Which share of a batch this process feeds, and how many there are.
+  def shard(self) -> tuple[int, int]:
+    """Which shard of a batch this process feeds, and how many there are.
 
     Raises:
       ValueError: if processes hold parts of the axis "data" that overlap.
@@ -76,8 +76,15 @@ class Layout(NamedTuple):
     mine = tuple(sorted(rows[jax.process_index()]))
     return parts.index(mine), len(parts)
 
-  def put(self, batch: Any) -> Any:
-    """Places this process's share of a batch, a pytree of [n, ...] arrays."""
+  def shard_batch(self, batch: Any) -> Any:
+    """Places a batch on the devices, sharded along the axis "data".
+
+    Args:
+      batch: this process's shard, a pytree of [n, ...] arrays.
+
+    Returns:
+      The whole batch, a pytree of [n * shards, ...] `jax.Array`s.
+    """
     return jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(
         self.batch, np.asarray(x)

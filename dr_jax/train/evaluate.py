@@ -58,7 +58,7 @@ def make_evaluate(
     arrays = (params, batch_stats)
     if layout is not None:
       arrays = jax.device_put(arrays, layout.replicated)
-      batches = map(layout.put, batches)
+      batches = map(layout.shard_batch, batches)
     sums, pending = np.zeros(3), collections.deque()
     for batch in batches:
       pending.append(counts(*arrays, index, batch))

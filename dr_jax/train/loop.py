@@ -24,7 +24,8 @@ import rich.console
 
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.checkpoint.snapshot import Snapshot
-from dr_jax.runtime.metrics import MetricsWriter, Progress
+from dr_jax.runtime.metrics import MetricsWriter
+from dr_jax.runtime.progress import Progress
 from dr_jax.train.schedules import Step
 from dr_jax.train.state import TrainState
 

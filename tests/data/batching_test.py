@@ -143,7 +143,7 @@ def test_a_negative_seed_is_an_error():
 def crops():
   """Generated images, cropped at random."""
   return data.load(
-    "generated", examples=20, image_size=16, augment="random_resized_crop"
+    "synthetic", examples=20, image_size=16, augment="random_resized_crop"
   ).train
 
 

@@ -11,7 +11,7 @@ def everything(source):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_generated_images_are_as_told(channels):
   loaded = data.load(
-    "generated", classes=5, examples=12, image_size=18, channels=channels
+    "synthetic", classes=5, examples=12, image_size=18, channels=channels
   )
   assert loaded.num_classes == 5
   assert loaded.image_shape == (18, 18, channels)
@@ -28,7 +28,7 @@ def test_generated_images_are_as_told(channels):
 
 def test_what_a_step_sees_is_no_part_of_what_was_handed_over():
   """Or a device array would keep a worker's shared memory to the end."""
-  source = data.load("generated").train
+  source = data.load("synthetic").train
   handed = source.draw(np.arange(8), seed=0, start=0)
   seen = source.normalized(handed)
   for name in ("image", "label"):
@@ -37,7 +37,7 @@ def test_what_a_step_sees_is_no_part_of_what_was_handed_over():
 
 
 def test_a_class_can_be_learned_and_test_images_are_others():
-  loaded = data.load("generated", classes=10, examples=100, image_size=8)
+  loaded = data.load("synthetic", classes=10, examples=100, image_size=8)
   train, test = everything(loaded.train), everything(loaded.test)
   flat = train["image"].reshape(100, -1)
   means = np.stack([flat[train["label"] == c].mean(0) for c in range(10)])
@@ -49,7 +49,7 @@ def test_a_class_can_be_learned_and_test_images_are_others():
 
 def test_generated_images_depend_on_their_seed_alone():
   first, again, other = (
-    everything(data.load("generated", seed=seed, examples=4).train)["image"]
+    everything(data.load("synthetic", seed=seed, examples=4).train)["image"]
     for seed in (0, 0, 1)
   )
   assert first.shape == (4, 32, 32, 3)

@@ -172,7 +172,7 @@ def test_the_command_says_how_to_prepare_what_is_missing(tmp_path):
 )
 def test_a_field_that_is_wrong_is_one_line(options, message):
   with pytest.raises(ConfigError, match=message):
-    config(**({"name": "generated"} | options))
+    config(**({"name": "synthetic"} | options))
 
 
 def test_digits_take_no_options_that_would_change_nothing():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dr_jax import data
-from dr_jax.data.workers import read
+from dr_jax.data.workers import read_ahead
 
 AUGMENTED = {"augment": "random_resized_crop", "image_size": 8}
 
@@ -87,7 +87,7 @@ def test_workers_are_a_few_batches_ahead(tmp_path):
     (tmp_path / str(number)).touch()
     return {"number": np.array([number])}
 
-  with contextlib.closing(read(batch, 100, workers=2)) as stream:
+  with contextlib.closing(read_ahead(batch, 100, workers=2)) as stream:
     assert [next(stream)["number"].item() for _ in range(3)] == [0, 1, 2]
     made = []
     # Until they wait.
@@ -102,7 +102,7 @@ import multiprocessing, sys
 from dr_jax import data
 
 if __name__ == "__main__":
-  loaded = data.load("generated", image_size=8)
+  loaded = data.load("synthetic", image_size=8)
   stream = data.batches(loaded.train, batch_size=4, seed=0, workers=2).stream()
   for step, _ in enumerate(stream):
     if step == 2:

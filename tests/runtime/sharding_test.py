@@ -1,4 +1,4 @@
-"""Where arrays go; what steps make of it is in train/spread_test."""
+"""Tests of where arrays go; tests/train/sharded_step_test.py trains there."""
 
 import types
 
@@ -47,7 +47,7 @@ def of_processes(rows):
 
 
 @pytest.mark.parametrize(
-  ("rows", "mine", "share"),
+  ("rows", "process", "shard"),
   [
     ([[0], [0], [1], [1]], 0, (0, 2)),
     ([[0], [0], [1], [1]], 1, (1, 2)),
@@ -59,10 +59,10 @@ def of_processes(rows):
   ],
 )
 def test_a_process_feeds_the_rows_that_its_devices_hold(
-  monkeypatch, rows, mine, share
+  monkeypatch, rows, process, shard
 ):
-  monkeypatch.setattr(jax, "process_index", lambda: mine)
-  assert of_processes(rows).share == share
+  monkeypatch.setattr(jax, "process_index", lambda: process)
+  assert of_processes(rows).shard == shard
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(rows):
   with pytest.raises(
     ValueError, match="devices must be such that processes hold equal"
   ):
-    of_processes(rows).share  # noqa: B018
+    of_processes(rows).shard  # noqa: B018
 
 
 def test_a_layout_has_the_devices_that_it_is_given():

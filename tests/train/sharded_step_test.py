@@ -49,7 +49,7 @@ def stepped(layout, *, steps=STEPS, **options):
     num_classes=3,
     **options,
   )
-  put = layout.put if layout is not None else lambda b: b
+  put = layout.shard_batch if layout is not None else lambda b: b
   state, losses = trainer.init(jax.random.key(0)), []
   for number in range(steps):
     state, loss = trainer.step(state, put(net.batch(number, size=16)))
@@ -121,7 +121,7 @@ def test_a_step_takes_the_buffers_of_the_state_it_is_given(
     layout=layout,
   )
   before = trainer.init(jax.random.key(0))
-  trainer.step(before, layout.put(net.batch(0, size=16)))
+  trainer.step(before, layout.shard_batch(net.batch(0, size=16)))
   for leaf in jax.tree.leaves((before.params, before.opt_state)):
     assert leaf.is_deleted()
 
@@ -191,7 +191,7 @@ def test_every_device_group_computes_its_own_bit_widths_only():
     )
     data = net.batch(0, size=16)
     if layout is not None:
-      data = layout.put(data)
+      data = layout.shard_batch(data)
     return trainer.lower(state, data).compile().cost_analysis()["flops"]
 
   alone, spread = convolutions(None), convolutions(sharding.layout(bits=4))

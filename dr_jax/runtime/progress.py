@@ -1,0 +1,142 @@
+"""How far a stage has come, on the terminal."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import rich.console
+import rich.progress
+import rich.text
+
+# Speed and time left come from the last so many seconds.
+_WINDOW_S = 30
+# Between two updates of a bar.
+_BAR_INTERVAL_S = 0.1
+
+
+class _Past(NamedTuple):
+  """When how many steps were done, and how many images seen."""
+
+  time: float
+  step: int
+  images: int
+
+
+class Progress:
+  """How far a stage has come: a bar on a terminal, else a line now and then.
+
+      multi_precision  step 120/400  loss 0.123  5230 images/s  0:42 left
+
+  Speed and time left come from the last 30 seconds, and count from the first
+  update on, so that compilation does not enter.
+  """
+
+  def __init__(
+    self,
+    stage: str,
+    total_steps: int,
+    *,
+    start: int = 0,
+    interval: float = 5.0,
+    console: rich.console.Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Describes a stage that is at step `start` of `total_steps`.
+
+    Args:
+      stage: name of the stage.
+      total_steps: the step at which the stage ends.
+      start: the step from which it resumes.
+      interval: seconds between two lines where there is no terminal.
+      console: where to print, standard error by default.
+      clock: returns the time in seconds.
+    """
+    self._console = console or rich.console.Console(stderr=True)
+    self._stage, self._total, self._step = stage, total_steps, start
+    self._clock, self._images = clock, 0
+    self._loss: Any = None
+    self._history: collections.deque[_Past] = collections.deque()
+    self._shown_at, self._shown_step = clock(), start
+    self._interval = interval
+    self._bar: rich.progress.Progress | None = None
+    if self._console.is_terminal:
+      self._interval = _BAR_INTERVAL_S
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.fields[status]}", markup=False),
+        console=self._console,
+      )
+      self._task = self._bar.add_task(
+        stage, total=total_steps, completed=start, status=self._status()
+      )
+
+  def __enter__(self) -> Self:
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self._step > self._shown_step:
+      self._show()
+    if self._bar:
+      self._bar.stop()
+
+  def update(self, step: int, *, images: int = 0, loss: Any = None) -> None:
+    """Records a finished step, and shows it if it is time to.
+
+    Args:
+      step: the number of steps done.
+      images: how many images were seen since the last update.
+      loss: a scalar. A JAX array is waited for only when it is shown.
+    """
+    now = self._clock()
+    self._step, self._loss = step, loss
+    self._images += images
+    self._history.append(_Past(now, step, self._images))
+    while self._history[0].time < now - _WINDOW_S and len(self._history) > 2:
+      self._history.popleft()
+    if now - self._shown_at >= self._interval:
+      self._show()
+
+  def print(self, text: str) -> None:
+    """Prints a line, above the bar if there is one."""
+    self._console.print(rich.text.Text(text), soft_wrap=True)
+
+  def _show(self) -> None:
+    self._shown_at, self._shown_step = self._clock(), self._step
+    if self._bar:
+      self._bar.update(self._task, completed=self._step, status=self._status())
+    else:
+      self.print(f"{self._stage}  {self._status()}")
+
+  def _status(self) -> str:
+    parts = [f"step {self._step}/{self._total}"]
+    if self._loss is not None:
+      parts.append(f"loss {float(self._loss):.4g}")
+    if len(self._history) > 1:
+      first, last = self._history[0], self._history[-1]
+      seconds = max(last.time - first.time, 1e-9)
+      if last.images > first.images:
+        parts.append(f"{(last.images - first.images) / seconds:.0f} images/s")
+      if last.step > first.step:
+        steps_left = self._total - last.step
+        left = steps_left * seconds / (last.step - first.step)
+        parts.append(f"{_minutes(left)} left")
+    return "  ".join(parts)
+
+
+def _minutes(seconds: float) -> str:
+  """Returns seconds as 0:42, 12:05 or 1:02:03.
+
+  >>> _minutes(42.2), _minutes(725), _minutes(3723)
+  ('0:42', '12:05', '1:02:03')
+  """
+  minutes, second = divmod(round(seconds), 60)
+  hours, minute = divmod(minutes, 60)
+  if hours:
+    return f"{hours}:{minute:02}:{second:02}"
+  return f"{minute}:{second:02}"
