@@ -9,7 +9,7 @@ directory per class in train/ and val/ add --config.data.name=folder
 
   resnet18.py:432          bits {4, 3, 2}
   resnet18.py:torchvision  starts from torchvision's float weights
-  resnet18.py:smoke        a few steps on generated images, on any machine
+  resnet18.py:smoke        a few steps on synthetic images, on any machine
 
 The file of float weights that ":torchvision" reads, resnet18.safetensors or
 another one named with --config.model.weights, is written by

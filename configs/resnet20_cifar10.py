@@ -6,7 +6,7 @@ Float training, joint training at four bit-widths, and one integer artifact.
 CIFAR-10 is read through TFDS (`data.dataset`).
 
   resnet20_cifar10.py:432    bits {4, 3, 2}
-  resnet20_cifar10.py:smoke  a few steps on generated images, on any machine
+  resnet20_cifar10.py:smoke  a few steps on synthetic images, on any machine
 
 Recipe, arXiv 2502.01199, section 4: pre-activation ResNet20, started from the
 float one; Adam, learning rate 5e-4, weight decay 5e-5 and none on scales,

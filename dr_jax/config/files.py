@@ -74,9 +74,9 @@ def parse(arg: str | None, *words: str) -> tuple[str, str]:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-  """The same stages and network, on a few generated images; in place."""
+  """The same stages and network, on a few synthetic images; in place."""
   config.data.update(
-    name="generated",
+    name="synthetic",
     classes=4,
     examples=32,
     channels=3,

@@ -201,10 +201,12 @@ def _written(directory):
 
 
 def _renamed(values):
-  """Replaces former names of fields by their present ones."""
+  """Replaces former names of fields and values by their present ones."""
   data = dict(values.get("data", {}))
   if "damaged" in data:
     data["on_decode_error"] = data.pop("damaged")
+  if data.get("name") == "generated":
+    data["name"] = "synthetic"
   return {**values, "data": data}
 
 

@@ -11,7 +11,7 @@ def numbered(size):
   return data.ArraySource(images, np.arange(size, dtype=np.int32))
 
 
-class OneByOne:
+class OneByOne(data.Source):
   """A source that hands out single examples only, as image files do."""
 
   def __init__(self, size):
@@ -93,7 +93,7 @@ def test_the_shares_of_the_processes_make_up_the_batch_of_one_process():
     np.testing.assert_array_equal(labels, whole[step]["label"])
 
 
-def test_a_source_without_gather_gives_the_same_batches():
+def test_a_source_that_defines_only_length_and_index_gives_the_same_batches():
   for step in range(5):
     want = data.batches(numbered(9), batch_size=4, seed=0)[step]
     got = data.batches(OneByOne(9), batch_size=4, seed=0)[step]
@@ -119,29 +119,29 @@ def test_an_evaluation_pass_is_in_order_and_masks_its_filling(batch_size):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 11])
 def test_a_batch_size_out_of_range_is_an_error_that_says_the_range(batch_size):
-  message = rf"^batch_size must be 1 to .*, 10, got {batch_size}$"
+  message = rf"^batch_size must be in 1\.\.10, .*, got {batch_size}$"
   with pytest.raises(ValueError, match=message):
     data.batches(numbered(10), batch_size=batch_size, seed=0)
 
 
 def test_an_evaluation_batch_size_below_1_is_an_error_before_the_first_batch():
-  with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+  with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
     data.epoch(numbered(10), batch_size=0)
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_an_error():
+def test_a_batch_that_processes_do_not_divide_is_an_error():
   with pytest.raises(ValueError, match="batch_size must be divisible.*got 6"):
     data.batches(numbered(10), batch_size=6, seed=0, process_count=4)
 
 
 def test_a_negative_seed_is_an_error():
-  with pytest.raises(ValueError, match=r"^seed is -1, but must be 0 or more$"):
+  with pytest.raises(ValueError, match=r"^seed must be >= 0, got -1$"):
     data.batches(numbered(10), batch_size=2, seed=-1)
 
 
 @pytest.fixture(scope="module")
 def crops():
-  """Generated images, cropped at random."""
+  """Synthetic images, cropped at random."""
   return data.load(
     "synthetic", examples=20, image_size=16, augment="random_resized_crop"
   ).train

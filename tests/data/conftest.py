@@ -1,4 +1,4 @@
-"""Real data sets on disk, made of generated images."""
+"""Real data sets on disk, made of synthetic images."""
 
 import io
 

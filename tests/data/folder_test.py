@@ -127,12 +127,12 @@ def test_workers_hand_over_pixels_and_steps_see_normalized_images(make_folder):
     "folder", path=str(make_folder()), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
   )
   batches = data.batches(loaded.train, batch_size=8, seed=0)
-  handed, seen = batches._drawn(0)["image"], batches[0]["image"]
+  handed, seen = batches._shard(0)["image"], batches[0]["image"]
   assert (handed.dtype, seen.dtype) == (np.uint8, np.float32)
   want = (handed / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
   np.testing.assert_allclose(seen, want, rtol=0, atol=1e-6)  # float32's digits
   (whole,) = data.epoch(loaded.test, batch_size=10)
-  pixels = loaded.test.pixels(np.arange(10))["image"]
+  pixels = loaded.test.read(np.arange(10))["image"]
   assert pixels.dtype == np.uint8
   want = (pixels / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
   np.testing.assert_allclose(whole["image"], want, rtol=0, atol=1e-6)

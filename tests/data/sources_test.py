@@ -73,8 +73,8 @@ def _numbered(n=10):
   return data.ArraySource(images, np.arange(n, dtype=np.int32))
 
 
-class _Slow:
-  """A source that cannot gather."""
+class _OneByOne(data.Source):
+  """A source that defines only its length and index."""
 
   def __init__(self, source):
     self._source = source
@@ -86,7 +86,7 @@ class _Slow:
     return self._source[index]
 
 
-@pytest.mark.parametrize("wrap", [lambda source: source, _Slow])
+@pytest.mark.parametrize("wrap", [lambda source: source, _OneByOne])
 def test_hold_out_splits_every_example_to_one_side(wrap):
   kept, held_out = data.hold_out(wrap(_numbered()), 0.3)
   assert (len(kept), len(held_out)) == (7, 3)
@@ -107,9 +107,9 @@ def test_hold_out_depends_on_its_seed_alone():
   assert draws[0] == draws[1] != draws[2]
 
 
-@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, 0.01, 0.99, float("nan")])
-def test_hold_out_leaves_examples_on_both_sides(share):
+@pytest.mark.parametrize("holdout", [0, 1, -0.5, 1.5, 0.01, 0.99, float("nan")])
+def test_hold_out_leaves_examples_on_both_sides(holdout):
   with pytest.raises(
     ValueError, match="holdout must be > 0 and < 1 and leave examples on"
   ):
-    data.hold_out(_numbered(), share)
+    data.hold_out(_numbered(), holdout)

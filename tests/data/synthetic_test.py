@@ -9,7 +9,7 @@ def everything(source):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_generated_images_are_as_told(channels):
+def test_synthetic_images_have_the_requested_shapes_and_labels(channels):
   loaded = data.load(
     "synthetic", classes=5, examples=12, image_size=18, channels=channels
   )
@@ -26,17 +26,17 @@ def test_generated_images_are_as_told(channels):
     assert batch["label"].tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
 
 
-def test_what_a_step_sees_is_no_part_of_what_was_handed_over():
-  """Or a device array would keep a worker's shared memory to the end."""
+def test_finished_batches_share_no_memory_with_those_of_workers():
+  """Otherwise a device array would keep a worker's shared memory alive."""
   source = data.load("synthetic").train
   handed = source.draw(np.arange(8), seed=0, start=0)
-  seen = source.normalized(handed)
+  seen = source.finish(handed)
   for name in ("image", "label"):
     assert not np.shares_memory(seen[name], handed[name])
   np.testing.assert_array_equal(seen["label"], handed["label"])
 
 
-def test_a_class_can_be_learned_and_test_images_are_others():
+def test_classes_can_be_learned_and_train_and_test_differ():
   loaded = data.load("synthetic", classes=10, examples=100, image_size=8)
   train, test = everything(loaded.train), everything(loaded.test)
   flat = train["image"].reshape(100, -1)
@@ -47,7 +47,7 @@ def test_a_class_can_be_learned_and_test_images_are_others():
   assert len(images) == 200
 
 
-def test_generated_images_depend_on_their_seed_alone():
+def test_synthetic_images_depend_on_their_seed_alone():
   first, again, other = (
     everything(data.load("synthetic", seed=seed, examples=4).train)["image"]
     for seed in (0, 0, 1)

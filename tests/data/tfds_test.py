@@ -67,7 +67,7 @@ def test_splits_are_named_as_tfds_names_them(prepared):
     ({"dataset": ""}, r"dataset must be a name of TFDS.* '' "),
     (
       {"dataset": "blobs", "train_split": "validation"},
-      r"split of 'blobs' must be one of train, test, got 'validation'$",
+      r"train_split must be one of train, test, or .*, got 'validation'$",
     ),
   ],
 )

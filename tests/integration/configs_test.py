@@ -114,7 +114,7 @@ def test_a_smoke_run_has_the_same_network_and_stages(name):
   whole, smoke = config(name), config(name, "smoke")
   assert smoke.stages == whole.stages
   assert smoke.model == whole.model and smoke.quant == whole.quant
-  assert smoke.data.name == "generated"
+  assert smoke.data.name == "synthetic"
   assert smoke.train.epochs == 1
   assert name not in MIXED or smoke.supernet.epochs == 1
 

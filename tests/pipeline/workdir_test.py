@@ -119,8 +119,8 @@ VMAP = {"schedule": "accumulate", "vectorize": "vmap"}
     ({}, {"devices": {"data": 2, "parameters": "sharded"}}),
     ({"train": VMAP}, {"train": VMAP, "devices": {"bits": 2}}),
     (
-      {"data": {"name": "generated"}},
-      {"data": {"name": "generated", "path": "elsewhere", "workers": 2}},
+      {"data": {"name": "synthetic"}},
+      {"data": {"name": "synthetic", "path": "elsewhere", "workers": 2}},
     ),
   ],
 )
@@ -163,6 +163,19 @@ def test_another_search_does_not_make_another_configuration(
   assert read_object(tmp_path / "config.json")["search"]["budgets"] == [4]
   with pytest.raises(ConfigError, match="seed is 3 there, 1 here"):
     claim(tmp_path, {"seed": 1})
+
+
+def test_a_configuration_with_the_former_name_of_a_data_set_is_the_same(
+  tmp_path,
+):
+  path = tmp_path / "config.json"
+  claim(tmp_path, {"data": {"name": "synthetic"}})
+  held = read_object(path)
+  held["data"]["name"] = "generated"
+  write_json(path, held)
+  claim(tmp_path, {"data": {"name": "synthetic"}})
+  with pytest.raises(ConfigError, match="data.name is 'synthetic' there"):
+    claim(tmp_path, {"data": {"name": "digits"}})
 
 
 def test_a_configuration_with_the_former_names_of_fields_is_the_same(tmp_path):
