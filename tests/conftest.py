@@ -46,6 +46,20 @@ def compilation_cache(tmp_path_factory):
     jax.config.update(name, float(os.environ[name.upper()]))
 
 
+# Folders whose tests compare programs bit for bit, as XLA optimizes them.
+OPTIMIZED = ("quant", "nn", "deploy")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+  """Elsewhere XLA optimizes little: compilation takes most of the time."""
+  folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
+  name = "jax_disable_most_optimizations"
+  jax.config.update(name, folder not in OPTIMIZED)
+  yield
+  jax.config.update(name, False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def optax_promotes():
   """Optax counts steps in integers and mixes them with floats; no other may."""

@@ -332,7 +332,13 @@ def truncate(path):
   path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, os.unlink])
+@pytest.mark.parametrize(
+  "damage",
+  [
+    flip_a_bit,
+    *(pytest.param(d, marks=pytest.mark.slow) for d in (truncate, os.unlink)),
+  ],
+)
 def test_no_damaged_file_ever_yields_a_wrong_state(tmp_path, damage):
   like = training_state()
   saved = tmp_path / "saved"

@@ -33,7 +33,17 @@ def _images(seed=1, size=6):
   return jax.random.normal(jax.random.key(seed), (size, 8, 8, 1))
 
 
-@pytest.fixture(scope="module", params=METHODS)
+# Another option of the same method.
+SLOW = ("per_tensor", "four_bits")
+
+
+@pytest.fixture(
+  scope="module",
+  params=[
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in METHODS
+  ],
+)
 def exported(request, tmp_path_factory):
   """A quantized network with uneven statistics, and its artifact."""
   weight = METHODS[request.param]

@@ -60,10 +60,8 @@ def stopping_after(count):
   return lambda: "SIGTERM" if next(calls) + 1 == count else None
 
 
-@pytest.mark.parametrize(
-  "parameters",
-  [pytest.param("replicated", marks=pytest.mark.slow), "sharded"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", ["replicated", "sharded"])
 def test_a_run_resumes_with_another_number_of_devices(
   alone, tmp_path, parameters
 ):
@@ -203,7 +201,7 @@ def test_bfloat16_computes_and_parameters_stay_float32():
   )
   optimizer = train.make_optimizer("adam", param_labels=network.param_labels)
   trainer = train.make_trainer(
-    network, optimizer, optax.constant_schedule(1e-3)
+    network, optimizer, optax.constant_schedule(1e-3), vectorize="sequential"
   )
   state = trainer.init(jax.random.key(0))
   batch = {"image": image, "label": jnp.arange(8)}

@@ -282,14 +282,9 @@ def empty_the_directory(checkpoint):
   checkpoint.mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "damage",
-  [
-    flip_a_bit,
-    pytest.param(truncate, marks=pytest.mark.slow),
-    pytest.param(delete_the_manifest, marks=pytest.mark.slow),
-    pytest.param(empty_the_directory, marks=pytest.mark.slow),
-  ],
+  "damage", [flip_a_bit, truncate, delete_the_manifest, empty_the_directory]
 )
 def test_a_run_resumes_before_a_damaged_checkpoint(
   job, whole, stopped, tmp_path, damage

@@ -139,7 +139,10 @@ def preactivated(model, x, sizes):
   )
 
 
-@pytest.mark.parametrize(("depth", "sizes"), [(18, (3, 3)), (50, (1, 3, 1))])
+@pytest.mark.parametrize(
+  ("depth", "sizes"),
+  [(18, (3, 3)), pytest.param(50, (1, 3, 1), marks=pytest.mark.slow)],
+)
 def test_the_preactivation_network_is_that_of_its_paper(depth, sizes):
   model = build(depth, preactivation=True, width=4, num_classes=5)
   model.eval()
@@ -190,8 +193,11 @@ def test_all_inner_layers_are_quantized_and_see_no_negative_input(
   assert shortcuts == [f"stage{n}/block0/shortcut" for n in (2, 3, 4)]
 
 
-@pytest.mark.parametrize("name", ["resnet", "resnet18", "mobilenetv2"])
-def test_networks_compute_in_the_type_that_they_are_told(name):
+@pytest.mark.parametrize(
+  "name",
+  ["resnet", "resnet18", pytest.param("mobilenetv2", marks=pytest.mark.slow)],
+)
+def test_networks_compute_in_their_dtype(name):
   options = {
     "resnet": {"depth": 8, "widths": (4, 4, 8)},
     "resnet18": {"width": 4},

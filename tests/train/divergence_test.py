@@ -76,14 +76,14 @@ def _joint(pretrained, digits, alrs):
   return _accuracies(model, digits)
 
 
+@pytest.mark.slow
 def test_plain_sgd_diverges_without_alrs(pretrained, digits):
   *_, four, two = _joint(pretrained, digits, "none")
   assert max(four, two) < 50
 
 
-@pytest.mark.parametrize(
-  "alrs", [pytest.param("relative", marks=pytest.mark.slow), "eta"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("alrs", ["relative", "eta"])
 def test_plain_sgd_learns_with_alrs(pretrained, digits, alrs):
   *high, two = _joint(pretrained, digits, alrs)
   assert min(high) > 96 and two > 90

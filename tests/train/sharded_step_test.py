@@ -19,14 +19,16 @@ from dr_jax.runtime import sharding
 from dr_jax.train import gradients
 from dr_jax.train import state as states
 
-BITS = (8, 6, 4, 2)
+# A step compiles once per bit-width where its passes are unrolled; four are
+# needed only where devices are along the axis of bit-widths.
+BITS, FOUR = (8, 4), (8, 6, 4, 2)
 STEPS = 3
 
 
 @functools.cache
-def network():
+def network(bits=BITS):
   """Scales off their start, where the largest weight is just inside."""
-  split = nn.functional(net.quantized(BITS))
+  split = nn.functional(net.quantized(bits))
   params = jax.tree.map(
     lambda p, kind: p * 1.03 if kind == "scale" else p,
     split.params,
@@ -35,12 +37,13 @@ def network():
   return split._replace(params=params)
 
 
-def stepped(layout, *, steps=STEPS, **options):
+def stepped(layout, *, steps=STEPS, bits=BITS, **options):
+  start = network(bits)
   optimizer = train.make_optimizer(
-    "sgd", param_labels=network().param_labels, weight_decay=1e-4
+    "sgd", param_labels=start.param_labels, weight_decay=1e-4
   )
   trainer = train.make_trainer(
-    network(),
+    start,
     optimizer,
     optax.constant_schedule(0.05),
     alrs="relative",
@@ -58,10 +61,10 @@ def stepped(layout, *, steps=STEPS, **options):
   return state, np.array(losses), trainer
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, bits=BITS):
   for a, b in zip(found[1], expected[1], strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4)
-  start = network()
+  start = network(bits)
   before = jax.tree.leaves((start.params, start.batch_stats))
   pairs = zip(
     before,
@@ -107,7 +110,7 @@ def test_a_batch_over_four_devices_trains_as_on_one(
 
 @pytest.mark.parametrize(("schedule", "vectorize"), MODES)
 @pytest.mark.parametrize("parameters", PARAMETERS)
-def test_a_step_takes_the_buffers_of_the_state_it_is_given(
+def test_a_step_donates_the_buffers_of_its_state(
   schedule, vectorize, parameters
 ):
   layout = sharding.layout(data=2, parameters=parameters)._replace(smallest=16)
@@ -127,10 +130,10 @@ def test_a_step_takes_the_buffers_of_the_state_it_is_given(
 
 
 @pytest.mark.parametrize("schedule", train.SCHEDULES)
-def test_what_one_visit_hands_the_next_stays_where_the_next_wants_it(
+def test_what_one_pass_returns_stays_where_the_next_one_takes_it(
   schedule, caplog
 ):
-  """Else every visit would be another program."""
+  """Otherwise every pass would be another program."""
   options = {
     "schedule": schedule,
     "vectorize": "sequential",
@@ -145,14 +148,14 @@ def test_what_one_visit_hands_the_next_stays_where_the_next_wants_it(
   assert_same(found, stepped(None, **options))
 
 
-def test_sums_and_what_visits_hand_on_are_written_over():
+def test_sums_and_what_passes_hand_on_are_donated():
   _, _, trainer = stepped(
     None, steps=0, schedule="accumulate", vectorize="sequential"
   )
   lowered = trainer.lower(_state(), net.batch(0, size=16))
   (state, carry, summed, *_), _ = lowered.args_info
   assert all(leaf.donated for leaf in jax.tree.leaves((carry, summed)))
-  # The parameters are needed for the next visit.
+  # The parameters are needed for the next pass.
   assert not any(leaf.donated for leaf in jax.tree.leaves(state))
 
 
@@ -161,10 +164,10 @@ def test_sums_and_what_visits_hand_on_are_written_over():
 )
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_bit_widths_over_devices_train_as_on_one(shape, parameters):
-  options = {"schedule": "accumulate", "vectorize": "vmap"}
+  options = {"schedule": "accumulate", "vectorize": "vmap", "bits": FOUR}
   layout = sharding.layout(**shape, parameters=parameters)
   found = stepped(layout._replace(smallest=16), **options)
-  assert_same(found, stepped(None, **options))
+  assert_same(found, stepped(None, **options), FOUR)
 
 
 @pytest.mark.parametrize(
@@ -175,19 +178,21 @@ def test_teachers_reach_students_on_other_devices(distillation):
     "schedule": "accumulate",
     "vectorize": "vmap",
     "distillation": distillation,
+    "bits": FOUR,
   }
   layout = sharding.layout(bits=4)
-  assert_same(stepped(layout, **options), stepped(None, **options))
-  alone = stepped(None, schedule="accumulate", vectorize="vmap")
-  assert np.abs(stepped(None, **options)[1] - alone[1]).max() > 1e-3
+  taught = stepped(None, **options)
+  assert_same(stepped(layout, **options), taught, FOUR)
+  alone = stepped(None, **{**options, "distillation": "none"})
+  assert np.abs(taught[1] - alone[1]).max() > 1e-3
 
 
 def test_every_device_group_computes_its_own_bit_widths_only():
-  """The compiled program of 4 devices holds one visit, not four."""
+  """The compiled program of 4 devices holds one pass, not four."""
 
   def convolutions(layout):
     state, _, trainer = stepped(
-      layout, steps=0, schedule="accumulate", vectorize="vmap"
+      layout, steps=0, schedule="accumulate", vectorize="vmap", bits=FOUR
     )
     data = net.batch(0, size=16)
     if layout is not None:
@@ -199,7 +204,7 @@ def test_every_device_group_computes_its_own_bit_widths_only():
 
 
 @pytest.mark.parametrize(("schedule", "vectorize"), MODES)
-def test_per_device_norms_are_means_over_shares_of_the_batch(
+def test_per_device_norms_are_means_over_shards_of_the_batch(
   schedule, vectorize
 ):
   options = {"schedule": schedule, "vectorize": vectorize, "steps": 1}
@@ -208,11 +213,11 @@ def test_per_device_norms_are_means_over_shares_of_the_batch(
   whole = net.batch(0, size=16)
   expected = []
   for start in (0, 8):
-    share = {name: array[start : start + 8] for name, array in whole.items()}
+    shard = {name: array[start : start + 8] for name, array in whole.items()}
     logits, stats = network().apply(
-      network().params, network().batch_stats, 0, share["image"], train=True
+      network().params, network().batch_stats, 0, shard["image"], train=True
     )
-    loss = train.cross_entropy(logits, share["label"])
+    loss = train.cross_entropy(logits, shard["label"])
     expected.append((loss, stats["norm2"]["mean"][0]))
   mean_loss = np.mean([loss for loss, _ in expected])
   np.testing.assert_allclose(losses[0, 0], mean_loss, rtol=1e-5)
@@ -237,21 +242,22 @@ def test_per_device_norms_are_the_same_with_bit_widths_over_devices():
   assert_same(*(stepped(layout, **options) for layout in layouts))
 
 
-def test_per_device_gradients_are_means_over_shares_of_the_batch():
+def test_per_device_gradients_are_means_over_shards_of_the_batch():
   layout = sharding.layout(data=2, norm="per_device")
-  state, *_ = stepped(layout, schedule="accumulate", steps=1)
+  options = {"schedule": "accumulate", "vectorize": "sequential"}
+  state, *_ = stepped(layout, steps=1, **options)
   whole, start, gradients = net.batch(0, size=16), network(), []
   for index in range(len(BITS)):
     for first in (0, 8):
-      share = {n: array[first : first + 8] for n, array in whole.items()}
+      shard = {n: array[first : first + 8] for n, array in whole.items()}
 
-      def loss(params, index=index, share=share):
+      def loss(params, index=index, shard=shard):
         logits, _ = start.apply(
-          params, start.batch_stats, index, share["image"], train=True
+          params, start.batch_stats, index, shard["image"], train=True
         )
-        return train.cross_entropy(logits, share["label"])
+        return train.cross_entropy(logits, shard["label"])
 
-      gradients.append(jax.grad(loss)(start.params))
+      gradients.append(jax.jit(jax.grad(loss))(start.params))
   for path in (("head", "kernel"), ("conv1", "kernel"), ("stem", "kernel")):
     at = lambda tree: np.asarray(tree[path[0]][path[1]])  # noqa: B023, E731
     before = at(start.params)
@@ -316,10 +322,10 @@ def test_one_program_serves_every_step(shape, parameters, caplog):
 )
 def test_layouts_that_do_not_fit_are_named(shape, options, message):
   with pytest.raises(ValueError, match=message):
-    stepped(sharding.layout(**shape), **options)
+    stepped(sharding.layout(**shape), bits=FOUR, **options)
 
 
-def test_a_placed_state_goes_on_with_the_same_random_numbers():
+def test_a_sharded_state_continues_with_the_same_random_numbers():
   key = jax.random.key(3, impl="rbg")
   state = _state()._replace(key=key)
   placed = states.shard_state(sharding.layout(data=2), state)
@@ -327,7 +333,7 @@ def test_a_placed_state_goes_on_with_the_same_random_numbers():
   assert jax.random.bits(placed.key) == jax.random.bits(key)
 
 
-def test_parameters_and_their_optimizer_are_cut_alike_and_nothing_else():
+def test_parameters_and_their_optimizer_state_are_sharded_and_nothing_else():
   layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=16)
   state = states.shard_state(layout, _state())
   cut = lambda leaf: not leaf.sharding.is_fully_replicated  # noqa: E731
@@ -340,12 +346,12 @@ def test_parameters_and_their_optimizer_are_cut_alike_and_nothing_else():
   assert not any(
     map(cut, jax.tree.leaves((state.batch_stats, state.step, state.key)))
   )
-  # A teacher's answers are with the images that they are of.
+  # A teacher's logits are with their images.
   carry = gradients.Carry(state.batch_stats, {}, jnp.zeros((16, 3)))
   assert carry.shardings(layout).teacher == layout.batch
 
 
-def test_a_state_is_whole_again_after_it_was_collected():
+def test_gathered_parameters_are_those_that_were_sharded():
   layout = sharding.layout(data=4, parameters="sharded")._replace(smallest=16)
   params = states.shard_state(layout, _state()).params
   back = states.gather(layout, params)

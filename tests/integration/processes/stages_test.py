@@ -135,6 +135,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_the_first_process_counts_what_no_process_could_read(tmp_path):
   """One epoch of 24 images: each process draws half, one unreadable each."""
   random = np.random.default_rng(0)

@@ -62,9 +62,10 @@ def whole(tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_to_the_parameters_of_one(whole, count):
-  """Shares of a batch are summed in another order: float32, 36 steps."""
+  """Shards of a batch are summed in another order: float32, 36 steps."""
   alone, together = trained(whole(1))[0], trained(whole(count))[0]
   for a, b in zip(
     jax.tree.leaves(alone), jax.tree.leaves(together), strict=True
