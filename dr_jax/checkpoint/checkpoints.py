@@ -22,6 +22,7 @@ import textwrap
 import threading
 import time
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,7 @@ class Checkpoints:
     self._orbax = ocp.training.Checkpointer(
       self.directory,
       context=context,
+      # pyrefly: ignore  # A protocol of Orbax that its own class misses.
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     )
     # As the first process sees it: on a network drive others may not yet. What
@@ -252,7 +254,9 @@ class Checkpoints:
     path = self._path(step)
     wanted = named_leaves(like)
     shardings = {name: _sharding(leaf) for name, leaf in wanted.items()}
-    saved, arrays, error = None, None, None
+    saved: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
+    error = None
     try:
       saved = self._saved(step, wanted)
       arrays = self._arrays(step, wanted, shardings)
@@ -339,7 +343,8 @@ def _recording(failed):
     failed: list that takes the errors.
   """
 
-  class Arrays(ocp.handlers.PyTreeHandler):
+  # Orbax marks it final, and offers no other way to see a process's error.
+  class Arrays(ocp.handlers.PyTreeHandler):  # pyrefly: ignore
     async def save(self, directory, checkpointable):
       written = await super().save(directory, checkpointable)
 

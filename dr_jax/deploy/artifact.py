@@ -109,7 +109,7 @@ class Artifact:
       name, options = self.manifest["architecture"]
       model = models.build(name, rngs=nnx.Rngs(0), **options)
     try:
-      network = nn.thaw(model, self._parts())
+      network = nn.deployed.assemble(model, self._parts())
     except (KeyError, ValueError) as error:
       raise ArtifactError(f"{self.path}: {error}") from error
     if bits is not None:
@@ -154,12 +154,12 @@ class Artifact:
     name = layer["name"]
     return {key: self.tensors[f"{name}/{key}"] for key in layer["packed"]}
 
-  def _parts(self) -> deployed.Frozen:
+  def _parts(self) -> deployed.Parts:
     activation, layers = self.activation, {}
     for layer in self.manifest["layers"]:
       name, shape = layer["name"], tuple(layer["shape"])
       layers[name] = deployed.StoredLayer(
-        place=nn.layers.Place(name, layer["order"], layer["macs"]),
+        info=nn.layers.LayerInfo(name, layer["order"], layer["macs"]),
         shape=shape,
         weight=self.weight,
         activation=activation and activation.with_sign(layer["signed"]),
@@ -182,7 +182,7 @@ class Artifact:
       for name, value in self.tensors.items()
       if name.startswith("float/")
     }
-    return deployed.Frozen(layers, norms, floats)
+    return deployed.Parts(layers, norms, floats)
 
 
 def open(path: str | os.PathLike) -> Artifact:

@@ -44,7 +44,7 @@ def save(
     ValueError: if the model is not quantized, or its method is not registered.
   """
   with files.atomic_directory(path) as directory:
-    parts = nn.freeze(model)
+    parts = nn.deployed.parts_of(model)
     packed = {
       name: layer.weight.storage.pack(layer.encoded)
       for name, layer in parts.layers.items()
@@ -90,9 +90,9 @@ def _manifest(parts, packed, architecture):
     "architecture": architecture,
     "layers": [
       {
-        "name": layer.place.name,
-        "order": layer.place.order,
-        "macs": layer.place.macs,
+        "name": layer.info.name,
+        "order": layer.info.order,
+        "macs": layer.info.macs,
         "shape": layer.shape,
         "signed": layer.activation and layer.activation.signed,
         "packed": list(packed[name]),

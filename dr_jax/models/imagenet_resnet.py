@@ -120,7 +120,11 @@ class Block(nnx.Module):
 
   Attributes:
     c_out: `width`, or four times that of a bottleneck.
+    conv1, norm1, conv2, ...: in the order of calls, without pre-activation.
   """
+
+  conv1: nnx.Conv
+  norm1: nnx.BatchNorm
 
   def __init__(
     self,
@@ -166,7 +170,7 @@ class Block(nnx.Module):
     y = x
     for layer, after in self._layers():
       y = after(layer(y if layer is self.conv1 else nnx.relu(y)))
-    if self.shortcut is not None:
+    if self.shortcut is not None and self.shortcut_norm is not None:
       x = self.shortcut_norm(self.shortcut(x))
     return nnx.relu(x + y)
 

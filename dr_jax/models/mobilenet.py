@@ -130,7 +130,7 @@ class InvertedResidual(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     y = x
-    if self.expand is not None:
+    if self.expand is not None and self.expand_norm is not None:
       y = nnx.relu6(self.expand_norm(self.expand(y)))
     y = nnx.relu6(self.depthwise_norm(self.depthwise(y)))
     y = self.project_norm(self.project(y))

@@ -12,7 +12,7 @@ ones, which for batches of thousands of pixels is the same.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +47,7 @@ def load_torchvision(model: nnx.Module, weights: str | os.PathLike) -> None:
   """
   shown = f"weights={os.fspath(weights)!r}"
   targets = _targets(model, shown)
+  head = model.head  # pyrefly: ignore[missing-attribute]  # As _targets checks.
   tensors = _read(weights, shown)
   missing = [name for name in targets if name not in tensors]
   unknown = [name for name in tensors if name not in targets]
@@ -74,7 +75,7 @@ def load_torchvision(model: nnx.Module, weights: str | os.PathLike) -> None:
   if faults:
     raise ValueError(
       f"{shown} must have the tensors of torchvision's network with "
-      f"{model.head.out_features} classes: {'; '.join(faults)}"
+      f"{head.out_features} classes: {'; '.join(faults)}"
     )
   for name, target in targets.items():
     target.variable[...] = jnp.asarray(
@@ -96,7 +97,7 @@ class _Target(NamedTuple):
   axes: tuple[int, ...]
 
 
-def _targets(model, shown):
+def _targets(model: Any, shown: str) -> dict[str, _Target]:
   """Where each tensor goes, by torchvision's name."""
   if isinstance(model, MobileNetV2):
     name_of = _mobilenet_name
@@ -118,13 +119,15 @@ def _targets(model, shown):
   return targets
 
 
-def _variables(module):
+def _variables(module: Any) -> list[tuple[str, Any, tuple[int, ...]]]:
   """(torch's name, variable, axes) of each array of a layer."""
   if type(module) is nnx.BatchNorm:
     names = ("weight", "bias", "running_mean", "running_var")
     variables = (module.scale, module.bias, module.mean, module.var)
     return [(n, v, (0,)) for n, v in zip(names, variables, strict=True)]
-  axes = (2, 3, 1, 0) if type(module) is nnx.Conv else (1, 0)
+  axes: tuple[int, ...] = (1, 0)
+  if type(module) is nnx.Conv:
+    axes = (2, 3, 1, 0)
   found = [("weight", module.kernel, axes)]
   if module.bias is not None:
     found.append(("bias", module.bias, (0,)))

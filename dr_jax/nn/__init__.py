@@ -1,22 +1,20 @@
 """Multi-precision layers for any Flax NNX network."""
 
-from dr_jax.nn.bits import (
-  Bits,
-  LayerRow,
-  LayerTable,
-  NormParam,
-  Offset,
-  Scale,
+from dr_jax.nn import deployed, layers
+from dr_jax.nn.bits import Bits, NormParam, Offset, Scale
+from dr_jax.nn.functional import Functional, functional, update
+from dr_jax.nn.layer_table import LayerRow, LayerTable, layer_table, set_bits
+from dr_jax.nn.layers import (
+  Conv,
+  Linear,
+  StoredConv,
+  StoredLinear,
   candidates,
-  layer_table,
-  set_bits,
 )
-from dr_jax.nn.deployed import Frozen, StoredLayer, StoredNorm, freeze, thaw
-from dr_jax.nn.functional import Functional, functional, recalibrate, update
-from dr_jax.nn.layers import Conv, Linear, StoredConv, StoredLinear
 from dr_jax.nn.norm import KINDS as NORMS
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.quantize import first_and_last, quantize
+from dr_jax.nn.recalibrate import recalibrate
 from dr_jax.nn.requantize import requantize
 
 __all__ = [
@@ -25,7 +23,6 @@ __all__ = [
   "Bits",
   "Conv",
   "FoldedNorm",
-  "Frozen",
   "Functional",
   "LayerRow",
   "LayerTable",
@@ -34,18 +31,16 @@ __all__ = [
   "Offset",
   "Scale",
   "StoredConv",
-  "StoredLayer",
   "StoredLinear",
-  "StoredNorm",
   "candidates",
+  "deployed",
   "first_and_last",
-  "freeze",
   "functional",
   "layer_table",
+  "layers",
   "quantize",
   "recalibrate",
   "requantize",
   "set_bits",
-  "thaw",
   "update",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dr_jax.nn import layers
-from dr_jax.nn.layers import adopt
+from dr_jax.nn.layers import copy_attributes
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer
 
@@ -30,7 +30,7 @@ class Call(NamedTuple):
     source: name of the layer whose output it was first called on, if any.
   """
 
-  module: nnx.Module
+  module: Any
   macs: int
   signed: bool
   params: dict[str, jax.Array]
@@ -46,7 +46,7 @@ class _Recorder:
     sources: the layer whose output a layer was first called on, if any.
   """
 
-  def __init__(self, modules: dict[str, nnx.Module], examples: int):
+  def __init__(self, modules: dict[str, Any], examples: int):
     self._modules, self._examples = modules, examples
     self._outputs: list[tuple[jax.Array, str]] = []
     self.inputs: dict[str, list[jax.Array]] = {}
@@ -54,7 +54,7 @@ class _Recorder:
     self.sources: dict[str, str | None] = {}
 
   def record(self, name: str, x: jax.Array, y: jax.Array) -> None:
-    """Takes note of one call of a layer."""
+    """Records one call of a layer."""
     found = [source for output, source in self._outputs if output is x]
     self.sources.setdefault(name, found[0] if found else None)
     self._outputs.append((y, name))
@@ -187,7 +187,7 @@ def _observer(module, record):
 
   class Observer(kind):
     def __init__(self):
-      adopt(self, module)
+      copy_attributes(self, module)
 
     def __call__(self, *args, **kwargs):
       y = kind.__call__(self, *args, **kwargs)

@@ -1,9 +1,9 @@
 """A trained network as the parts that a deployment stores, and back.
 
-`freeze` takes a quantized network apart: codes and scales of its quantized
-layers, folded norms, and whatever stays float. `thaw` builds a network from
+`parts_of` takes a quantized network apart: codes and scales of its quantized
+layers, folded norms, and whatever stays float. `assemble` builds a network from
 these parts and the float architecture: it switches bit-widths from the stored
-codes alone and has no float kernel to fall back on.
+codes alone, without a float kernel.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import jax
 from flax import nnx
 
 from dr_jax.nn import layers
-from dr_jax.nn.bits import Bits, Offset, Scale, quantized_layers
+from dr_jax.nn.bits import Bits, Offset, Scale
+from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
 
 class StoredLayer(NamedTuple):
-  """One quantized layer: where it stands, how it quantizes, what it stores."""
+  """One quantized layer: its place, its quantizers, and what it stores."""
 
-  place: layers.Place
+  info: layers.LayerInfo
   shape: tuple[int, ...]
   weight: WeightQuantizer
   activation: ActivationQuantizer | None
@@ -43,7 +44,7 @@ class StoredNorm(NamedTuple):
   offset: jax.Array
 
 
-class Frozen(NamedTuple):
+class Parts(NamedTuple):
   """All parts of a deployed network, by name.
 
   Attributes:
@@ -57,16 +58,18 @@ class Frozen(NamedTuple):
   floats: dict[str, jax.Array]
 
 
-def freeze(model: nnx.Module) -> Frozen:
+def parts_of(model: nnx.Module) -> Parts:
   """Takes a quantized network apart; it is not changed.
 
   Raises:
-    ValueError: if the model has no quantized layer, is frozen already, or a
-      float layer shares the kernel of a quantized one.
+    ValueError: if the model has no quantized layer, is assembled from parts
+      itself, or a float layer shares the kernel of a quantized one.
   """
   found = quantized_layers(model)
   if not found:
-    raise ValueError("model: no quantized layer; call nn.quantize first")
+    raise ValueError(
+      "model must have a quantized layer; call nn.quantize first"
+    )
   for name, layer in found.items():
     if isinstance(layer, layers.Stored):
       raise ValueError(
@@ -77,7 +80,7 @@ def freeze(model: nnx.Module) -> Frozen:
   _check_kernels(model, found, paths)
   stored = {
     name: StoredLayer(
-      place=layers.Place(name, layer.order, layer.macs),
+      info=layers.LayerInfo(name, layer.order, layer.macs),
       shape=tuple(layer.kernel.shape),
       weight=layer.weight_quantizer,
       activation=layer.input_quantizer,
@@ -101,30 +104,30 @@ def freeze(model: nnx.Module) -> Frozen:
     for name, value in _variables(model).items()
     if not name.startswith(inside)
   }
-  return Frozen(stored, norms, floats)
+  return Parts(stored, norms, floats)
 
 
-def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
+def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
   """Builds a deployed network at its highest bit-width.
 
   Args:
     model: the float network that was quantized, with any weights; it is not
       changed.
-    frozen: the parts.
+    parts: what `parts_of` returned.
 
   Raises:
     ValueError: if the parts belong to another network; it names the first
       layer, norm or variable that does not fit.
   """
   model = nnx.clone(model)
-  modules = {
+  modules: dict[str, Any] = {
     "/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
   }
   if type(model) in layers.STORED:  # a model can be one layer, without a path
     modules[type(model).__name__.lower()] = model
-  replacements = {}
-  for name, part in frozen.layers.items():
-    layer = modules.get(name)
+  replacements: dict[int, nnx.Module] = {}
+  for name, part in parts.layers.items():
+    layer: Any = modules.get(name)
     if type(layer) not in layers.STORED or layer.kernel.shape != part.shape:
       raise ValueError(
         f"layer {name} {part.shape} is not in this network; pass the network "
@@ -132,14 +135,14 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
       )
     replacements[id(layer)] = layers.STORED[type(layer)](
       layer,
-      part.place,
+      part.info,
       part.weight,
       part.activation,
       input_params=part.input_params,
       weight_arrays=part.encoded,
     )
-  for name, part in frozen.norms.items():
-    norm = modules.get(name)
+  for name, part in parts.norms.items():
+    norm: Any = modules.get(name)
     wanted = part.gain.shape[-1:]
     if type(norm) is not nnx.BatchNorm or norm.mean.shape != wanted:
       raise ValueError(
@@ -150,7 +153,7 @@ def thaw(model: nnx.Module, frozen: Frozen) -> nnx.Module:
       norm, part.gain, part.offset, orders=part.orders
     )
   model = substitute(model, replacements)
-  _write(model, frozen.floats)
+  _write(model, parts.floats)
   model.eval()
   return model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +23,9 @@ from dr_jax.nn.bits import (
   Offset,
   Scale,
   all_bits,
-  candidates,
   is_mixture,
-  quantized_layers,
 )
-from dr_jax.nn.norm import BatchNorm
+from dr_jax.nn.layers import candidates, quantized_layers
 
 Tree = dict[str, Any]
 
@@ -142,70 +140,6 @@ def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
         "returned"
       )
   nnx.update(model, nnx.from_flat_state(writes))
-
-
-def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
-  """Re-estimates batch norm statistics for the bits in use, in place.
-
-  For an assignment that was not trained: statistics become the plain average
-  over the batches, in the rows that the assignment uses; nothing else changes.
-
-  Args:
-    model: a quantized network, set to the assignment by `nn.set_bits`.
-    batches: inputs [batch, ...], or tuples of all positional arguments.
-
-  Raises:
-    ValueError: if there is no batch, or a norm did not see the batches or is
-      set to use its running average.
-  """
-  norms = {
-    path: module
-    for path, module in nnx.iter_modules(model)
-    if isinstance(module, BatchNorm)
-  }
-  if not norms:
-    raise ValueError(
-      "model must have a batch norm that collects statistics, as what "
-      "nn.quantize returned (a loaded artifact has folded norms)"
-    )
-  fresh = nnx.clone(model)
-  fresh.eval()
-  for _, module in nnx.iter_modules(fresh):
-    if isinstance(module, BatchNorm):
-      module.use_running_average = False
-      module.momentum = 0.0
-  graph, state = nnx.split(fresh)
-
-  @jax.jit
-  def statistics(state, arguments):
-    merged = nnx.merge(graph, state, copy=True)
-    found = dict(nnx.iter_modules(merged))
-    before = {path: found[path].mean.get_value() for path in norms}
-    merged(*arguments)
-    seen = {path: found[path] for path in norms}
-    for path, norm in seen.items():
-      if norm.mean.get_value() is before[path]:
-        raise ValueError(
-          f"norm {'/'.join(map(str, path))} must update its statistics, but "
-          "the model's call keeps them: leave use_running_average to "
-          "model.train() and model.eval(), and pass batches that reach every "
-          "norm"
-        )
-    return {p: (n.mean[n.row], n.var[n.row]) for p, n in seen.items()}
-
-  total, count = None, 0
-  for batch in batches:
-    arguments = batch if isinstance(batch, tuple) else (batch,)
-    seen = statistics(state, arguments)
-    total = seen if total is None else jax.tree.map(jnp.add, total, seen)
-    count += 1
-  if total is None:
-    raise ValueError("batches must not be empty")
-  for path, sums in total.items():
-    norm = norms[path]
-    for statistic, value in zip((norm.mean, norm.var), sums, strict=True):
-      rows = statistic[...].at[norm.row].set(value / count)
-      statistic.set_value(rows)
 
 
 def _check_index(index, layers, count):

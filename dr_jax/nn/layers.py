@@ -8,18 +8,19 @@ and parameter names are untouched, and whatever Flax adds works here too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn.bits import Bits, Offset, Scale, at
+from dr_jax.nn.bits import Bits, Offset, Scale, quantize_at
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
 
-class Place(NamedTuple):
-  """Where a layer stands in its model, found by calibration.
+class LayerInfo(NamedTuple):
+  """What calibration found of a layer besides its input.
 
   Attributes:
     name: path with slashes.
@@ -36,8 +37,10 @@ class Encoded(nnx.Variable):
   """Stored codes and scales of a deployed layer: not trained."""
 
 
-def adopt(module: nnx.Module, source: nnx.Module, *, omit=()) -> None:
-  """Gives `module` the attributes of `source`, variables included."""
+def copy_attributes(
+  module: Any, source: nnx.Module, *, omit: Sequence[str] = ()
+) -> None:
+  """Gives `module` the attributes of `source`, including its variables."""
   for name, value in vars(source).items():
     if not name.startswith("_pytree") and name not in omit:
       setattr(module, name, value)
@@ -47,34 +50,41 @@ class Quantized:
   """What quantized layers add to a Flax layer.
 
   Attributes:
+    name, order, macs: as in LayerInfo.
     bits: Bits, position in the candidate bit-widths.
     input_params: learned parameters of the input quantizer.
     weight_params: learned parameters of the weight quantizer.
     weight_quantizer, input_quantizer: static; the latter None for float input.
   """
 
+  # Of the Flax layer that a subclass also is.
+  kernel: Any
+  param_dtype: Any
+
   _omit: tuple[str, ...] = ("promote_dtype",)
 
   def __init__(
     self,
-    layer: nnx.Module,
-    place: Place,
+    layer: nnx.Conv | nnx.Linear,
+    info: LayerInfo,
     weight: WeightQuantizer,
     activation: ActivationQuantizer | None,
     *,
     input_params: dict[str, jax.Array],
     weight_arrays: dict[str, jax.Array],
   ):
-    adopt(self, layer, omit=self._omit)
-    self.name, self.order, self.macs = place
+    copy_attributes(self, layer, omit=self._omit)
+    self.name, self.order, self.macs = info
     self.bits = Bits.following(self.order)
     self.input_quantizer = activation
     self.input_params = _learned(input_params)
-    self.hold(weight, weight_arrays)
+    self.set_weight_quantizer(weight, weight_arrays)
     self.promote = layer.promote_dtype
 
-  def hold(self, weight: WeightQuantizer, arrays: dict[str, jax.Array]) -> None:
-    """Takes a weight quantizer and what it keeps besides the kernel."""
+  def set_weight_quantizer(
+    self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
+  ) -> None:
+    """Sets the weight quantizer and its parameters."""
     self.weight_quantizer = weight
     self.weight_params = _learned(arrays)
 
@@ -84,7 +94,7 @@ class Quantized:
     inputs = self._quantize_input(inputs, index)
     params = arrays_of(self.weight_params)
     quantize = self.weight_quantizer.fake_quantize
-    kernel = at(lambda i: quantize(params, kernel, i), index)
+    kernel = quantize_at(lambda i: quantize(params, kernel, i), index)
     return self.promote((inputs, kernel, bias), dtype=dtype)
 
   def _quantize_input(self, inputs, index):
@@ -94,13 +104,15 @@ class Quantized:
       inputs = inputs.astype(self.param_dtype)
     params = arrays_of(self.input_params)
     quantize = self.input_quantizer.fake_quantize
-    return at(lambda i: quantize(params, inputs, i), index)
+    return quantize_at(lambda i: quantize(params, inputs, i), index)
 
 
+# pyrefly: ignore[inconsistent-inheritance]
 class Conv(Quantized, nnx.Conv):
   """nnx.Conv with quantized kernel and input: any strides, groups, padding."""
 
 
+# pyrefly: ignore[inconsistent-inheritance]
 class Linear(Quantized, nnx.Linear):
   """nnx.Linear with quantized kernel and input."""
 
@@ -109,18 +121,23 @@ class Stored(Quantized):
   """A quantized layer that holds stored codes in place of a float kernel."""
 
   _omit = ("kernel", "promote_dtype")
+  encoded: nnx.Dict
 
-  def hold(self, weight: WeightQuantizer, arrays: dict[str, jax.Array]) -> None:
-    """Takes a weight quantizer and the encoded kernel."""
+  def set_weight_quantizer(
+    self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
+  ) -> None:
+    """Sets the weight quantizer and the encoded kernel."""
     self.weight_quantizer = weight
     self.encoded = nnx.Dict({k: Encoded(v) for k, v in arrays.items()})
 
   @property
-  def kernel(self) -> jax.Array:
+  def kernel(self) -> jax.Array:  # pyrefly: ignore[bad-override]
     """The kernel at the bit-width in use, from the stored codes alone."""
     index = self.bits.get_value()
     encoded = arrays_of(self.encoded)
-    return at(lambda i: self.weight_quantizer.decode(encoded, i), index)
+    return quantize_at(
+      lambda i: self.weight_quantizer.decode(encoded, i), index
+    )
 
   def promote_dtype(self, arrays, /, dtype=None):
     inputs, kernel, bias = arrays
@@ -129,28 +146,48 @@ class Stored(Quantized):
     return self.promote((inputs, kernel, bias), dtype=dtype)
 
 
+# pyrefly: ignore[inconsistent-inheritance]
 class StoredConv(Stored, nnx.Conv):
   """Conv that reads its kernel from stored codes."""
 
 
+# pyrefly: ignore[inconsistent-inheritance]
 class StoredLinear(Stored, nnx.Linear):
   """Linear that reads its kernel from stored codes."""
 
 
-QUANTIZED = {nnx.Conv: Conv, nnx.Linear: Linear}
-STORED = {nnx.Conv: StoredConv, nnx.Linear: StoredLinear}
+QUANTIZED: dict[type, Any] = {nnx.Conv: Conv, nnx.Linear: Linear}
+STORED: dict[type, Any] = {nnx.Conv: StoredConv, nnx.Linear: StoredLinear}
+
+
+def quantized_layers(model: nnx.Module) -> dict[str, Quantized]:
+  """Returns the quantized layers of a model by name, in call order."""
+  modules = [node for _, node in nnx.iter_modules(model)]
+  found = [m for m in modules if isinstance(m, Quantized)]
+  return {m.name: m for m in sorted(found, key=lambda m: m.order)}
+
+
+def candidates(model: nnx.Module) -> tuple[int, ...]:
+  """Returns the candidate bit-widths of a quantized model, highest first.
+
+  Raises:
+    ValueError: if the model has no quantized layer.
+  """
+  for layer in quantized_layers(model).values():
+    return layer.weight_quantizer.bits
+  raise ValueError("model must have a quantized layer; call nn.quantize first")
 
 
 def encode(layer: Quantized) -> dict[str, jax.Array]:
-  """Returns all that a deployed model stores of a layer's kernel."""
+  """Returns what a deployed model stores of a layer's kernel."""
   params = arrays_of(layer.weight_params)
   return layer.weight_quantizer.encode(params, layer.kernel[...])
 
 
 def initial_params(
-  weight: WeightQuantizer, found: dict[str, nnx.Module]
+  weight: WeightQuantizer, found: Mapping[str, Any]
 ) -> dict[str, dict[str, jax.Array]]:
-  """Returns the first parameters of a weight quantizer for each layer."""
+  """Returns the initial parameters of a weight quantizer for each layer."""
   kernels = {name: layer.kernel[...] for name, layer in found.items()}
   # One program for all layers: eagerly, each shape compiles its own.
   return jax.jit(lambda trees: {n: weight.init(w) for n, w in trees.items()})(
@@ -158,7 +195,7 @@ def initial_params(
   )
 
 
-def check_kernels(found: dict[str, nnx.Module]) -> None:
+def check_kernels(found: Mapping[str, Any]) -> None:
   """Raises ValueError for the first layer with a NaN or infinite weight."""
   for name, layer in found.items():
     bad = int((~jnp.isfinite(layer.kernel[...])).sum())

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn.bits import Bits, NormParam, is_mixture
-from dr_jax.nn.layers import adopt
+from dr_jax.nn.layers import copy_attributes
 
 KINDS = ("switchable", "transitional", "shared")
 
@@ -85,7 +85,9 @@ class BatchNorm(Rows, nnx.BatchNorm):
       candidates: number of candidate bit-widths.
       order: number of the layer to follow.
     """
-    adopt(self, norm, omit=("scale", "bias", "mean", "var", "previous"))
+    copy_attributes(
+      self, norm, omit=("scale", "bias", "mean", "var", "previous")
+    )
     self.kind = kind
     pairs = kind == "transitional" and order > 0
     orders = (order - 1, order) if pairs else (order,)

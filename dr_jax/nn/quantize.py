@@ -16,8 +16,8 @@ from flax import nnx
 
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
-from dr_jax.nn.bits import quantized_layers
 from dr_jax.nn.calibrate import OBSERVED, Call, calibrate
+from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
@@ -99,10 +99,10 @@ def quantize(
     weight, {name: calls[name].module for name in quantized}
   )
   follows = _followed_layers(calls, quantized)
-  replacements = {}
+  replacements: dict[int, nnx.Module] = {}
   for name, call in calls.items():
     if name in quantized:
-      info = layers.Place(name, follows[name], call.macs)
+      info = layers.LayerInfo(name, follows[name], call.macs)
       replacements[id(call.module)] = layers.QUANTIZED[type(call.module)](
         call.module,
         info,
@@ -129,7 +129,8 @@ def _followed_layers(
   A quantized layer follows its own; a norm those of the layer whose output it
   normalizes, else of the quantized layer that was called last, else the first.
   """
-  follows, last = {}, 0
+  follows: dict[str, int] = {}
+  last = 0
   for name, call in calls.items():
     if name in quantized:
       last = quantized.index(name)

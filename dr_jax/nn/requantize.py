@@ -6,7 +6,8 @@ from flax import nnx
 
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
-from dr_jax.nn.bits import all_bits, candidates, quantized_layers
+from dr_jax.nn.bits import all_bits
+from dr_jax.nn.layers import candidates, quantized_layers
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import WeightQuantizer
 
@@ -56,7 +57,7 @@ def requantize(
     layers.check_kernels(found)
     params = layers.initial_params(weight, found)
     for name, layer in found.items():
-      layer.hold(weight, params[name])
+      layer.set_weight_quantizer(weight, params[name])
   if norm is None:
     return model
   model = substitute(model, _replacements(model, norm, len(bits)))

@@ -23,7 +23,7 @@ def as_deployed(run: RunContext, model: nnx.Module) -> nnx.Module:
   """
   if not nn.layer_table(model):
     return model
-  return nn.thaw(run.model(), nn.freeze(model))
+  return nn.deployed.assemble(run.model(), nn.deployed.parts_of(model))
 
 
 def scores(

@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def jit(function: Callable, **options) -> Callable:
+def jit(function: Callable[..., Any], **options: Any) -> jax.stages.Wrapped:
   """`jax.jit` with this backend's compiler options; for outermost jits only."""
   return jax.jit(function, compiler_options=compiler_options(), **options)
 

@@ -17,8 +17,7 @@ import jax
 import numpy as np
 
 from dr_jax.allocate import Infeasible
-from dr_jax.nn.bits import candidates, quantized_layers
-from dr_jax.nn.layers import arrays_of
+from dr_jax.nn.layers import arrays_of, candidates, quantized_layers
 from dr_jax.search.baselines import check_count
 from dr_jax.search.problem import Index, Ledger, Problem, Result
 

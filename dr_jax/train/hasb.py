@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dr_jax.train.sampling import Sampling
+from dr_jax.train.sampling import Index, Sampling
 
 # Of the run, as the published 10 of 90 epochs.
 WARMUP = 1 / 9
@@ -39,38 +39,44 @@ def roulette(sensitivity: Sequence[float], bits: tuple[int, ...]) -> np.ndarray:
 
   Raises:
     ValueError: if there is no sensitivity, or one is not finite.
+
+  >>> roulette([3.0, 1.0], (6, 2)).tolist()
+  [[0.75, 0.25], [0.5, 0.5]]
   """
-  sensitivity = np.asarray(sensitivity, np.float64)
-  if sensitivity.ndim != 1 or not sensitivity.size:
+  values = np.asarray(sensitivity, np.float64)
+  if values.ndim != 1 or not values.size:
     raise ValueError(
       "sensitivity must be one number for each quantized layer, got shape "
-      f"{sensitivity.shape}"
+      f"{values.shape}"
     )
-  for layer, value in enumerate(sensitivity):
+  for layer, value in enumerate(values):
     if not np.isfinite(value):
       raise ValueError(
         f"sensitivity of layer {layer} must be finite, got {value}"
       )
-  share = np.asarray(bits, np.float64) / sum(bits)
+  by_bits = np.asarray(bits, np.float64) / sum(bits)
   equal = np.full(len(bits), 1 / len(bits))
   # Rounded once: a running sum can put the mean of equal layers above them.
-  sensitive = sensitivity >= statistics.mean(sensitivity.tolist())
-  return np.where(sensitive[:, None], share, equal).astype(np.float32)
+  sensitive = values >= statistics.mean(values.tolist())
+  return np.where(sensitive[:, None], by_bits, equal).astype(np.float32)
 
 
 def sigma(
   epoch: jax.Array, epochs: int, *, start: float = 0.5, warmup: float = WARMUP
 ) -> jax.Array:
-  """Share of the layers that spin their roulette in an epoch, float32 scalar.
+  """Fraction of the layers that draw their bits in an epoch, float32 scalar.
 
   Args:
     epoch: int32 scalar, counted from 0.
     epochs: length of the run.
-    start: sigma0; it is what the last epoch reaches, and does not compound.
-    warmup: share of the epochs, rounded to whole ones, with sigma 0.
+    start: sigma0, which the last epoch reaches; it does not compound.
+    warmup: fraction of the epochs, rounded to whole ones, with sigma 0.
+
+  >>> float(sigma(jnp.int32(4), 10, start=0.5, warmup=0.2))
+  0.25
   """
-  share = start * (epoch.astype(jnp.float32) + 1) / epochs
-  return jnp.where(epoch < round(warmup * epochs), 0, share)
+  fraction = start * (epoch.astype(jnp.float32) + 1) / epochs
+  return jnp.where(epoch < round(warmup * epochs), 0, fraction)
 
 
 def sampling(
@@ -106,25 +112,30 @@ def sampling(
       raise ValueError(f"{name} must be >= 1, got {value!r}")
   probabilities = roulette(sensitivity, bits)
 
-  def draw(key, candidates, layers, step):
+  def draw(
+    key: jax.Array, candidates: int, layers: int, step: jax.Array
+  ) -> list[Index]:
     if (layers, candidates) != probabilities.shape:
       raise ValueError(
         f"sensitivity and bits must be of {layers} layers and {candidates} "
         f"bit-widths, got {probabilities.shape[0]} layers and bits {bits}"
       )
-    share = sigma(step * epochs // steps, epochs, start=start, warmup=warmup)
+    epoch = step * epochs // steps
+    fraction = sigma(epoch, epochs, start=start, warmup=warmup)
     return [
-      _draw_pass(jax.random.fold_in(key, number), number, probabilities, share)
+      _draw_pass(
+        jax.random.fold_in(key, number), number, probabilities, fraction
+      )
       for number in range(candidates)
     ]
 
   return Sampling(labels=tuple, draw=draw)
 
 
-def _draw_pass(key, own, probabilities, share):
+def _draw_pass(key, own, probabilities, fraction):
   """Bits of all layers in the pass of the bit-width number `own`."""
   switch, spin = jax.random.split(key)
   layers = len(probabilities)
-  switched = jax.random.uniform(switch, (layers,)) < share
+  switched = jax.random.uniform(switch, (layers,)) < fraction
   drawn = jax.random.categorical(spin, jnp.log(jnp.asarray(probabilities)))
   return jnp.where(switched, drawn.astype(jnp.int32), own)

@@ -242,7 +242,7 @@ class _Losses:
         f"{self._loop.stage}: a parameter or its optimizer is NaN or infinite "
         f"after step {copy.step}; {self._loop._kept()}"
       )
-    if copy.snapshot is not None:
+    if copy.snapshot is not None and self._loop.checkpoints is not None:
       self._loop.checkpoints.save(copy.step, copy.snapshot)
 
   def _log(self, step):

@@ -67,16 +67,20 @@ def elementwise(
   Where all gradients are nonzero this equals `inner`.
   """
 
-  def init(params):
+  def init(params: optax.Params) -> optax.OptState:
     return jax.vmap(inner.init)(ravel_pytree(params)[0])
 
-  def update(gradients, state, params=None):
-    flat, unravel = ravel_pytree(gradients)
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    flat, unravel = ravel_pytree(updates)
     values = None if params is None else ravel_pytree(params)[0]
     direction, stepped = jax.vmap(inner.update)(flat, state, values)
     used = flat != 0
     keep = lambda new, old: jnp.where(used, new, old)  # noqa: E731
     state = jax.tree.map(keep, stepped, state)
-    return unravel(jnp.where(used, direction, 0)), state
+    return unravel(keep(direction, jnp.zeros_like(flat))), state
 
   return optax.GradientTransformation(init, update)

@@ -33,12 +33,16 @@ class Sampling(NamedTuple):
   draw: Callable[[jax.Array, int, int, jax.Array], list[Index]]
 
 
-def _all(key, candidates, layers, step):
+def _all(
+  key: jax.Array, candidates: int, layers: int, step: jax.Array
+) -> list[Index]:
   del key, layers, step
   return list(range(candidates))
 
 
-def _sandwich(key, candidates, layers, step):
+def _sandwich(
+  key: jax.Array, candidates: int, layers: int, step: jax.Array
+) -> list[Index]:
   del layers, step
   if candidates < 3:
     return list(range(candidates))
@@ -50,7 +54,9 @@ def _sandwich_labels(bits):
   return bits if len(bits) < 3 else (bits[0], "random", bits[-1])
 
 
-def _pair(key, candidates, layers, step):
+def _pair(
+  key: jax.Array, candidates: int, layers: int, step: jax.Array
+) -> list[Index]:
   del layers, step
   if candidates < 3:
     return list(range(candidates))
@@ -61,12 +67,16 @@ def _pair_labels(bits):
   return bits if len(bits) < 3 else (bits[0], "random")
 
 
-def _random(key, candidates, layers, step):
+def _random(
+  key: jax.Array, candidates: int, layers: int, step: jax.Array
+) -> list[Index]:
   del layers, step
   return [jax.random.randint(key, (), 0, candidates)]
 
 
-def _mixed(key, candidates, layers, step):
+def _mixed(
+  key: jax.Array, candidates: int, layers: int, step: jax.Array
+) -> list[Index]:
   del step
   return [jax.random.randint(key, (layers,), 0, candidates)]
 

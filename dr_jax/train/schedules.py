@@ -272,14 +272,18 @@ def _end(parts, state, carry):
 
 
 def _constrain(parts, tree):
-  """Keeps what one call hands to the next where the layout wants it."""
+  """Keeps what one program hands to the next in the layout's shardings."""
   if parts.layout is None:
     return tree
   return jax.lax.with_sharding_constraint(tree, tree.shardings(parts.layout))
 
 
 def _constrain_teacher(parts, logits):
-  return _constrain(parts, Carry({}, {}, logits)).teacher
+  """Keeps the logits of a teacher, if there are any, with their images."""
+  if parts.layout is None:
+    return logits
+  shardings = jax.tree.map(lambda _: parts.layout.batch, logits)
+  return jax.lax.with_sharding_constraint(logits, shardings)
 
 
 def _initial_teacher_logits(parts):

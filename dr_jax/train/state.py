@@ -31,25 +31,26 @@ class TrainState(NamedTuple):
   key: jax.Array
   memory: Any
 
-  def shardings(self, layout: Layout) -> TrainState:
-    """Parameters and optimizer state as the layout says, others replicated."""
-    return TrainState(
-      step=layout.replicated,
+  def shardings(self, layout: Layout) -> Any:
+    """Returns a TrainState of shardings, one for every array.
+
+    Parameters and optimizer state are sharded as the layout says; every device
+    has the rest whole.
+    """
+    whole: Any = replicated(layout, self)
+    return whole._replace(
       params=layout.shardings(self.params),
       opt_state=layout.shardings(self.opt_state),
-      batch_stats=replicated(layout, self.batch_stats),
-      key=layout.replicated,
-      memory=replicated(layout, self.memory),
     )
 
 
 def replicated(layout: Layout, tree: Any) -> Any:
-  """The sharding of a tree that every device holds whole."""
+  """Returns the shardings of a tree that every device has whole."""
   return jax.tree.map(lambda _: layout.replicated, tree)
 
 
 def shard_state(layout: Layout, state: TrainState) -> TrainState:
-  """A state on the devices of a layout.
+  """Returns a state on the devices of a layout.
 
   Every process gets the first one's arrays; all must call this.
   """
@@ -67,6 +68,6 @@ def shard_state(layout: Layout, state: TrainState) -> TrainState:
 
 
 def gather(layout: Layout, tree: Any) -> Any:
-  """Arrays of a state, whole and on this process's default device."""
+  """Returns arrays whole, on this process's default device."""
   whole = jax.jit(lambda t: t, out_shardings=layout.replicated)(tree)
   return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), whole)

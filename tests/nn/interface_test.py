@@ -163,11 +163,11 @@ def test_set_bits_and_the_functional_view_agree(model):
 
 
 def test_the_stored_network_is_the_trained_one(model):
-  frozen = nn.freeze(model)
-  for name, part in frozen.layers.items():
+  parts = nn.deployed.parts_of(model)
+  for name, part in parts.layers.items():
     packed = part.weight.storage.pack(part.encoded)
     assert packed["codes"].nbytes == getattr(model, name).kernel.size
-  stored = nn.functional(nn.thaw(Net(nnx.Rngs(1)), frozen))
+  stored = nn.functional(nn.deployed.assemble(Net(nnx.Rngs(1)), parts))
   trained = nn.functional(model)
   assert stored.layers == trained.layers == 2
   for index in assignments(model):
@@ -252,9 +252,9 @@ def test_offsets_are_stored_with_their_layer():
   for name in ("stem", "conv", "last"):
     layer = getattr(model, name)
     layer.input_params["offset"][...] = jnp.float32([-0.25])
-  frozen = nn.freeze(model)
-  assert not [name for name in frozen.floats if "params" in name]
-  stored = nn.thaw(Net(nnx.Rngs(1)), frozen)
+  parts = nn.deployed.parts_of(model)
+  assert not [name for name in parts.floats if "params" in name]
+  stored = nn.deployed.assemble(Net(nnx.Rngs(1)), parts)
   np.testing.assert_array_equal(
     stored.conv.input_params["offset"][...], np.float32([-0.25])
   )

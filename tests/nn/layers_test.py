@@ -233,7 +233,7 @@ def test_stored_layers_equal_the_trained_layer_bit_for_bit(kind, dtype):
     else linear(4, 6, dtype=dtype)
   )
   quantized = quantize(layer, x)
-  place = layers.Place(quantized.name, quantized.order, quantized.macs)
+  place = layers.LayerInfo(quantized.name, quantized.order, quantized.macs)
   stored = layers.STORED[type(layer)](
     layer,
     place,

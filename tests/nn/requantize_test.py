@@ -102,7 +102,7 @@ def test_the_new_network_is_the_one_that_would_have_been_quantized_so():
     nn.set_bits(fresh, bits)
     nn.set_bits(again, bits)
     np.testing.assert_array_equal(run(fresh), run(again))
-  stored = nn.thaw(Net(nnx.Rngs(1)), nn.freeze(again))
+  stored = nn.deployed.assemble(Net(nnx.Rngs(1)), nn.deployed.parts_of(again))
   nn.set_bits(stored, BITS[-1])
   np.testing.assert_allclose(run(stored), run(again), rtol=1e-5, atol=1e-5)
 
@@ -216,7 +216,9 @@ def test_a_weight_that_is_not_finite_is_an_error():
 def test_networks_that_are_not_quantized_or_hold_codes_are_an_error(change):
   with pytest.raises(ValueError, match=r"call nn\.quantize first"):
     nn.requantize(Net(nnx.Rngs(0)), **change)
-  stored = nn.thaw(Net(nnx.Rngs(0)), nn.freeze(quantize()))
+  stored = nn.deployed.assemble(
+    Net(nnx.Rngs(0)), nn.deployed.parts_of(quantize())
+  )
   with pytest.raises(
     ValueError, match="layer conv1 holds stored codes; pass what"
   ):

@@ -252,13 +252,13 @@ def test_recalibration_writes_only_the_rows_in_use(model):
     assert changed(old.var[...], new.var[...]) == [row]
 
 
-def test_a_thawed_network_equals_the_trained_one_at_every_assignment(model):
-  frozen = nn.freeze(model)
-  assert [norm.orders for norm in frozen.norms.values()] == [
+def test_an_assembled_network_equals_the_trained_one_at_every_assignment(model):
+  parts = nn.deployed.parts_of(model)
+  assert [norm.orders for norm in parts.norms.values()] == [
     *((0,), (0, 1), (1, 2))
   ]
   trained = nn.functional(model)
-  stored = nn.functional(nn.thaw(Chain(nnx.Rngs(1)), frozen))
+  stored = nn.functional(nn.deployed.assemble(Chain(nnx.Rngs(1)), parts))
 
   @jax.jit
   def run(index):
@@ -270,9 +270,9 @@ def test_a_thawed_network_equals_the_trained_one_at_every_assignment(model):
   for index in ASSIGNMENTS:
     expected, got = run(jnp.asarray(index))
     close(got, expected)
-  thawed = nn.thaw(Chain(nnx.Rngs(1)), frozen)
-  nn.set_bits(thawed, {"first": 2, "second": 8, "third": 4})
-  assert [int(getattr(thawed, norm).row) for norm in NORMS] == [2, 6, 1]
+  assembled = nn.deployed.assemble(Chain(nnx.Rngs(1)), parts)
+  nn.set_bits(assembled, {"first": 2, "second": 8, "third": 4})
+  assert [int(getattr(assembled, norm).row) for norm in NORMS] == [2, 6, 1]
 
 
 def test_one_bit_width_needs_one_row():

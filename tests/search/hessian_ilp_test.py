@@ -232,7 +232,7 @@ def test_quantization_errors_do_not_depend_on_the_bits_in_use(network):
 
 
 def test_a_layer_without_float_weights_is_named(network):
-  stored = nn.thaw(Net(nnx.Rngs(1)), nn.freeze(network))
+  stored = nn.deployed.assemble(Net(nnx.Rngs(1)), nn.deployed.parts_of(network))
   with pytest.raises(
     ValueError, match="layer 'conv' must have a float kernel, but holds"
   ):

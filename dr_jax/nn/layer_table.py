@@ -1,0 +1,111 @@
+"""The quantized layers of a network by name: their table, and their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dr_jax.nn.bits import all_bits
+from dr_jax.nn.layers import candidates, quantized_layers
+
+
+class LayerRow(NamedTuple):
+  """One quantized layer.
+
+  Attributes:
+    name: path in the model, with slashes.
+    kind: "conv" or "linear".
+    shape: of the kernel, [*window, c_in / groups, c_out] or [c_in, c_out].
+    stride: of the window, the largest if its axes differ; 1 if linear.
+    parameters: kernel entries (biases stay float and are not counted).
+    macs: multiply-accumulates for one example.
+    signed: sign of the input codes; None if inputs stay float.
+    bits: bit-width in use.
+  """
+
+  name: str
+  kind: str
+  shape: tuple[int, ...]
+  stride: int
+  parameters: int
+  macs: int
+  signed: bool | None
+  bits: int
+
+
+class LayerTable(tuple[LayerRow, ...]):
+  """The quantized layers in call order; `print` shows them as a table."""
+
+  __slots__ = ()
+
+  def __str__(self) -> str:
+    cells = [LayerRow._fields] + [tuple(map(str, row)) for row in self]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+      "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+      for row in cells
+    )
+
+
+def layer_table(model: nnx.Module) -> LayerTable:
+  """Lists the quantized layers in call order: shapes, costs, signs, bits.
+
+  Layers that stay float are not listed, so that a budget computed from the
+  table counts only what is quantized.
+  """
+  rows = []
+  for name, layer in quantized_layers(model).items():
+    shape = layer.kernel.shape
+    quantizer = layer.input_quantizer
+    rows.append(
+      LayerRow(
+        name=name,
+        kind="linear" if len(shape) == 2 else "conv",
+        shape=tuple(shape),
+        stride=int(np.max(getattr(layer, "strides", None) or 1)),
+        parameters=layer.kernel.size,
+        macs=layer.macs,
+        signed=None if quantizer is None else quantizer.signed,
+        bits=layer.weight_quantizer.bits[int(layer.bits.get_value())],
+      )
+    )
+  return LayerTable(rows)
+
+
+def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
+  """Sets the bit-width of every quantized layer, in place.
+
+  Norms follow the layer whose output they normalize, transitional ones also the
+  quantized layer before it. Nothing is changed if anything is wrong.
+
+  Args:
+    model: what `nn.quantize` or `deploy.load` returned.
+    bits: one bit-width for all layers, or {layer name: bit-width} with exactly
+      the names of `layer_table(model)`.
+
+  Raises:
+    ValueError: for a bit-width that is not a candidate, or unknown or missing
+      names, which it lists.
+  """
+  known = candidates(model)
+  layers = quantized_layers(model)
+  if not isinstance(bits, Mapping):
+    bits = dict.fromkeys(layers, bits)
+  unknown = sorted(set(bits) - set(layers))
+  missing = [name for name in layers if name not in bits]
+  if unknown or missing:
+    raise ValueError(
+      f"bits must name exactly the layers {list(layers)}, but has unknown "
+      f"layers {unknown}, missing layers {missing}"
+    )
+  wrong = {name: b for name, b in bits.items() if b not in known}
+  if wrong:
+    name, b = next(iter(wrong.items()))
+    raise ValueError(f"bits of {name} must be one of {known}, got {b!r}")
+  index = [known.index(bits[name]) for name in layers]
+  for _, variable in all_bits(model):
+    variable.set_value(jnp.int32(index[variable.order]))
