@@ -1,11 +1,23 @@
 """Strategies that find bit-widths for the layers of a trained network.
 
-Each is `strategy(problem, budgets, *, seed=0, ...) -> Result`, with options of
-its own that have defaults, so that any of them can stand for any other.
+Each is a function
+
+    strategy(problem, budgets, evaluate, [sensitivity | supernet,]
+             *, seed=0, ...) -> Result
+
+whose options have defaults, so that any of them can take another's place;
+`inputs_of` and `options_of` say what a strategy takes.
 """
 
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
 from dr_jax.search.baselines import proportional, random, uniform
-from dr_jax.search.differentiable import dnas, edmips
+from dr_jax.search.dnas import dnas
+from dr_jax.search.edmips import edmips
+from dr_jax.search.evaluator import Evaluator, SuperNet
 from dr_jax.search.genetic import genetic
 from dr_jax.search.greedy import greedy
 from dr_jax.search.hessian_ilp import (
@@ -13,21 +25,25 @@ from dr_jax.search.hessian_ilp import (
   quantization_errors,
   sensitivity_tables,
 )
-from dr_jax.search.problem import Evaluator, Ledger, Problem, Result, Trial
+from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.problem import Problem, Trial
 from dr_jax.search.reinforce import reinforce
 
 __all__ = [
   "SEARCHES",
   "Evaluator",
-  "Ledger",
   "Problem",
   "Result",
+  "SearchLog",
+  "SuperNet",
   "Trial",
   "dnas",
   "edmips",
   "genetic",
   "greedy",
   "hessian_ilp",
+  "inputs_of",
+  "options_of",
   "proportional",
   "quantization_errors",
   "random",
@@ -36,7 +52,7 @@ __all__ = [
   "uniform",
 ]
 
-SEARCHES = {
+SEARCHES: dict[str, Callable[..., Result]] = {
   "hessian_ilp": hessian_ilp,
   "greedy": greedy,
   "genetic": genetic,
@@ -47,3 +63,27 @@ SEARCHES = {
   "random": random,
   "proportional": proportional,
 }
+
+
+def inputs_of(strategy: str) -> tuple[str, ...]:
+  """Returns what a strategy takes besides problem, budgets and evaluate.
+
+  >>> inputs_of("greedy"), inputs_of("hessian_ilp"), inputs_of("edmips")
+  ((), ('sensitivity',), ('supernet',))
+  """
+  return _parameters(strategy, inspect.Parameter.POSITIONAL_OR_KEYWORD)[3:]
+
+
+def options_of(strategy: str) -> tuple[str, ...]:
+  """Returns the names of a strategy's options, without its seed.
+
+  >>> options_of("greedy")
+  ('per_cost',)
+  """
+  names = _parameters(strategy, inspect.Parameter.KEYWORD_ONLY)
+  return tuple(name for name in names if name != "seed")
+
+
+def _parameters(strategy, kind):
+  parameters = inspect.signature(SEARCHES[strategy]).parameters
+  return tuple(n for n, p in parameters.items() if p.kind == kind)

@@ -6,10 +6,10 @@ from replayed steps
 
   Q(s, a)  ->  R - baseline + discount * Q'(s', mu'(s'))     (no Q' at the end)
 
-and the actor climbs Q(s, mu(s)); primes are copies that follow by a share tau
-(DDPG, arXiv 1509.02971, algorithm 1). Every step of an episode has the reward R
-of the whole, and actions are drawn from a truncated normal distribution (HAQ,
-arXiv 1811.08886, section 3).
+and the actor climbs Q(s, mu(s)); primes are copies that follow by a fraction
+tau (DDPG, arXiv 1509.02971, algorithm 1). Every step of an episode has the
+reward R of the whole, and actions are drawn from a truncated normal
+distribution (HAQ, arXiv 1811.08886, section 3).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,11 @@ class Steps(NamedTuple):
     last: float32 [..., 1], 1 where the episode ends and `after` means nothing.
   """
 
-  state: np.ndarray
-  action: np.ndarray
-  reward: np.ndarray
-  after: np.ndarray
-  last: np.ndarray
+  state: Any
+  action: Any
+  reward: Any
+  after: Any
+  last: Any
 
 
 def steps(states: np.ndarray, actions: np.ndarray, reward: float) -> Steps:
@@ -111,7 +111,7 @@ class Ddpg:
 
   Attributes:
     actor_rate, critic_rate: learning rates, of Adam.
-    tau: share by which the copies follow at each update.
+    tau: fraction by which the copies follow at each update.
     discount: of what follows a step.
   """
 
@@ -162,11 +162,14 @@ class Ddpg:
     actor, actor_state = _descend(
       loss, agent.actor, agent.actor_state, self.actor_rate
     )
+    copies: Any = optax.incremental_update(
+      (actor, critic), (agent.slow_actor, agent.slow_critic), self.tau
+    )
     return Agent(
       actor=actor,
       critic=critic,
-      slow_actor=optax.incremental_update(actor, agent.slow_actor, self.tau),
-      slow_critic=optax.incremental_update(critic, agent.slow_critic, self.tau),
+      slow_actor=copies[0],
+      slow_critic=copies[1],
       actor_state=actor_state,
       critic_state=critic_state,
     )
@@ -237,8 +240,13 @@ def _network(rng, sizes):
   layers = []
   for number, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
     bound = 3e-3 if number == len(sizes) - 2 else n**-0.5
-    arrays = rng.uniform(-bound, bound, (n, m)), rng.uniform(-bound, bound, m)
-    layers.append(tuple(jnp.asarray(a, jnp.float32) for a in arrays))
+    weight, bias = (
+      rng.uniform(-bound, bound, (n, m)),
+      rng.uniform(-bound, bound, m),
+    )
+    layers.append(
+      (jnp.asarray(weight, jnp.float32), jnp.asarray(bias, jnp.float32))
+    )
   return layers
 
 

@@ -7,22 +7,17 @@ candidate, averaged by probabilities m_lb. One batch takes one step on
   CE(batch; weights, m) + strength * max(0, E / budget - 1)
   E = sum_l sum_b m_lb cost_lb, the expected cost
 
-  edmips  m = softmax(a); weights and logits learn from the same batches.
-          CVPR 2020, arXiv 2004.05795.
-  dnas    m = softmax((a + Gumbel noise) / T), resampled for every batch, T
-          falling; weights learn from even batches and logits from odd ones.
-          arXiv 1812.00090.
-
-The papers price all of E, budget or not, and try strengths until the result
-is cheap enough; a price on what exceeds the budget aims at it. What is found
-is the most probable assignment within the budgets. Weights change in a copy:
-the assignment is scored on the SuperNet as it was, without retraining, as in
-all other searches.
+`edmips` and `dnas` differ in m and in which batches train what. Their papers
+price all of E, budget or not, and try strengths until the result is cheap
+enough; a price on what exceeds the budget aims at it. The result is the most
+probable assignment within the budgets. Weights change in a copy: the assignment
+is scored on the SuperNet as it was, without retraining, as in all searches.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -34,142 +29,99 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
+from dr_jax.allocate.problem import integer
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.runtime import tree
 from dr_jax.runtime.compilation import jit
-from dr_jax.search.problem import Index, Ledger, Problem, Result
+from dr_jax.search.evaluator import Evaluator, SuperNet
+from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.problem import Index, Problem
 from dr_jax.train import Loop, TrainState, cross_entropy, make_optimizer
 
 
-class Knobs(NamedTuple):
-  """Arguments of a step, so that one program serves all searches.
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Options of a search by gradient.
+
+  Attributes:
+    seed: decides the noise.
+    steps: batches to train on.
+    learning_rate, logit_learning_rate: of the weights and of the logits, Adam.
+    strength: what exceeding a budget by all of it costs, in nats of
+      cross-entropy; several budgets add up.
+    checkpoint_every: steps between checkpoints in `SuperNet.directory`.
+    temperature, final_temperature: at the first and at the last step.
+    drawn: whether probabilities are drawn by Gumbel noise, and weights and
+      logits learn from separate batches.
+
+  Raises:
+    ValueError: naming the option.
+  """
+
+  seed: int
+  steps: int
+  learning_rate: float
+  logit_learning_rate: float
+  strength: float
+  checkpoint_every: int
+  temperature: float = 1.0
+  final_temperature: float = 1.0
+  drawn: bool = False
+
+  def __post_init__(self):
+    integer("seed", self.seed)
+    for name in ("steps", "checkpoint_every"):
+      integer(name, getattr(self, name), at_least=1)
+    if not (_is_finite(self.strength) and self.strength >= 0):
+      raise ValueError(
+        f"strength must be finite and >= 0, got {self.strength!r}"
+      )
+    for name in (
+      "learning_rate",
+      "logit_learning_rate",
+      "temperature",
+      "final_temperature",
+    ):
+      value = getattr(self, name)
+      if not (_is_finite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+
+
+def _is_finite(value):
+  return isinstance(value, int | float) and math.isfinite(value)
+
+
+class Hyperparams(NamedTuple):
+  """Arrays that a step takes as arguments: one program serves all searches.
 
   Attributes:
     rows: int32 [L], where each layer finds its probabilities: the number of
       its group, or, pinned, the number of groups plus its position.
-    shares: float32 [budgets, L, B], costs over their budgets.
-    strength: float32, what exceeding a budget by all of it costs, in nats.
-    learning_rate, logit_learning_rate: float32, of Adam.
+    relative_costs: float32 [budgets, L, B], costs over their budgets.
+    strength, learning_rate, logit_learning_rate: float32, as in Options.
     hot, cold: float32, temperature at the first and the last step.
     steps: float32, length of the search.
-    noise: float32, 1 to draw probabilities, 0 to take them as they are.
-    alternate: bool, weights and logits learn from separate batches.
+    noise: float32, 1 to draw probabilities, 0 not to.
+    alternate: bool, whether weights and logits learn from separate batches.
   """
 
-  rows: Any
-  shares: Any
-  strength: Any
-  learning_rate: Any
-  logit_learning_rate: Any
-  hot: Any
-  cold: Any
-  steps: Any
-  noise: Any
-  alternate: Any
-
-
-def edmips(
-  problem: Problem,
-  budgets: Mapping[str, int],
-  *,
-  seed: int = 0,
-  steps: int = 200,
-  learning_rate: float = 1e-3,
-  logit_learning_rate: float = 0.05,
-  strength: float = 0.3,
-  checkpoint_every: int = 50,
-) -> Result:
-  """Searches by a softmax over bit-widths.
-
-  Returned is the most probable assignment within the budgets: the argmax of
-  every layer where that fits, else its exact projection. It takes a single
-  evaluation, but also `steps` training steps, each of which quantizes to all
-  candidates; these count as seconds only.
-
-  Args:
-    problem: with network, state and batches.
-    budgets: {name of a cost: upper bound}.
-    seed: has no effect, unless the network itself draws (dropout).
-    steps: batches to train on.
-    learning_rate: of the weights, Adam.
-    logit_learning_rate: of the logits, Adam.
-    strength: what exceeding a budget by all of it costs, in nats of
-      cross-entropy; several budgets add up.
-    checkpoint_every: steps between checkpoints in `problem.directory`.
-
-  Raises:
-    ValueError: for a wrong option, a problem without a network,
-      and as `Problem.check`.
-    train.NonFiniteError: if the loss or a parameter becomes NaN or infinite.
-
-  References:
-    arXiv 2004.05795, section 4.
-  """
-  return _search(
-    problem,
-    budgets,
-    "edmips",
-    seed=seed,
-    steps=steps,
-    learning_rate=learning_rate,
-    logit_learning_rate=logit_learning_rate,
-    strength=strength,
-    checkpoint_every=checkpoint_every,
-  )
-
-
-def dnas(
-  problem: Problem,
-  budgets: Mapping[str, int],
-  *,
-  seed: int = 0,
-  steps: int = 200,
-  learning_rate: float = 1e-3,
-  logit_learning_rate: float = 0.05,
-  strength: float = 0.3,
-  temperature: float = 5.0,
-  final_temperature: float = 0.5,
-  checkpoint_every: int = 50,
-) -> Result:
-  """Searches by samples of a Gumbel-softmax with falling temperature.
-
-  Weights learn from batches 0, 2, ..., logits from 1, 3, ...; the temperature
-  falls exponentially over the search. The cost enters as in `edmips`: the
-  published loss multiplies the cross-entropy by a power of the logarithm of
-  the cost instead.
-
-  Args:
-    problem, budgets, learning_rate, logit_learning_rate, strength,
-      checkpoint_every: as for `edmips`.
-    seed: decides the noise.
-    steps: batches to train on, weights and logits together.
-    temperature, final_temperature: at the first and at the last step.
-
-  Raises:
-    As `edmips`.
-
-  References:
-    arXiv 1812.00090, section 4.
-  """
-  return _search(
-    problem,
-    budgets,
-    "dnas",
-    seed=seed,
-    steps=steps,
-    learning_rate=learning_rate,
-    logit_learning_rate=logit_learning_rate,
-    strength=strength,
-    temperature=temperature,
-    final_temperature=final_temperature,
-    checkpoint_every=checkpoint_every,
-  )
+  rows: ArrayLike
+  relative_costs: ArrayLike
+  strength: ArrayLike
+  learning_rate: ArrayLike
+  logit_learning_rate: ArrayLike
+  hot: ArrayLike
+  cold: ArrayLike
+  steps: ArrayLike
+  noise: ArrayLike
+  alternate: ArrayLike
 
 
 def mixture(
-  logits: jax.Array, key: jax.Array, step: jax.Array, knobs: Knobs
+  logits: jax.Array, key: jax.Array, step: jax.Array, hyperparams: Hyperparams
 ) -> jax.Array:
   """Returns the probabilities that a step computes with, float32 [L, B].
 
@@ -177,14 +129,16 @@ def mixture(
     logits: float32 [G, B], one row per group of tied layers.
     key: typed PRNG key of the search; a step draws from fold_in(key, step).
     step: int32 scalar, counts from 0.
-    knobs: of the search.
+    hyperparams: of the search.
   """
-  progress = step.astype(jnp.float32) / jnp.maximum(knobs.steps - 1, 1)
-  temperature = knobs.hot * (knobs.cold / knobs.hot) ** progress
+  progress = step.astype(jnp.float32) / jnp.maximum(hyperparams.steps - 1, 1)
+  temperature = (
+    hyperparams.hot * (hyperparams.cold / hyperparams.hot) ** progress
+  )
   drawn = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape)
-  free = jax.nn.softmax((logits + knobs.noise * drawn) / temperature)
+  free = jax.nn.softmax((logits + hyperparams.noise * drawn) / temperature)
   pinned = jnp.eye(logits.shape[-1], dtype=logits.dtype)
-  return jnp.concatenate([free, pinned])[knobs.rows]
+  return jnp.concatenate([free, pinned])[hyperparams.rows]
 
 
 def loss(
@@ -192,7 +146,7 @@ def loss(
   apply: Callable[..., Any],
   state: TrainState,
   batch: Mapping[str, jax.Array],
-  knobs: Knobs,
+  hyperparams: Hyperparams,
 ) -> tuple[jax.Array, Any]:
   """Returns the cross-entropy plus what budgets are exceeded by, priced.
 
@@ -201,18 +155,18 @@ def loss(
     apply: of the network.
     state: batch statistics, key and step.
     batch: "image" [n, ...] and "label" int [n].
-    knobs: of the search.
+    hyperparams: of the search.
 
   Returns:
     The scalar float32, and the new batch statistics.
   """
-  mixed = mixture(trained["logits"], state.key, state.step, knobs)
+  mixed = mixture(trained["logits"], state.key, state.step, hyperparams)
   outputs, stats = apply(
     trained["weights"], state.batch_stats, mixed, batch["image"], train=True
   )
-  used = (mixed[None] * knobs.shares).sum((1, 2))
+  used = (mixed[None] * hyperparams.relative_costs).sum((1, 2))
   excess = jax.nn.relu(used - 1).sum()
-  value = cross_entropy(outputs, batch["label"]) + knobs.strength * excess
+  value = cross_entropy(outputs, batch["label"]) + hyperparams.strength * excess
   return value, stats
 
 
@@ -227,20 +181,23 @@ def program(
     param_labels, treedef: `jax.tree.flatten(network.param_labels)`, hashable.
 
   Returns:
-    step(state, batch, knobs) -> (state, losses [1]); the state is donated.
+    step(state, batch, hyperparams) -> (state, losses [1]), donating the state.
   """
   param_labels = treedef.unflatten(param_labels)
   optimizers = _optimizers(param_labels)
 
   @functools.partial(jit, donate_argnums=0)
-  def step(state, batch, knobs):
+  def step(state, batch, hyperparams):
     (value, stats), gradients = jax.value_and_grad(loss, has_aux=True)(
-      state.params, apply, state, batch, knobs
+      state.params, apply, state, batch, hyperparams
     )
     even = state.step % 2 == 0
     plan = {
-      "weights": (knobs.learning_rate, ~knobs.alternate | even),
-      "logits": (knobs.logit_learning_rate, ~knobs.alternate | ~even),
+      "weights": (hyperparams.learning_rate, ~hyperparams.alternate | even),
+      "logits": (
+        hyperparams.logit_learning_rate,
+        ~hyperparams.alternate | ~even,
+      ),
     }
     params, opt_state = {}, {}
     for name, (rate, learns) in plan.items():
@@ -281,96 +238,74 @@ def most_probable(
   return problem.solve(surprise, budgets)
 
 
-def _search(problem, budgets, name, **options):
-  ledger = Ledger(problem, budgets)
-  _check(problem, name, options)
+def search_by_gradient(
+  name: str,
+  problem: Problem,
+  budgets: Mapping[str, int],
+  evaluate: Evaluator,
+  supernet: SuperNet,
+  options: Options,
+) -> Result:
+  """Trains weights and logits, and takes the most probable assignment.
+
+  Args:
+    name: of the search, for its messages and its checkpoints.
+    problem, budgets, evaluate, supernet: as for the searches.
+    options: how to train.
+
+  Raises:
+    As the searches.
+  """
+  log = SearchLog(problem, budgets, evaluate)
   if not problem.groups():
-    return ledger.result(problem.start(0))
-  knobs = _knobs(problem, budgets, name, options)
-  network, steps = problem.network, options["steps"]
+    return log.result(problem.start(0))
+  hyperparams = _hyperparams(problem, budgets, options)
+  network = supernet.network
   param_labels, treedef = jax.tree.flatten(network.param_labels)
   step = program(network.apply, tuple(param_labels), treedef)
   with contextlib.ExitStack() as stack:
     checkpoints = None
-    if problem.directory is not None:
-      run = _fingerprint(problem, options, knobs)
-      directory = problem.directory / f"{name}-{run}"
+    if supernet.directory is not None:
+      run = _fingerprint(problem, supernet, options, hyperparams)
+      directory = supernet.directory / f"{name}-{run}"
       # One is enough: it weighs several networks, and a search is short.
       checkpoints = stack.enter_context(Checkpoints(directory, keep=1))
-    state = _initial(problem, options["seed"])
+    state = _initial(problem, supernet, options.seed)
     if checkpoints is not None and checkpoints.latest() is not None:
       state = checkpoints.restore(like=state)
     state = Loop(
       stage=name,
-      steps=steps,
+      steps=options.steps,
       labels=("mixed",),
-      step=lambda state, batch: step(state, batch, knobs),
-      batches=problem.batches,
+      step=lambda state, batch: step(state, batch, hyperparams),
+      batches=supernet.batches,
       checkpoints=checkpoints,
-      checkpoint_every=options["checkpoint_every"],
-      interrupted=problem.interrupted,
+      checkpoint_every=options.checkpoint_every,
+      interrupted=supernet.interrupted,
     ).run(state)
   logits = np.asarray(state.params["logits"])
-  return ledger.result(most_probable(problem, logits, budgets))
+  return log.result(most_probable(problem, logits, budgets))
 
 
-def _check(problem, name, options):
-  for field in ("network", "state", "batches"):
-    if getattr(problem, field) is None:
-      raise ValueError(
-        f"problem.{field} must not be None, since {name} trains: it needs a "
-        "network, its state, and training batches"
-      )
-  for field, value in options.items():
-    rule, fits = _RULES[field]
-    if not fits(value):
-      raise ValueError(f"{field} must be {rule}, got {value!r}")
-
-
-def _counts(value):
-  return isinstance(value, int) and value > 0
-
-
-def _finite(value):
-  return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _positive(value):
-  return _finite(value) and value > 0
-
-
-_RULES = {
-  "seed": ("an integer", lambda value: isinstance(value, int)),
-  "steps": ("an integer >= 1", _counts),
-  "checkpoint_every": ("an integer >= 1", _counts),
-  "strength": ("finite and >= 0", lambda v: _finite(v) and v >= 0),
-  "learning_rate": ("finite and > 0", _positive),
-  "logit_learning_rate": ("finite and > 0", _positive),
-  "temperature": ("finite and > 0", _positive),
-  "final_temperature": ("finite and > 0", _positive),
-}
-
-
-def _knobs(problem, budgets, name, options):
+def _hyperparams(problem, budgets, options):
   groups = problem.groups()
   rows = len(groups) + problem.start(0)
   for number, group in enumerate(groups):
     rows[list(group)] = number
-  shares = [
+  relative_costs = [
     np.asarray(problem.costs[cost]) / limit for cost, limit in budgets.items()
   ]
-  drawn = name == "dnas"
-  return Knobs(
+  return Hyperparams(
     rows=rows.astype(np.int32),
-    shares=np.stack(shares).astype(np.float32),
-    strength=np.float32(options["strength"]),
-    learning_rate=np.float32(options["learning_rate"]),
-    logit_learning_rate=np.float32(options["logit_learning_rate"]),
-    hot=np.float32(options.get("temperature", 1)),
-    cold=np.float32(options.get("final_temperature", 1)),
-    steps=np.float32(options["steps"]),
-    noise=np.float32(drawn),
-    alternate=np.bool_(drawn),
+    relative_costs=np.stack(relative_costs).astype(np.float32),
+    strength=np.float32(options.strength),
+    learning_rate=np.float32(options.learning_rate),
+    logit_learning_rate=np.float32(options.logit_learning_rate),
+    hot=np.float32(options.temperature),
+    cold=np.float32(options.final_temperature),
+    steps=np.float32(options.steps),
+    noise=np.float32(options.drawn),
+    alternate=np.bool_(options.drawn),
   )
 
 
@@ -394,9 +329,10 @@ def _bounded(kind, leaf):
   return jnp.clip(leaf, SCALE_MIN, SCALE_MAX) if kind == "scale" else leaf
 
 
-def _initial(problem, seed):
+def _initial(problem, supernet, seed):
   """The state at step 0, with its own copies of the SuperNet's arrays."""
-  weights, stats = jax.tree.map(jnp.array, problem.state)
+  weights = jax.tree.map(jnp.array, supernet.params)
+  stats = jax.tree.map(jnp.array, supernet.batch_stats)
   shape = (len(problem.groups()), len(problem.bits))
   params = {"weights": weights, "logits": jnp.zeros(shape, jnp.float32)}
   return TrainState(
@@ -404,7 +340,7 @@ def _initial(problem, seed):
     params=params,
     opt_state={
       name: optimizer.init(params[name])
-      for name, optimizer in _optimizers(problem.network.param_labels).items()
+      for name, optimizer in _optimizers(supernet.network.param_labels).items()
     },
     batch_stats=stats,
     key=jax.random.key(seed),
@@ -412,11 +348,13 @@ def _initial(problem, seed):
   )
 
 
-def _fingerprint(problem, options, knobs):
-  """Names what checkpoints belong to: the SuperNet and what was asked."""
+def _fingerprint(problem, supernet, options, hyperparams):
+  """Identifies what checkpoints belong to: the SuperNet and the search."""
   digest = hashlib.sha256()
-  digest.update(json.dumps([problem.bits, options]).encode())
-  for knob in knobs:
-    digest.update(np.asarray(knob).tobytes())
-  digest.update(tree.fingerprint(problem.state).encode())
+  named = dataclasses.asdict(options)
+  digest.update(json.dumps([problem.bits, named]).encode())
+  for array in hyperparams:
+    digest.update(np.asarray(array).tobytes())
+  arrays = (supernet.params, supernet.batch_stats)
+  digest.update(tree.fingerprint(arrays).encode())
   return digest.hexdigest()[:16]

@@ -11,13 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 
-from dr_jax.search.baselines import Genes, check_count
-from dr_jax.search.problem import Index, Ledger, Problem, Result, Trial
+from dr_jax.allocate.problem import integer
+from dr_jax.search.assignments import Genes
+from dr_jax.search.evaluator import Evaluator
+from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.problem import Index, Problem, Trial
 
 
 def genetic(
   problem: Problem,
   budgets: Mapping[str, int],
+  evaluate: Evaluator,
   *,
   seed: int = 0,
   population: int = 50,
@@ -44,7 +48,7 @@ def genetic(
   claims no parity.
 
   Args:
-    problem, budgets: what to assign, and {cost: limit}.
+    problem, budgets, evaluate: what to assign, {cost: limit}, and the scores.
     seed: of all draws.
     population: assignments in the first generation.
     parents: best assignments so far, from which children come.
@@ -64,8 +68,8 @@ def genetic(
   References:
     Single Path One-Shot, arXiv 1904.00420, algorithm 1; MultiQuant, IJCAI 2022.
   """
-  ledger = Ledger(problem, budgets)
-  for name, value, least in (
+  log = SearchLog(problem, budgets, evaluate)
+  for name, value, minimum in (
     ("population", population, 1),
     ("parents", parents, 1),
     ("generations", generations, 1),
@@ -75,7 +79,7 @@ def genetic(
     ("pool", pool, 1),
     ("scored", scored, 1),
   ):
-    check_count(name, value, least)
+    integer(name, value, at_least=minimum)
   if not isinstance(probability, int | float) or not 0 <= probability <= 1:
     raise ValueError(f"probability must be in 0..1, got {probability!r}")
   breed = _Breed(
@@ -85,18 +89,18 @@ def genetic(
     rng=np.random.Generator(np.random.PCG64(seed)),
   )
   for index in breed.random(population):
-    ledger(index)
+    log(index)
   for _ in range(generations - 1):
-    best = [trial.index for trial in sorted(ledger, key=problem.rank)[:parents]]
-    known = {trial.index for trial in ledger}
+    best = [trial.index for trial in sorted(log, key=problem.rank)[:parents]]
+    known = {trial.index for trial in log}
     times = pool if predictor else 1
     children = breed.crossed(best, times * crossover, known)
     children += breed.mutated(best, times * mutation, known.union(children))
     if predictor:
-      children = _promising(problem, breed.genes, ledger, children)[:scored]
+      children = _promising(problem, breed.genes, log, children)[:scored]
     for index in children:
-      ledger(index)
-  return ledger.result()
+      log(index)
+  return log.result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +120,12 @@ class _Breed:
     self, parents: Sequence[Index], number: int, known: Set[Index]
   ) -> list[Index]:
     """Every gene from one of two parents, which may be the same."""
-    parents = [self.genes.of(index) for index in parents]
+    genes = [self.genes.of(index) for index in parents]
 
     def child():
-      one, other = self.rng.integers(len(parents), size=2)
-      first = self.rng.random(parents[one].shape) < 0.5
-      return np.where(first, parents[one], parents[other])
+      one, other = self.rng.integers(len(genes), size=2)
+      first = self.rng.random(genes[one].shape) < 0.5
+      return np.where(first, genes[one], genes[other])
 
     return self._new(number, known, child)
 
@@ -129,10 +133,10 @@ class _Breed:
     self, parents: Sequence[Index], number: int, known: Set[Index]
   ) -> list[Index]:
     """A parent with some genes resampled."""
-    parents = [self.genes.of(index) for index in parents]
+    genes = [self.genes.of(index) for index in parents]
 
     def child():
-      parent = parents[self.rng.integers(len(parents))]
+      parent = genes[self.rng.integers(len(genes))]
       resampled = self.rng.random(parent.shape) < self.probability
       return np.where(resampled, self.genes.draw(self.rng), parent)
 
@@ -142,6 +146,7 @@ class _Breed:
     """At most `number` assignments, none of them known or twice."""
     found: dict[Index, None] = {}
     for _ in range(number):
+      genes = np.zeros(0)
       for _ in range(self.tries):
         genes = child()
         index = self.genes.index(genes)

@@ -17,9 +17,11 @@ import jax
 import numpy as np
 
 from dr_jax.allocate import Infeasible
-from dr_jax.nn.layers import arrays_of, candidates, quantized_layers
-from dr_jax.search.baselines import check_count
-from dr_jax.search.problem import Index, Ledger, Problem, Result
+from dr_jax.allocate.problem import integer
+from dr_jax.nn.layers import Stored, arrays_of, candidates, quantized_layers
+from dr_jax.search.evaluator import Evaluator
+from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.problem import Index, Problem
 
 if TYPE_CHECKING:
   from flax import nnx
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 def hessian_ilp(
   problem: Problem,
   budgets: Mapping[str, int],
+  evaluate: Evaluator,
+  sensitivity: Mapping[str, np.ndarray],
   *,
   seed: int = 0,
   objective: str = "error",
@@ -40,38 +44,40 @@ def hessian_ilp(
   optimum with that layer held there, so that others rise. The best score wins.
 
   Args:
-    problem, budgets: what to assign, and {cost: limit}.
+    problem, budgets, evaluate: what to assign, {cost: limit}, and the scores.
+    sensitivity: {objective: float [L, B]}, to be minimized; for example what
+      `sensitivity_tables` returns.
     seed: not used.
-    objective: name of a table of `problem.sensitivity`; `sensitivity_tables`
-      makes "error" and "bits".
-    max_candidates: number of assignments to score, those of least objective;
+    objective: name of the table in `sensitivity` to minimize.
+    max_candidates: number of assignments to score, those of lowest objective;
       None for all, at most 1 + L (B - 1). With 1 the objective alone decides.
 
   Raises:
     allocate.Infeasible: if nothing fits.
-    ValueError: for a table that the problem does not have, or a wrong budget
-      or number of candidates.
+    ValueError: for an unknown objective, a table of another shape, or a wrong
+      budget or number of candidates.
 
   References:
     arXiv 2502.01199, section 3.3; arXiv 2011.10680 (HAWQ-V3), section 3.4.
   """
-  ledger = Ledger(problem, budgets)
-  if not isinstance(objective, str) or objective not in problem.sensitivity:
+  log = SearchLog(problem, budgets, evaluate)
+  if not isinstance(objective, str) or objective not in sensitivity:
     raise ValueError(
-      "objective must be a sensitivity of the problem, of "
-      f"{', '.join(problem.sensitivity) or 'none'}, got {objective!r}"
+      "objective must be one of the sensitivities "
+      f"{', '.join(sensitivity) or '(none)'}, got {objective!r}"
     )
   if max_candidates is not None:
-    check_count("max_candidates", max_candidates, 1)
-  table = np.asarray(problem.sensitivity[objective], np.float64)
+    integer("max_candidates", max_candidates, at_least=1)
+  table = np.asarray(sensitivity[objective], np.float64)
+  problem.check_table(f"sensitivity[{objective!r}]", table)
 
   def value(index):
     return math.fsum(table[np.arange(len(index)), index])
 
   neighbors = _candidates(problem, table, budgets)
   for index in sorted(neighbors, key=value)[:max_candidates]:
-    ledger(index)
-  return ledger.result()
+    log(index)
+  return log.result()
 
 
 def _candidates(
@@ -113,28 +119,32 @@ def sensitivity_tables(
   Raises:
     ValueError: if shapes do not fit, or a trace or an error is not finite.
 
+  >>> tables = sensitivity_tables([6.0, -1.0], [3, 5], (8, 2), [[0, 1], [0, 4]])
+  >>> tables["error"].tolist(), tables["bits"].tolist()
+  ([[0.0, 2.0], [0.0, 0.0]], [[-16.0, -4.0], [-0.0, -0.0]])
+
   References:
     HAWQ-V2, arXiv 1911.03852 (Omega); arXiv 2502.01199, section 3.3.
   """
-  traces, errors = np.asarray(traces, float), np.asarray(errors, float)
-  parameters = np.asarray(parameters, float)
-  shape = (len(traces), len(bits))
+  t, n = np.asarray(traces, float), np.asarray(parameters, float)
+  squared = np.asarray(errors, float)
+  shape = (len(t), len(bits))
   for name, array, expected in (
-    ("parameters", parameters, shape[:1]),
-    ("errors", errors, shape),
+    ("parameters", n, shape[:1]),
+    ("errors", squared, shape),
   ):
     if array.shape != expected:
       raise ValueError(f"{name} must have shape {expected}, got {array.shape}")
   for name, array, wrong, rule in (
-    ("traces", traces, ~np.isfinite(traces), "finite"),
-    ("errors", errors, ~np.isfinite(errors).all(1), "finite"),
-    ("parameters", parameters, ~(parameters >= 1), ">= 1"),
+    ("traces", t, ~np.isfinite(t), "finite"),
+    ("errors", squared, ~np.isfinite(squared).all(1), "finite"),
+    ("parameters", n, ~(n >= 1), ">= 1"),
   ):
     if wrong.any():
       layer = int(wrong.argmax())
       raise ValueError(f"{name}[{layer}] must be {rule}, got {array[layer]}")
-  weight = (np.maximum(traces, 0) / parameters)[:, None]
-  return {"error": weight * errors, "bits": -weight * np.asarray(bits, float)}
+  weight = (np.maximum(t, 0) / n)[:, None]
+  return {"error": weight * squared, "bits": -weight * np.asarray(bits, float)}
 
 
 def quantization_errors(model: nnx.Module) -> np.ndarray:
@@ -157,7 +167,7 @@ def quantization_errors(model: nnx.Module) -> np.ndarray:
 
 
 def _errors(name, layer):
-  if not hasattr(layer, "weight_params"):
+  if isinstance(layer, Stored):
     raise ValueError(
       f"layer {name!r} must have a float kernel, but holds stored codes"
     )

@@ -20,10 +20,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dr_jax.allocate.problem import integer
 from dr_jax.nn import LayerTable
-from dr_jax.search.baselines import check_count, nearest
+from dr_jax.search.assignments import nearest
 from dr_jax.search.ddpg import Ddpg, Memory, programs, steps
-from dr_jax.search.problem import Index, Ledger, Problem, Result
+from dr_jax.search.evaluator import Evaluator
+from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.problem import Index, Problem
 
 # Reward per percent of accuracy.
 _REWARD = 0.1
@@ -32,6 +35,7 @@ _REWARD = 0.1
 def reinforce(
   problem: Problem,
   budgets: Mapping[str, int],
+  evaluate: Evaluator,
   *,
   seed: int = 0,
   episodes: int = 600,
@@ -59,7 +63,7 @@ def reinforce(
   accuracies, whatever `problem.metric` says; that decides at the end.
 
   Args:
-    problem, budgets: what to assign, and {cost: limit}.
+    problem, budgets, evaluate: what to assign, {cost: limit}, and the scores.
     seed: of the networks and all draws.
     episodes: passes over the layers, the random ones included.
     warmup: how many of them act at random, without learning.
@@ -68,7 +72,7 @@ def reinforce(
       to their own average, so that it only says how large they are.
     hidden: size of both hidden layers of actor and critic.
     actor_rate, critic_rate: learning rates, of Adam.
-    tau: share by which the copies follow at each update.
+    tau: fraction by which the copies follow at each update.
     discount: of what follows a step.
     replay: steps that are remembered, per group of layers.
     batch: steps that an update learns from.
@@ -84,16 +88,16 @@ def reinforce(
   References:
     HAQ, arXiv 1811.08886, section 3; DDPG, arXiv 1509.02971.
   """
-  ledger = Ledger(problem, budgets)
-  for name, count, least in (
+  log = SearchLog(problem, budgets, evaluate)
+  for name, count, minimum in (
     ("episodes", episodes, 1),
     ("warmup", warmup, 0),
     ("hidden", hidden, 1),
     ("replay", replay, 1),
     ("batch", batch, 1),
   ):
-    check_count(name, count, least)
-  for name, number, most in (
+    integer(name, count, at_least=minimum)
+  for name, number, maximum in (
     ("reference", 0 if reference is None else reference, 100),
     ("actor_rate", actor_rate, 1),
     ("critic_rate", critic_rate, 1),
@@ -103,13 +107,13 @@ def reinforce(
     ("decay", decay, 1),
     ("baseline", baseline, 1),
   ):
-    if not (isinstance(number, numbers.Real) and 0 <= number <= most):
-      raise ValueError(f"{name} must be in 0..{most}, got {number!r}")
+    if not (isinstance(number, numbers.Real) and 0 <= number <= maximum):
+      raise ValueError(f"{name} must be in 0..{maximum}, got {number!r}")
   groups = problem.groups()
   if not groups:
-    return ledger.result(problem.start(0))
+    return log.result(problem.start(0))
   if reference is None:
-    reference = ledger(problem.start(0)).accuracy
+    reference = log(problem.start(0)).accuracy
   rng = np.random.Generator(np.random.PCG64(seed))
   ddpg = Ddpg(actor_rate, critic_rate, tau, discount)
   walk, learn = programs(ddpg)
@@ -125,16 +129,16 @@ def reinforce(
     index = problem.start(0)
     for group, action in zip(groups, actions, strict=True):
       index[list(group)] = position(action, problem.bits)
-    trial = ledger(cut(problem, budgets, index))
+    trial = log(cut(problem, budgets, index))
     reward = _REWARD * (trial.accuracy - reference)
     average = reward if average is None else average
     average = baseline * average + (1 - baseline) * reward
     taken = [action_of(trial.index[g[0]], problem.bits) for g in groups]
-    memory.add(steps(states, np.float32(taken), reward))
+    memory.add(steps(states, np.asarray(taken, np.float32), reward))
     if episode >= warmup:
       batches = memory.sample(rng, (len(groups), batch))
       agent = learn(agent, batches, np.float32(average))
-  return ledger.result()
+  return log.result()
 
 
 def features(table: LayerTable, groups: Sequence[Sequence[int]]) -> np.ndarray:
@@ -180,8 +184,8 @@ def position(action: float, bits: Sequence[int]) -> int:
 
   Returns:
     Position of the bit-width nearest to low - 1/2 + action * (high - low + 1);
-    of two as near, the lower one. Neighbouring candidates all have the same
-    share of [0, 1].
+    of two as near, the lower one. Neighboring candidates all have the same
+    length of [0, 1].
 
   References:
     arXiv 1811.08886, section 3.2.

@@ -72,18 +72,25 @@ def additive_network(layers, bits, seed):
   )
 
 
-def additive(layers=6, seed=0, batches=None, bits=problems.BITS, **fields):
+def trainable(network, batches, **fields):
+  return search.SuperNet(
+    network, network.params, network.batch_stats, batches, **fields
+  )
+
+
+def additive(
+  layers=6,
+  seed=0,
+  batches=None,
+  bits=problems.BITS,
+  directory=None,
+  **fields,
+):
   """A problem of additive damage that can be searched by gradient."""
   network = additive_network(layers, bits, seed)
-  return problems.problem(
-    layers,
-    bits,
-    seed,
-    network=network,
-    state=(network.params, network.batch_stats),
-    batches=Batches() if batches is None else batches,
-    **fields,
-  )
+  batches = Batches() if batches is None else batches
+  supernet = trainable(network, batches, directory=directory)
+  return problems.problem(layers, bits, seed, supernet=supernet, **fields)
 
 
 class Net(nnx.Module):
@@ -102,7 +109,7 @@ class Net(nnx.Module):
 
 
 @functools.cache
-def supernet():
+def convolutional():
   model = nn.quantize(
     Net(nnx.Rngs(0)),
     weight=quant.double_rounding(BITS),
@@ -121,25 +128,24 @@ class TrainingBatches:
 
 def real(**fields):
   """A problem of a real network."""
-  table, network = supernet()
+  table, network = convolutional()
   costs = {"bops": allocate.bops([row.macs for row in table], BITS)}
   score = problems.Additive(problems.damage(len(table), BITS))
-  fields = {"costs": costs, "batches": TrainingBatches(), **fields}
-  return search.Problem(
+  fields = {"supernet": trainable(network, TrainingBatches()), **fields}
+  return problems.Searchable(
     table=table,
     bits=BITS,
+    costs=costs,
     evaluate=search.Evaluator(score),
-    network=network,
-    state=(network.params, network.batch_stats),
     **fields,
   )
 
 
-def knobs(**changes):
+def hyperparams(**changes):
   """Four layers: 0 and 2 are tied, 1 is free, 3 is pinned to position 1."""
-  given = differentiable.Knobs(
+  given = differentiable.Hyperparams(
     rows=jnp.array([0, 1, 0, 3]),
-    shares=jnp.zeros((2, 4, 3)),
+    relative_costs=jnp.zeros((2, 4, 3)),
     strength=jnp.float32(0),
     learning_rate=jnp.float32(1e-3),
     logit_learning_rate=jnp.float32(0.1),
@@ -162,7 +168,9 @@ def softmax(logits):
 
 def mixture(step=0, seed=0, logits=LOGITS, **changes):
   key = jax.random.key(seed)
-  return differentiable.mixture(logits, key, jnp.int32(step), knobs(**changes))
+  return differentiable.mixture(
+    logits, key, jnp.int32(step), hyperparams(**changes)
+  )
 
 
 def test_tied_layers_share_probabilities_and_a_pinned_one_has_no_choice():
@@ -218,7 +226,7 @@ def test_draws_depend_on_seed_and_step():
 
 
 def initial(**changes):
-  _, network = supernet()
+  _, network = convolutional()
   return train.TrainState(
     step=jnp.int32(0),
     params={"weights": network.params, "logits": LOGITS},
@@ -238,7 +246,7 @@ def initial(**changes):
 
 @functools.cache
 def differentiated():
-  state, batch, apply = initial(), training.batch(), supernet()[1].apply
+  state, batch, apply = initial(), training.batch(), convolutional()[1].apply
 
   def value(logits, given):
     trained = {"weights": state.params["weights"], "logits": logits}
@@ -265,10 +273,11 @@ def test_only_what_exceeds_a_budget_is_priced():
   mixed = np.stack([p[0], p[1], p[0], [0, 1, 0]])
   used = (mixed * SHARES).sum((1, 2))
   assert used[0] > 1 > used[1]
-  free, _ = loss_and_gradient(knobs())
+  free, _ = loss_and_gradient(hyperparams())
   for scale in (1.0, 3.0):
-    given = knobs(
-      shares=jnp.asarray(SHARES * scale, jnp.float32), strength=jnp.float32(7)
+    given = hyperparams(
+      relative_costs=jnp.asarray(SHARES * scale, jnp.float32),
+      strength=jnp.float32(7),
     )
     priced, _ = loss_and_gradient(given)
     excess = np.maximum(used * scale - 1, 0).sum()
@@ -277,7 +286,7 @@ def test_only_what_exceeds_a_budget_is_priced():
 
 
 def test_the_gradient_of_a_logit_is_what_its_candidate_contributes():
-  _, network = supernet()
+  _, network = convolutional()
   state, batch = initial(), training.batch()
   p = softmax(LOGITS)
   mixed = np.stack([p[0], p[1], p[0], [0, 1, 0]])
@@ -293,15 +302,15 @@ def test_the_gradient_of_a_logit_is_what_its_candidate_contributes():
   # Of the tied layers together, less the mean over the candidates.
   by_group = np.stack([each[0] + each[2], each[1]])
   expected = p * (by_group - (p * by_group).sum(1, keepdims=True))
-  given = knobs(
-    shares=jnp.asarray(SHARES, jnp.float32), strength=jnp.float32(7)
+  given = hyperparams(
+    relative_costs=jnp.asarray(SHARES, jnp.float32), strength=jnp.float32(7)
   )
   _, gradient = loss_and_gradient(given)
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 def program():
-  _, network = supernet()
+  _, network = convolutional()
   param_labels, treedef = jax.tree.flatten(network.param_labels)
   return differentiable.program(network.apply, tuple(param_labels), treedef)
 
@@ -333,16 +342,16 @@ def both(part):
 
 
 def test_weights_and_logits_learn_together_or_from_batches_of_their_own():
-  apart = knobs(alternate=jnp.bool_(True))
-  assert moved(0, knobs())[0] == both("weights") | both("logits")
-  assert moved(1, knobs())[0] == both("weights") | both("logits")
+  apart = hyperparams(alternate=jnp.bool_(True))
+  assert moved(0, hyperparams())[0] == both("weights") | both("logits")
+  assert moved(1, hyperparams())[0] == both("weights") | both("logits")
   assert moved(0, apart)[0] == both("weights")
   assert moved(1, apart)[0] == both("logits")
 
 
 def test_the_first_step_of_each_goes_down_by_its_own_learning_rate():
-  given = knobs(
-    shares=jnp.asarray(SHARES, jnp.float32), strength=jnp.float32(7)
+  given = hyperparams(
+    relative_costs=jnp.asarray(SHARES, jnp.float32), strength=jnp.float32(7)
   )
   _, before, after = moved(0, given)
   _, gradient = loss_and_gradient(given)
@@ -355,8 +364,11 @@ def test_the_first_step_of_each_goes_down_by_its_own_learning_rate():
 
 
 def test_scales_stay_positive_however_large_the_step():
-  _, _, after = moved(0, knobs(learning_rate=jnp.float32(100)))
-  weights, param_labels = after.params["weights"], supernet()[1].param_labels
+  _, _, after = moved(0, hyperparams(learning_rate=jnp.float32(100)))
+  weights, param_labels = (
+    after.params["weights"],
+    convolutional()[1].param_labels,
+  )
   pairs = zip(
     jax.tree.leaves(weights), jax.tree.leaves(param_labels), strict=True
   )
@@ -401,7 +413,7 @@ def test_tied_layers_count_as_one_choice():
 def test_where_all_layers_cost_the_same_the_best_assignment_is_found(strategy):
   problem = additive(bits=(8, 2))
   budgets = {"sum_bits": 3 * 8 + 3 * 2}
-  result = strategy(problem, budgets, strength=0.1)
+  result = problems.search(strategy, problem, budgets, strength=0.1)
   assert problems.index_of(problem, result) == problems.best(problem, budgets)
   assert result.evaluations == len(problem.evaluate.score.calls) == 1
 
@@ -411,7 +423,7 @@ def test_where_all_layers_cost_the_same_the_best_assignment_is_found(strategy):
 def test_a_search_comes_close_to_the_best_assignment(strategy, seed):
   problem = additive(seed=seed)
   budgets = problems.budgets(problem, 0.5)
-  result = strategy(problem, budgets, strength=1.0)
+  result = problems.search(strategy, problem, budgets, strength=1.0)
   losses = [
     problem.evaluate.score.damage[np.arange(6), list(index)].sum()
     for index in problems.assignments(problem)
@@ -427,14 +439,14 @@ def test_a_search_comes_close_to_the_best_assignment(strategy, seed):
 def test_a_price_without_limit_moves_to_the_lowest_bits(strategy, learned):
   problem = additive()
   budgets = problems.budgets(problem, 0.0)
-  strategy(problem, budgets, strength=1e4)
+  problems.search(strategy, problem, budgets, strength=1e4)
   assert (learned[0].argmax(1) == 3).all()
 
 
 def test_the_expected_cost_settles_at_the_budget(learned):
   problem = additive(ties=((0, 3), (2, 4)), pinned={1: 0, 2: 1})
   budgets = problems.budgets(problem, 0.6)
-  search.edmips(problem, budgets, strength=3.0)
+  problems.search(search.edmips, problem, budgets, strength=3.0)
   cost, p = problem.costs["stored_bits"], softmax(learned[0])
   assert [tuple(g) for g in problem.groups()] == [(0, 3), (5,)]
   expected = cost[1, 0] + cost[2, 1] + cost[4, 1]
@@ -448,7 +460,7 @@ def test_dnas_learns_its_logits_from_every_second_batch(learned):
   problem = additive()
   budgets = problems.budgets(problem)
   for steps in (1, 2):
-    search.dnas(problem, budgets, steps=steps)
+    problems.search(search.dnas, problem, budgets, steps=steps)
   assert not learned[0].any()
   # Adam's first step is the rate, but for its epsilon beside gradients of
   # down to 1e-6.
@@ -459,7 +471,8 @@ def test_both_temperatures_matter(learned):
   problem = additive()
   budgets = problems.budgets(problem)
   for temperature, final in ((5.0, 0.5), (5.0, 0.6), (4.0, 0.5)):
-    search.dnas(
+    problems.search(
+      search.dnas,
       problem,
       budgets,
       steps=6,
@@ -473,8 +486,8 @@ def test_both_temperatures_matter(learned):
 def test_within_the_budget_only_accuracy_counts(strategy, learned):
   problem = additive()
   budgets = problems.budgets(problem, 1.0)
-  result = strategy(problem, budgets, strength=1e4)
-  strategy(problem, budgets, strength=0.0)
+  result = problems.search(strategy, problem, budgets, strength=1e4)
+  problems.search(strategy, problem, budgets, strength=0.0)
   np.testing.assert_array_equal(*learned)
   assert set(result.allocation.values()) == {8}
 
@@ -482,7 +495,9 @@ def test_within_the_budget_only_accuracy_counts(strategy, learned):
 @pytest.mark.parametrize("strategy", SEARCHES)
 def test_tied_layers_share_bits_and_pinned_ones_keep_theirs(strategy):
   problem = additive(ties=((0, 3), (2, 4)), pinned={1: 2, 4: 1})
-  result = strategy(problem, problems.budgets(problem, 0.5), steps=20)
+  result = problems.search(
+    strategy, problem, problems.budgets(problem, 0.5), steps=20
+  )
   index = problems.index_of(problem, result)
   assert index[0] == index[3]
   assert index[1:3] + index[4:5] == (2, 1, 1)
@@ -492,7 +507,9 @@ def test_with_every_layer_pinned_there_is_nothing_to_learn():
   batches = Batches()
   pins = dict.fromkeys(range(6), 1)
   problem = additive(pinned=pins, batches=batches)
-  result = search.edmips(problem, problems.budgets(problem, 1.0))
+  result = problems.search(
+    search.edmips, problem, problems.budgets(problem, 1.0)
+  )
   assert problems.index_of(problem, result) == (1,) * 6
   assert not batches.asked
 
@@ -501,40 +518,40 @@ def test_the_seed_decides_the_draws_and_nothing_else(learned):
   problem = additive()
   budgets = problems.budgets(problem)
   for seed in (0, 0, 1):
-    search.dnas(problem, budgets, seed=seed, steps=10)
+    problems.search(search.dnas, problem, budgets, seed=seed, steps=10)
   for seed in (0, 1):
-    search.edmips(problem, budgets, seed=seed, steps=10)
+    problems.search(search.edmips, problem, budgets, seed=seed, steps=10)
   np.testing.assert_array_equal(learned[0], learned[1])
   assert (learned[0] != learned[2]).any()
   np.testing.assert_array_equal(learned[3], learned[4])
 
 
 @pytest.mark.parametrize("strategy", SEARCHES)
-def test_a_stopped_search_goes_on_to_the_same_bits(strategy, learned, tmp_path):
+def test_a_stopped_search_resumes_to_the_same_bits(strategy, learned, tmp_path):
   options = dict(steps=12, checkpoint_every=4)
   whole = additive()
   budgets = problems.budgets(whole)
-  expected = strategy(whole, budgets, **options)
+  expected = problems.search(strategy, whole, budgets, **options)
   stopped = additive(batches=Batches(stop=10), directory=tmp_path)
   with pytest.raises(problems.Stop):
-    strategy(stopped, budgets, **options)
+    problems.search(strategy, stopped, budgets, **options)
   assert not stopped.evaluate.score.calls
   again = additive(batches=Batches(), directory=tmp_path)
-  result = strategy(again, budgets, **options)
-  assert again.batches.asked == [8, 9, 10, 11]
+  result = problems.search(strategy, again, budgets, **options)
+  assert again.supernet.batches.asked == [8, 9, 10, 11]
   np.testing.assert_array_equal(*learned)
   assert result.trials[0][:3] == expected.trials[0][:3]
   done = additive(batches=Batches(), directory=tmp_path)
-  strategy(done, budgets, **options)
-  assert done.batches.asked == []
+  problems.search(strategy, done, budgets, **options)
+  assert done.supernet.batches.asked == []
 
 
-def test_a_search_goes_on_only_from_what_is_its_own(tmp_path):
+def test_a_search_resumes_only_from_its_own_checkpoints(tmp_path):
   options = dict(steps=2)
   problem = additive(directory=tmp_path)
   budgets = problems.budgets(problem)
-  search.dnas(problem, budgets, **options)
-  other_net = ({"w": jnp.ones((2, 2))}, {})
+  problems.search(search.dnas, problem, budgets, **options)
+  other = problem.supernet._replace(params={"w": jnp.ones((2, 2))})
   others = [
     (search.edmips, problem, budgets, options),
     (search.dnas, problem, problems.budgets(problem, 0.5), options),
@@ -542,7 +559,7 @@ def test_a_search_goes_on_only_from_what_is_its_own(tmp_path):
     (search.dnas, problem, budgets, options | {"temperature": 4.0}),
     (
       search.dnas,
-      dataclasses.replace(problem, state=other_net),
+      dataclasses.replace(problem, supernet=other),
       budgets,
       options,
     ),
@@ -554,17 +571,20 @@ def test_a_search_goes_on_only_from_what_is_its_own(tmp_path):
     ),
   ]
   for strategy, changed, limits, changes in others:
-    problem.batches.asked.clear()
-    strategy(changed, limits, **changes)
-    assert problem.batches.asked == [0, 1]
+    problem.supernet.batches.asked.clear()
+    problems.search(strategy, changed, limits, **changes)
+    assert problem.supernet.batches.asked == [0, 1]
 
 
 def test_the_supernet_is_not_changed():
   problem = real()
-  before = jax.tree.map(np.array, problem.state)
+  arrays = problem.supernet.params, problem.supernet.batch_stats
+  before = jax.tree.map(np.array, arrays)
   for strategy in SEARCHES:
-    strategy(problem, problems.budgets(problem, 0.4, ["bops"]), steps=3)
-  jax.tree.map(np.testing.assert_array_equal, before, problem.state)
+    problems.search(
+      strategy, problem, problems.budgets(problem, 0.4, ["bops"]), steps=3
+    )
+  jax.tree.map(np.testing.assert_array_equal, before, arrays)
 
 
 def test_one_program_serves_all_budgets_and_both_searches():
@@ -576,7 +596,7 @@ def test_one_program_serves_all_budgets_and_both_searches():
     (search.dnas, 0.2, 0.1),
   ):
     budgets = problems.budgets(problem, fraction, ["bops"])
-    strategy(problem, budgets, steps=2, strength=strength)
+    problems.search(strategy, problem, budgets, steps=2, strength=strength)
   assert program()._cache_size() == 1
 
 
@@ -590,23 +610,15 @@ def test_a_loss_that_is_not_finite_ends_the_search_in_one_line(strategy):
   problem = additive(batches=Broken())
   name = strategy.__name__
   with pytest.raises(train.NonFiniteError, match=f"{name}: loss is nan at"):
-    strategy(problem, problems.budgets(problem), steps=3)
-
-
-@pytest.mark.parametrize("strategy", SEARCHES)
-@pytest.mark.parametrize("field", ["network", "state", "batches"])
-def test_a_problem_that_cannot_be_trained_is_rejected(strategy, field):
-  problem = dataclasses.replace(additive(), **{field: None})
-  with pytest.raises(ValueError, match=rf"problem\.{field} must not be None"):
-    strategy(problem, problems.budgets(problem))
+    problems.search(strategy, problem, problems.budgets(problem), steps=3)
 
 
 @pytest.mark.parametrize("strategy", SEARCHES)
 def test_a_budget_that_cannot_be_kept_is_rejected_before_training(strategy):
   problem = additive()
   with pytest.raises(allocate.Infeasible):
-    strategy(problem, {"stored_bits": 1})
-  assert not problem.batches.asked
+    problems.search(strategy, problem, {"stored_bits": 1})
+  assert not problem.supernet.batches.asked
   assert not problem.evaluate.score.calls
 
 
@@ -626,5 +638,7 @@ def test_a_budget_that_cannot_be_kept_is_rejected_before_training(strategy):
 def test_an_option_out_of_range_is_rejected_by_name(option, value):
   problem = additive()
   with pytest.raises(ValueError, match=rf"^{option} must be .*, got"):
-    search.dnas(problem, problems.budgets(problem), **{option: value})
-  assert not problem.batches.asked
+    problems.search(
+      search.dnas, problem, problems.budgets(problem), **{option: value}
+    )
+  assert not problem.supernet.batches.asked

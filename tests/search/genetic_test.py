@@ -16,8 +16,8 @@ from dr_jax.train import Score
 def test_it_finds_the_best_where_damages_add_up(seed, predictor):
   problem = problems.problem(seed=seed, ties=((0, 5),))
   budgets = problems.budgets(problem, names=["stored_bits", "bops"])
-  result = search.genetic(
-    problem, budgets, seed=seed, predictor=predictor, pool=4
+  result = problems.search(
+    search.genetic, problem, budgets, seed=seed, predictor=predictor, pool=4
   )
   assert problems.index_of(problem, result) == problems.best(problem, budgets)
   assert result.evaluations < 4**5 / 2
@@ -28,7 +28,9 @@ def test_it_finds_the_best_where_damages_add_up(seed, predictor):
 def test_nothing_over_the_budget_is_ever_scored(fraction, predictor):
   problem = problems.problem(12, seed=1)
   budgets = problems.budgets(problem, fraction, names=["stored_bits", "bops"])
-  search.genetic(problem, budgets, generations=4, predictor=predictor)
+  problems.search(
+    search.genetic, problem, budgets, generations=4, predictor=predictor
+  )
   calls = problem.evaluate.score.calls
   assert len(calls) > 5
   assert all(problem.fits(index, budgets) for index in calls)
@@ -38,9 +40,17 @@ def test_a_predictor_spends_fewer_evaluations_for_as_good_a_result():
   for seed in range(3):
     problem = problems.problem(20, seed=seed)
     budgets = problems.budgets(problem)
-    without = search.genetic(problem, budgets, seed=seed, generations=6)
-    predicted = search.genetic(
-      problem, budgets, seed=seed, generations=6, predictor=True, pool=4
+    without = problems.search(
+      search.genetic, problem, budgets, seed=seed, generations=6
+    )
+    predicted = problems.search(
+      search.genetic,
+      problem,
+      budgets,
+      seed=seed,
+      generations=6,
+      predictor=True,
+      pool=4,
     )
     assert predicted.evaluations == 50 + 5 * 10
     assert predicted.evaluations < without.evaluations / 2
@@ -50,8 +60,14 @@ def test_a_predictor_spends_fewer_evaluations_for_as_good_a_result():
 def test_without_a_predictor_every_child_is_scored():
   problem = problems.problem(20)
   budgets = problems.budgets(problem)
-  result = search.genetic(
-    problem, budgets, population=7, generations=3, crossover=4, mutation=5
+  result = problems.search(
+    search.genetic,
+    problem,
+    budgets,
+    population=7,
+    generations=3,
+    crossover=4,
+    mutation=5,
   )
   # In 4^20 assignments a child is new within its ten tries.
   assert result.evaluations == 7 + 2 * (4 + 5)
@@ -61,9 +77,12 @@ def test_children_come_from_the_best_so_far():
   """With neither genes drawn anew nor a second parent nothing is new."""
   problem = problems.problem(20)
   budgets = problems.budgets(problem, 0.9)
-  first = search.genetic(problem, budgets, generations=1, population=30)
+  first = problems.search(
+    search.genetic, problem, budgets, generations=1, population=30
+  )
   best = sorted(first.trials, key=problem.rank)[:3]
-  result = search.genetic(
+  result = problems.search(
+    search.genetic,
     problem,
     budgets,
     population=30,
@@ -82,7 +101,8 @@ def test_children_come_from_the_best_so_far():
 def test_mutants_differ_from_a_parent_in_few_layers():
   problem = problems.problem(60)
   budgets = problems.budgets(problem, 0.9)
-  result = search.genetic(
+  result = problems.search(
+    search.genetic,
     problem,
     budgets,
     population=30,
@@ -105,19 +125,23 @@ def test_each_generation_learns_from_the_one_before():
   problem = problems.problem(20)
   budgets = problems.budgets(problem)
   losses = [
-    search.genetic(problem, budgets, generations=n).loss for n in (1, 3, 9, 20)
+    problems.search(search.genetic, problem, budgets, generations=n).loss
+    for n in (1, 3, 9, 20)
   ]
   assert losses == sorted(losses, reverse=True)
   optimum = problem.solve(problem.evaluate.score.damage, budgets)
   best = problem.evaluate.score.damage[np.arange(20), optimum].sum()
   assert losses[-1] - best < (losses[0] - best) / 2
-  assert losses[-1] < search.random(problem, budgets, draws=1000).loss
+  assert (
+    losses[-1]
+    < problems.search(search.random, problem, budgets, draws=1000).loss
+  )
 
 
 def test_a_small_space_is_exhausted_and_no_child_is_scored_twice():
   problem = problems.problem(2)
   budgets = problem.cost((0, 0))
-  result = search.genetic(problem, budgets)
+  result = problems.search(search.genetic, problem, budgets)
   calls = problem.evaluate.score.calls
   assert len(calls) == len(set(calls)) == result.evaluations <= 16
   assert problems.index_of(problem, result) == (0, 0)
@@ -130,13 +154,13 @@ def test_it_goes_on_where_scores_are_not_finite(predictor):
   )
   budgets = problems.budgets(problem)
   options = {"predictor": predictor, "pool": 2}
-  result = search.genetic(problem, budgets, **options)
+  result = problems.search(search.genetic, problem, budgets, **options)
   assert problems.index_of(problem, result)[0] == 3
   blind = problems.problem(score=lambda index: Score(10, math.nan))
   with pytest.raises(
     ValueError, match="scores of the network must be finite, but the"
   ):
-    search.genetic(blind, budgets, **options, generations=3)
+    problems.search(search.genetic, blind, budgets, **options, generations=3)
 
 
 def test_the_predictor_ranks_by_the_preferred_score():
@@ -149,7 +173,9 @@ def test_the_predictor_ranks_by_the_preferred_score():
 
   problem = problems.problem(8, score=score, metric="accuracy")
   budgets = problems.budgets(problem)
-  result = search.genetic(problem, budgets, predictor=True, generations=8)
+  result = problems.search(
+    search.genetic, problem, budgets, predictor=True, generations=8
+  )
   optimum = problem.solve(damage, budgets)
   assert problems.index_of(problem, result) == optimum
 
@@ -172,5 +198,5 @@ def test_the_predictor_ranks_by_the_preferred_score():
 def test_wrong_options_are_named(options, message):
   problem = problems.problem()
   with pytest.raises(ValueError, match=message):
-    genetic(problem, problems.budgets(problem), **options)
+    problems.search(genetic, problem, problems.budgets(problem), **options)
   assert problem.evaluate.score.calls == []

@@ -28,18 +28,20 @@ def test_where_the_objective_is_the_damage_the_answer_is_the_best(seed):
   problem = sensitive(seed, ties=((1, 4),))
   budgets = problems.budgets(problem)
   best = problems.best(problem, budgets)
-  alone = search.hessian_ilp(problem, budgets, max_candidates=1)
+  alone = problems.search(
+    search.hessian_ilp, problem, budgets, max_candidates=1
+  )
   assert problems.index_of(problem, alone) == best
   assert alone.evaluations == 1
-  assert problems.index_of(problem, search.hessian_ilp(problem, budgets)) == (
-    best
-  )
+  assert problems.index_of(
+    problem, problems.search(search.hessian_ilp, problem, budgets)
+  ) == (best)
 
 
 def test_candidates_are_the_optima_with_one_group_held_lower():
   problem = sensitive(ties=((1, 4),), pinned={2: 1})
   budgets = problems.budgets(problem)
-  found = search.hessian_ilp(problem, budgets)
+  found = problems.search(search.hessian_ilp, problem, budgets)
 
   def least(fits):
     every = problems.assignments(problem)
@@ -62,13 +64,15 @@ def test_a_neighbor_wins_where_the_objective_is_wrong():
   budgets = problems.budgets(problem)
   first = problem.solve(problem.sensitivity["error"], budgets)
   problem.evaluate.score.damage[0, first[0]] += 10
-  result = search.hessian_ilp(problem, budgets)
+  result = problems.search(search.hessian_ilp, problem, budgets)
   index = problems.index_of(problem, result)
   assert index != first
   assert result.loss == min(
     t.loss for t in result.trials if problem.fits(t.index, budgets)
   )
-  alone = search.hessian_ilp(problem, budgets, max_candidates=1)
+  alone = problems.search(
+    search.hessian_ilp, problem, budgets, max_candidates=1
+  )
   assert problems.index_of(problem, alone) == first
   assert alone.loss > result.loss + 5
 
@@ -77,8 +81,10 @@ def test_a_neighbor_wins_where_the_objective_is_wrong():
 def test_the_candidates_of_least_objective_are_scored(most):
   problem = sensitive()
   budgets = problems.budgets(problem)
-  every = search.hessian_ilp(problem, budgets).trials
-  some = search.hessian_ilp(problem, budgets, max_candidates=most).trials
+  every = problems.search(search.hessian_ilp, problem, budgets).trials
+  some = problems.search(
+    search.hessian_ilp, problem, budgets, max_candidates=most
+  ).trials
   values = sorted(objective(problem, t.index) for t in every)
   assert [objective(problem, t.index) for t in some] == values[:most]
 
@@ -86,8 +92,8 @@ def test_the_candidates_of_least_objective_are_scored(most):
 def test_either_table_can_be_the_objective():
   problem = sensitive()
   budgets = problems.budgets(problem)
-  result = search.hessian_ilp(
-    problem, budgets, objective="bits", max_candidates=1
+  result = problems.search(
+    search.hessian_ilp, problem, budgets, objective="bits", max_candidates=1
   )
   expected = min(
     (i for i in problems.assignments(problem) if problem.fits(i, budgets)),
@@ -106,7 +112,7 @@ def test_bits_that_cannot_be_held_are_skipped():
     costs={"latency": latency},
     sensitivity={"error": problems.damage(3, (8, 4, 2))},
   )
-  result = search.hessian_ilp(problem, {"latency": 18})
+  result = problems.search(search.hessian_ilp, problem, {"latency": 18})
   assert {t.index for t in result.trials} == {(1, 1, 1), (2, 1, 1), (1, 2, 1)}
 
 
@@ -115,7 +121,7 @@ def test_bits_that_cannot_be_held_are_skipped():
   [
     (
       {"objective": "fisher"},
-      "objective must be a sensitivity of the problem, of error, bits",
+      "objective must be one of the sensitivities error, bits, got",
     ),
     ({"max_candidates": 0}, "max_candidates must be an integer >= 1, got 0"),
     ({"max_candidates": 2.0}, "max_candidates must be .* got 2.0"),
@@ -124,14 +130,22 @@ def test_bits_that_cannot_be_held_are_skipped():
 def test_wrong_options_are_named(options, message):
   problem = sensitive()
   with pytest.raises(ValueError, match=message):
-    search.hessian_ilp(problem, problems.budgets(problem), **options)
+    problems.search(
+      search.hessian_ilp, problem, problems.budgets(problem), **options
+    )
   assert problem.evaluate.score.calls == []
 
 
-def test_a_problem_without_sensitivity_says_so():
-  problem = problems.problem()
-  with pytest.raises(ValueError, match="of none, got 'error'"):
-    search.hessian_ilp(problem, problems.budgets(problem))
+def test_a_search_without_sensitivities_raises_an_error():
+  problem = problems.problem(sensitivity={})
+  with pytest.raises(ValueError, match=r"\(none\), got 'error'"):
+    problems.search(search.hessian_ilp, problem, problems.budgets(problem))
+
+
+def test_sensitivities_of_another_shape_raise_an_error_that_names_them():
+  problem = problems.problem(sensitivity={"error": np.ones((6, 3))})
+  with pytest.raises(ValueError, match=r"^sensitivity\['error'\] .*\(6, 3\)"):
+    problems.search(search.hessian_ilp, problem, problems.budgets(problem))
 
 
 def test_tables_are_traces_over_parameters_times_errors_and_bits():

@@ -28,7 +28,7 @@ SHORT = {**SMALL, "episodes": 30}
 
 def search(problem, budgets=None, **options):
   budgets = problems.budgets(problem) if budgets is None else budgets
-  return reinforce(problem, budgets, **{**SHORT, **options})
+  return problems.search(reinforce, problem, budgets, **{**SHORT, **options})
 
 
 def indices(result):
@@ -70,7 +70,7 @@ def test_it_learns_to_do_better_than_its_random_episodes():
 
 def test_with_the_defaults_it_walks_six_hundred_times(monkeypatch):
   calls = spied(monkeypatch)
-  reinforce(problems.problem(2), {"sum_bits": 12})
+  problems.search(reinforce, problems.problem(2), {"sum_bits": 12})
   assert len(calls.learn) == 600 - 21
   assert {batches.state.shape for _, batches, _ in calls.learn} == {(2, 64, 9)}
   assert [w.shape for w, _ in calls.learn[0][0].actor] == [

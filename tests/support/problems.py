@@ -7,13 +7,16 @@ Every layer does a damage of its own at every bit-width, and damages add up:
 More bits never harm. Damages are multiples of 2^-20, so that sums are exact.
 """
 
+import dataclasses
+import inspect
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 
 from dr_jax import allocate, nn
-from dr_jax.search.problem import Evaluator, Problem
+from dr_jax.search import Evaluator, Problem
 from dr_jax.train import Score
 
 BITS = (8, 6, 4, 2)
@@ -75,7 +78,41 @@ def damage(layers, bits, seed=0):
   return np.round(np.cumsum(steps, 1) * 2**20) / 2**20
 
 
-def problem(layers=6, bits=BITS, seed=0, path=None, *, score=None, **fields):
+@dataclasses.dataclass(frozen=True)
+class Searchable(Problem):
+  """A problem with what its searches are given besides budgets.
+
+  Attributes:
+    evaluate: an Evaluator, with its `score` as an attribute.
+    sensitivity, supernet: for the searches that take them.
+  """
+
+  evaluate: Any = None
+  sensitivity: Any = None
+  supernet: Any = None
+
+
+def search(strategy, problem, budgets, **options):
+  """Runs a search with what it takes of a Searchable."""
+  parameters = inspect.signature(strategy).parameters
+  inputs = {
+    name: getattr(problem, name)
+    for name in ("evaluate", "sensitivity", "supernet")
+    if name in parameters
+  }
+  return strategy(problem, budgets, **inputs, **options)
+
+
+def problem(
+  layers=6,
+  bits=BITS,
+  seed=0,
+  path=None,
+  *,
+  score=None,
+  interrupted=lambda: None,
+  **fields,
+):
   """A problem with additive damage.
 
   Args:
@@ -83,23 +120,24 @@ def problem(layers=6, bits=BITS, seed=0, path=None, *, score=None, **fields):
     seed: of the layers and of the damage.
     path: where trials are kept.
     score: takes the place of the damage's own `Additive`.
-    **fields: of Problem, such as ties, pinned, prefer, sensitivity.
+    interrupted: of the Evaluator.
+    **fields: of Searchable, such as ties, pinned, metric, sensitivity.
 
   Returns:
-    A Problem with the costs stored_bits, bops and sum_bits. Its `evaluate` has
-    the attribute `score`: an `Additive`, unless another was given.
+    A Searchable with the costs stored_bits, bops and sum_bits. Its `evaluate`
+    has the attribute `score`: an `Additive`, unless another was given.
   """
   rows = table(layers, bits, seed)
   score = score or Additive(damage(layers, bits, seed))
-  evaluate = Evaluator(score, path=path)
+  evaluate = Evaluator(score, path=path, interrupted=interrupted)
   evaluate.score = score
   costs = {
     "stored_bits": allocate.stored_bits([r.parameters for r in rows], bits),
     "bops": allocate.bops([r.macs for r in rows], bits),
     "sum_bits": allocate.mean_bits(layers, bits),
   }
-  fields = {"costs": costs, **fields}
-  return Problem(table=rows, bits=bits, evaluate=evaluate, **fields)
+  fields = {"costs": costs, "evaluate": evaluate, **fields}
+  return Searchable(table=rows, bits=bits, **fields)
 
 
 def budgets(problem, fraction=0.4, names=("stored_bits",)):

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import pathlib
 import shutil
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax import nn, report, train
+from dr_jax import allocate, nn, report, train
 from dr_jax import search as searches
 from dr_jax.config import ConfigError
 from dr_jax.pipeline import scoring
@@ -49,8 +49,7 @@ def check(run: RunContext) -> None:
     except ValueError as error:
       raise ConfigError(f"search.budgets={budget!r}: {error}") from None
   for strategy, options in config.options.items():
-    parameters = inspect.signature(searches.SEARCHES[strategy]).parameters
-    known = [n for n in parameters if n not in ("problem", "budgets", "seed")]
+    known = searches.options_of(strategy)
     for option in options:
       if option not in known:
         raise ConfigError(
@@ -76,7 +75,8 @@ def search(run: RunContext) -> None:
   """Searches under every budget; writes what each search found."""
   config = run.config.search
   started = time.monotonic()
-  problem, score_on_test = _problem(run)
+  study = _study(run)
+  problem = study.problem
   rows = []
   for budget in config.budgets:
     budgets = search_space.budgets(problem, config.costs, budget)
@@ -84,8 +84,8 @@ def search(run: RunContext) -> None:
       path = _path(run, problem, strategy, budget, budgets)
       if not path.exists():
         run.stop_if_asked(STAGE.name)
-        found = _search(run, problem, strategy, budgets)
-        test = score_on_test(found.allocation)
+        found = _search(run, study, strategy, budgets)
+        test = study.score_on_test(found.allocation)
         write_json(path, _row(strategy, budget, budgets, found, test))
       rows.append(read_object(path))
   directory = run.workdir.path / STAGE.name
@@ -108,8 +108,23 @@ def found_allocations(run: RunContext) -> dict[str, Row]:
   return {f"{r['strategy']}_{r['budget']:g}": r for r in found["rows"]}
 
 
-def _problem(run):
-  """The problem of this run, and what scores an allocation on the test set."""
+class _Study(NamedTuple):
+  """What the searches of a run are given.
+
+  Attributes:
+    problem: layers, costs, ties and pins.
+    evaluate: scores assignments on `search.eval_split`.
+    inputs: what only some searches take, by the name of their argument.
+    score_on_test: scores an allocation on the test set.
+  """
+
+  problem: searches.Problem
+  evaluate: searches.Evaluator
+  inputs: dict[str, Any]
+  score_on_test: Callable[[allocate.Allocation], train.Score]
+
+
+def _study(run):
   config = run.config.search
   network = supernet(run)
   table = nn.layer_table(network)
@@ -120,41 +135,60 @@ def _problem(run):
   def score(index, batches):
     return evaluate(deployed.params, deployed.batch_stats, index, batches)
 
-  estimates = traces(run)
-  trainable = nn.functional(network)
-  fingerprint = run.workdir.finished("supernet")["network"][:8]
-  directory = run.workdir.path / STAGE.name
-  problem = dataclasses.replace(
-    search_space.problem(config, table, run.bits),
-    evaluate=searches.Evaluator(
-      lambda index: score(index, eval_batches),
-      path=directory / f"trials_{config.eval_split}_{fingerprint}.jsonl",
-    ),
-    sensitivity=searches.sensitivity_tables(
-      [estimates[row.name].mean for row in table],
-      [row.parameters for row in table],
-      run.bits,
-      searches.quantization_errors(network),
-    ),
-    network=trainable,
-    state=(trainable.params, trainable.batch_stats),
-    batches=run.batches(),
-    # Checkpoints are written by all processes together; here is one alone.
-    directory=directory / "checkpoints" if jax.process_count() == 1 else None,
-    interrupted=run.interrupted,
-  )
-
   def score_on_test(allocation):
     return score(allocation.index(run.bits), run.epoch(run.data.test))
 
-  return problem, score_on_test
+  fingerprint = run.workdir.finished("supernet")["network"][:8]
+  directory = run.workdir.path / STAGE.name
+  return _Study(
+    problem=search_space.problem(config, table, run.bits),
+    evaluate=searches.Evaluator(
+      lambda index: score(index, eval_batches),
+      path=directory / f"trials_{config.eval_split}_{fingerprint}.jsonl",
+      interrupted=run.interrupted,
+    ),
+    inputs={
+      "sensitivity": _sensitivity(run, network, table),
+      "supernet": _trainable(run, network, directory / "checkpoints"),
+    },
+    score_on_test=score_on_test,
+  )
 
 
-def _search(run, problem, strategy, budgets):
+def _sensitivity(run, network, table):
+  estimates = traces(run)
+  return searches.sensitivity_tables(
+    [estimates[row.name].mean for row in table],
+    [row.parameters for row in table],
+    run.bits,
+    searches.quantization_errors(network),
+  )
+
+
+def _trainable(run, network, directory):
+  split = nn.functional(network)
+  return searches.SuperNet(
+    network=split,
+    params=split.params,
+    batch_stats=split.batch_stats,
+    batches=run.batches(),
+    # Checkpoints are written by all processes together; here is one alone.
+    directory=directory if jax.process_count() == 1 else None,
+    interrupted=run.interrupted,
+  )
+
+
+def _search(run, study, strategy, budgets):
   options = run.config.search.options.get(strategy, {})
+  inputs = [study.inputs[name] for name in searches.inputs_of(strategy)]
   try:
     return searches.SEARCHES[strategy](
-      problem, budgets, seed=run.config.seed, **options
+      study.problem,
+      budgets,
+      study.evaluate,
+      *inputs,
+      seed=run.config.seed,
+      **options,
     )
   except (TypeError, ValueError) as error:
     raise ConfigError(

@@ -20,7 +20,7 @@ from dr_jax.config import ConfigError, SearchConfig
 def problem(
   config: SearchConfig, table: nn.LayerTable, bits: tuple[int, ...]
 ) -> searches.Problem:
-  """The problem without what scores assignments: layers, costs, ties, pins.
+  """Returns the problem of a configuration: layers, costs, ties, pins.
 
   Args:
     config: of the search.
@@ -35,7 +35,6 @@ def problem(
     table=table,
     bits=bits,
     costs=_costs(config, table, bits),
-    evaluate=None,
     ties=tuple(tuple(map(_position(names, "ties"), g)) for g in config.ties),
     pinned=_pinned(config.pinned, names, bits),
     metric=config.metric,
@@ -83,7 +82,7 @@ def latency_table(path: str) -> dict[str, dict[int, float]]:
 def budgets(
   problem: searches.Problem, names: Sequence[str], mean: float
 ) -> dict[str, int]:
-  """What a network costs with a mean bit-width everywhere, by cost.
+  """Returns what a network costs with a mean bit-width everywhere, by cost.
 
   Between candidates, costs are interpolated: exactly m for stored bits.
   """
@@ -102,8 +101,8 @@ def _interpolated(bits, totals, m):
   position = sum(b >= m for b in bits) - 1
   position = min(max(position, 0), len(bits) - 2)
   high, low = bits[position], bits[position + 1]
-  share = (m - low) / (high - low)
-  return totals[position + 1] + share * (
+  fraction = (m - low) / (high - low)
+  return totals[position + 1] + fraction * (
     totals[position] - totals[position + 1]
   )
 
