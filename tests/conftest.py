@@ -46,18 +46,20 @@ def compilation_cache(tmp_path_factory):
     jax.config.update(name, float(os.environ[name.upper()]))
 
 
-# Folders whose tests compare programs bit for bit, as XLA optimizes them.
-OPTIMIZED = ("quant", "nn", "deploy")
+# Tests of these folders compare programs bit for bit, as XLA optimizes them, or
+# run what users run. In the others compilation takes most of the time, and XLA
+# optimizes little.
+OPTIMIZED = ("quant", "nn", "deploy", "integration")
+LITTLE = "jax_disable_most_optimizations"
+jax.config.update(LITTLE, True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(request):
-  """Elsewhere XLA optimizes little: compilation takes most of the time."""
+def optimization(request):
   folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
-  name = "jax_disable_most_optimizations"
-  jax.config.update(name, folder not in OPTIMIZED)
+  jax.config.update(LITTLE, folder not in OPTIMIZED)
   yield
-  jax.config.update(name, False)
+  jax.config.update(LITTLE, True)
 
 
 @pytest.fixture(scope="session", autouse=True)

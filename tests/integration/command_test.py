@@ -192,7 +192,7 @@ def test_sigterm_saves_and_the_same_command_resumes(finished, start, tmp_path):
     ("--config.quant.bits=(8,1)", r"quant.bits must be .* got \(8, 1\)"),
     (
       "--config.data.batch_size=5000",
-      "data.batch_size must be .*1257, got 5000",
+      "data.batch_size must be in 1..1257, .* got 5000",
     ),
     ("--config.data.name=mnist", "data.name must be one of digits"),
     ("--config.model.name=vgg", "model.name must be one of"),

@@ -12,7 +12,7 @@ from dr_jax import allocate, deploy, hessian, pipeline
 from dr_jax.config import ConfigError
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages import STAGES
-from dr_jax.pipeline.stages.search import _problem
+from dr_jax.pipeline.stages.search import _study
 from dr_jax.pipeline.stages.supernet import supernet
 from dr_jax.train import InterruptedRun
 
@@ -28,13 +28,14 @@ def searched(workdir, **search):
 def test_sensitivity_is_the_trace_per_parameter_times_the_error(finished):
   workdir, _ = finished
   run = RunContext(config(), workdir)
-  problem, score_on_test = _problem(run)
+  study = _study(run)
+  sensitivity = study.inputs["sensitivity"]
   traces = hessian.load(workdir / "hessian" / "traces.json")
   network = supernet(run)
-  for number, row in enumerate(problem.table):
+  for number, row in enumerate(study.problem.table):
     mean = max(traces[row.name].mean, 0) / row.parameters
     np.testing.assert_allclose(
-      problem.sensitivity["bits"][number], [-mean * b for b in BITS]
+      sensitivity["bits"][number], [-mean * b for b in BITS]
     )
     block = network
     for part in row.name.split("/"):
@@ -51,11 +52,11 @@ def test_sensitivity_is_the_trace_per_parameter_times_the_error(finished):
       for i in range(len(BITS))
     ]
     np.testing.assert_allclose(
-      problem.sensitivity["error"][number], mean * np.array(errors), rtol=1e-6
+      sensitivity["error"][number], mean * np.array(errors), rtol=1e-6
     )
   row = found(workdir)[0]
   allocation = allocate.Allocation(row["allocation"])
-  assert score_on_test(allocation)._asdict() == row["test"]
+  assert study.score_on_test(allocation)._asdict() == row["test"]
 
 
 def test_searches_keep_every_budget_and_name_every_layer(finished):
