@@ -110,6 +110,7 @@ def restored(directory, config, workdir):
   return state.params, state.opt_state, state.batch_stats
 
 
+@pytest.mark.slow
 def test_bit_widths_spread_over_devices_train_as_in_sequence(alone, tmp_path):
   """The float stage, which has none, has all devices along the axis data."""
   workdir = tmp_path / "run"
@@ -119,6 +120,7 @@ def test_bit_widths_spread_over_devices_train_as_in_sequence(alone, tmp_path):
     np.testing.assert_allclose(found, losses(alone, stage), rtol=bound)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_other_fields_that_change_nothing_trained(
   alone, tmp_path
 ):
@@ -135,6 +137,7 @@ def test_a_run_resumes_with_other_fields_that_change_nothing_trained(
       pass
 
 
+@pytest.mark.slow
 def test_norms_per_device_make_another_configuration(alone, tmp_path):
   workdir = tmp_path / "run"
   pipeline.run(config(data=2, norm="per_device"), workdir)

@@ -20,6 +20,8 @@ import pytest
 
 from dr_jax.checkpoint import Checkpoints  # noqa: F401  (Orbax loads once)
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ("pretrain", "multi_precision")
 FLAGS = (
@@ -233,7 +235,6 @@ def kill_again_and_again(job, workdir, flags, *, kills, seed):
   return hit, torn, resumed
 
 
-@pytest.mark.slow
 def test_three_kills_lose_only_steps_since_the_last_checkpoint(
   job, whole, tmp_path
 ):
@@ -246,7 +247,6 @@ def test_three_kills_lose_only_steps_since_the_last_checkpoint(
   assert essence(workdir) == essence(whole)
 
 
-@pytest.mark.slow
 def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   job.finish(whole, LONG)
@@ -282,7 +282,6 @@ def empty_the_directory(checkpoint):
   checkpoint.mkdir()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "damage", [flip_a_bit, truncate, delete_the_manifest, empty_the_directory]
 )
@@ -327,7 +326,6 @@ def assert_stopped_by_the_disk(process, workdir):
   return line
 
 
-@pytest.mark.slow
 def test_a_limit_on_file_sizes_stops_the_run_and_harms_no_checkpoint(
   job, whole, stopped, tmp_path
 ):
@@ -387,7 +385,6 @@ def small_disk(stopped, tmp_path):
   return mounted
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_and_harms_no_checkpoint(
   job, whole, stopped, small_disk
 ):

@@ -60,6 +60,7 @@ def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
     assert least <= found <= least + 600
 
 
+@pytest.mark.slow
 def test_the_phases_of_bit_mixer_train_in_order(tmp_path):
   pipeline.run(from_dict(values("bit_mixer")), tmp_path)
   records = [

@@ -132,6 +132,15 @@ def label(case):
 
 
 every_method = pytest.mark.parametrize("case", CASES, ids=label)
+# Laws that compile much: in the default run, methods with their defaults.
+every_method_compiled = pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(case, marks=pytest.mark.slow) if case.options else case
+    for case in CASES
+  ],
+  ids=label,
+)
 SCALED = list(filter(learns_a_scale, CASES))
 every_scaled = pytest.mark.parametrize("case", SCALED, ids=label)
 every_weight = pytest.mark.parametrize(
@@ -188,7 +197,7 @@ def test_shape_and_dtype_are_those_of_the_input(case, dtype):
   assert (out.shape, out.dtype) == (w.shape, dtype)
 
 
-@every_method
+@every_method_compiled
 def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
   quantizer, params, w, traced, *_ = fitted(case)
   w = w.copy()
@@ -219,7 +228,7 @@ def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
       np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
-@every_method
+@every_method_compiled
 def test_gradients_agree_between_int_traced_and_vmapped_index(case):
   quantizer, params, w, _, traced, _ = fitted(case)
   g = np.sin(kernel(seed=1))
@@ -389,7 +398,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize(("devices", "kind", "spec"), MESHES)
-@every_method
+@every_method_compiled
 def test_meshes_change_neither_values_nor_gradients(case, devices, kind, spec):
   quantizer, params, w, fake_quantize, gradients, _ = fitted(case)
   g = np.sin(kernel(seed=1))
@@ -446,7 +455,7 @@ def test_init_works_on_a_sharded_explicit_weight(case):
       assert_close(params, expected)
 
 
-@every_method
+@every_method_compiled
 def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
   """A replicated scale gets the sum of the shards' own gradients."""
   w, g = kernel((8, 6)), np.sin(kernel((8, 6), seed=1))
@@ -481,7 +490,7 @@ def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
   )
 
 
-@every_method
+@every_method_compiled
 def test_shard_map_runs_one_bit_width_per_device(case):
   quantizer, params, w, fake_quantize, gradients, _ = fitted(case)
   n = 2 if len(quantizer.bits) > 1 else 1

@@ -39,14 +39,14 @@ async def killed(self, directory, checkpointable):
     os.kill(os.getpid(), signal.SIGKILL)
   return await save(self, directory, checkpointable)
 
-def unthought(self, progress):
+def unexpected(self, progress):
   if self._pending[0][0] == 8:
     raise AttributeError("nobody thought of this")
   return take(self, progress)
 
 how = sys.argv.pop(1)
-if how == "unthought":
-  loop._Losses._take = unthought
+if how == "unexpected":
+  loop._Losses._take = unexpected
 else:
   v1.handlers.PyTreeHandler.save = {"full": full, "killed": killed}[how]
 sys.argv[0] = "dr_jax.main"
@@ -54,15 +54,16 @@ runpy.run_module("dr_jax.main", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("how", "victim", "code"),
   [
-    pytest.param("full", 0, 2, marks=pytest.mark.slow),
-    pytest.param("full", 1, 2, marks=pytest.mark.slow),
-    ("unthought", 0, 1),
-    pytest.param("unthought", 1, 1, marks=pytest.mark.slow),
-    pytest.param("killed", 0, -9, marks=pytest.mark.slow),
-    pytest.param("killed", 1, -9, marks=pytest.mark.slow),
+    ("full", 0, 2),
+    ("full", 1, 2),
+    ("unexpected", 0, 1),
+    ("unexpected", 1, 1),
+    ("killed", 0, -9),
+    ("killed", 1, -9),
   ],
 )
 def test_the_others_end_within_a_minute(tmp_path, how, victim, code):
@@ -80,7 +81,7 @@ def test_the_others_end_within_a_minute(tmp_path, how, victim, code):
   if how == "full":
     assert "error: " in text and "No space left on device" in text
     assert "that of step 6 is kept" in text
-  if how == "unthought":
+  if how == "unexpected":
     assert "AttributeError: nobody thought of this" in text
   # JAX ends a process itself where its heartbeat notices first.
   by_jax = "another task died" in said and other.returncode not in (0, None)
