@@ -42,7 +42,7 @@ def quant_group(bits: Sequence[int]) -> ConfigDict:
 
 def train_group(**values: Any) -> ConfigDict:
   """Returns the group `train`, without what belongs to the method."""
-  fields = dataclasses.asdict(TrainConfig(**values))
+  fields: dict[str, Any] = dataclasses.asdict(TrainConfig(**values))
   for name in {*quant.Recipe._fields, "loss_weights"} & set(fields):
     fields[name] = config_dict.placeholder(type(fields[name]))
   return ConfigDict(fields)

@@ -106,7 +106,7 @@ def check_sign(signed: bool | None) -> None:
     )
 
 
-def check_finite(name: str, x: Float[Array, ...]) -> None:
+def check_finite(name: str, x: Float[Array, "..."]) -> None:
   """Raises ValueError for NaN or infinite values; under a trace, nothing."""
   if isinstance(x, jax.core.Tracer):
     return
@@ -119,7 +119,7 @@ def check_finite(name: str, x: Float[Array, ...]) -> None:
     )
 
 
-def check_integers(name: str, codes: Int[Array, ...]) -> Int[Array, ...]:
+def check_integers(name: str, codes: Int[Array, "..."]) -> Int[Array, "..."]:
   """Returns codes as an array; raises ValueError unless they are integers."""
   codes = jnp.asarray(codes)
   if not jnp.issubdtype(codes.dtype, jnp.integer):

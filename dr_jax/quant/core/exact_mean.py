@@ -24,7 +24,7 @@ _BITS = 11
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**120
 
 
-def mean(x: Float[Array, ...], axes: tuple[int, ...]) -> Float[Array, ...]:
+def mean(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
   """Returns the mean over `axes`, kept with size 1, as float32.
 
   The error is at most 2^-22 of the largest magnitude; the sum is exact for up
@@ -45,8 +45,8 @@ def mean(x: Float[Array, ...], axes: tuple[int, ...]) -> Float[Array, ...]:
 
 
 def mean_and_std(
-  x: Float[Array, ...], axes: tuple[int, ...]
-) -> tuple[Float[Array, ...], Float[Array, ...]]:
+  x: Float[Array, "..."], axes: tuple[int, ...]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
   """Returns mean and unbiased standard deviation (ddof 1), as `mean` does.
 
   The standard deviation is positive, whatever x is.
@@ -63,8 +63,8 @@ def mean_and_std(
 
 
 def largest_magnitude(
-  x: Float[Array, ...], axes: tuple[int, ...]
-) -> Float[Array, ...]:
+  x: Float[Array, "..."], axes: tuple[int, ...]
+) -> Float[Array, "..."]:
   """Returns max|x| over `axes`, kept with size 1; positive, safe to divide.
 
   >>> largest_magnitude(jnp.array([1.0, -3.0]), (0,)).tolist()

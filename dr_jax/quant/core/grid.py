@@ -120,7 +120,7 @@ def entry(table: Sequence[int], index: Index) -> int | jax.Array:
   return jnp.asarray(table, jnp.int32)[index]
 
 
-def round_by(rounding: str, x: Float[Array, ...]) -> Float[Array, ...]:
+def round_by(rounding: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
   """Rounds to integers; `rounding` says what happens to exact halves.
 
   >>> round_by("half_up", jnp.array([0.5, 1.5, -0.5])).tolist()
@@ -135,13 +135,13 @@ def round_by(rounding: str, x: Float[Array, ...]) -> Float[Array, ...]:
       return jnp.floor(x)
 
 
-def widened(x: Float[Array, ...]) -> Float[Array, ...]:
+def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """x in at least float32 (jnp.promote_types raises in strict mode)."""
   x = jnp.asarray(x)
   return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def positive(scale: Float[Array, ...]) -> Float[Array, ...]:
+def positive(scale: Float[Array, "..."]) -> Float[Array, "..."]:
   """The scale that is used: clamped to [2^-30, 2^30].
 
   >>> positive(jnp.array([-1.0, 0.5])).tolist()
@@ -151,20 +151,20 @@ def positive(scale: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def working_floats(
-  x: Float[Array, ...], scale: Float[Array, ...]
-) -> tuple[Float[Array, ...], Float[Array, ...]]:
+  x: Float[Array, "..."], scale: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
   """Both in the dtype that is computed in, and the scale positive."""
   x = widened(x)
   return x, positive(scale.astype(x.dtype))
 
 
 def first_codes(
-  w: Float[Array, ...],
-  scale: Float[Array, ...],
+  w: Float[Array, "..."],
+  scale: Float[Array, "..."],
   low: Number,
   high: Number,
   rounding: str = "half_even",
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
   """Integer-valued floats clip(round(w / scale), low, high).
 
   Multiplies by the reciprocal on purpose: XLA turns a division by a broadcast

@@ -30,7 +30,7 @@ def packed_size(size: int, bits: int) -> int:
 
 
 def pack(
-  codes: Int[Array, ...], bits: int, *, signed: bool = True
+  codes: Int[Array, "..."], bits: int, *, signed: bool = True
 ) -> UInt8[Array, " bytes"]:
   """Packs integer codes into bytes.
 

@@ -34,7 +34,7 @@ LARGEST_GROUP = 32
 Masks: TypeAlias = tuple[jax.Array, jax.Array]
 
 
-def binary(m: Int[Array, ...]) -> Masks:
+def binary(m: Int[Array, "..."]) -> Masks:
   """Plain binary terms of m >= 0: (plus, minus), masks of their exponents.
 
   >>> [m.tolist() for m in binary(jnp.array(27))]
@@ -43,7 +43,7 @@ def binary(m: Int[Array, ...]) -> Masks:
   return m, jnp.zeros_like(m)
 
 
-def hese(m: Int[Array, ...]) -> Masks:
+def hese(m: Int[Array, "..."]) -> Masks:
   """HESE terms of m >= 0: each run of ones s..e, e > s, is 2^(e+1) - 2^s.
 
   Single ones stay. Not minimal: 27 = 0b11011 takes 32 - 8 + 4 - 1.
@@ -59,7 +59,7 @@ def hese(m: Int[Array, ...]) -> Masks:
   return single | ((last ^ single) << 1), first ^ single
 
 
-def naf(m: Int[Array, ...]) -> Masks:
+def naf(m: Int[Array, "..."]) -> Masks:
   """Terms of the non-adjacent form of m >= 0: nothing has fewer.
 
   27 = 32 - 4 - 1. The digits are those of (3m - m) / 2, bit by bit.
@@ -78,13 +78,13 @@ ENCODINGS = {"binary": binary, "hese": hese, "naf": naf}
 
 
 def keep_largest(
-  codes: Int[Array, ...],
+  codes: Int[Array, "..."],
   budget: int | Int[Array, ""],
   *,
   encoding: str,
   group: int,
   largest: int,
-) -> Int[Array, ...]:
+) -> Int[Array, "..."]:
   """Keeps the largest terms of each group of codes, or of each code.
 
   A group is `group` consecutive entries of axis -2, the last one possibly
@@ -130,11 +130,11 @@ class Terms(NamedTuple):
 
 def round_terms(
   terms: Terms,
-  x: Float[Array, ...],
-  scale: Float[Array, ...],
+  x: Float[Array, "..."],
+  scale: Float[Array, "..."],
   budgets: tuple[int, ...],
   index: Index,
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
   """Rounds x to the kept terms of its codes, with gradients for x and scale.
 
   With unit = scale / steps, v = x / unit, m the code, q its kept terms:
@@ -159,7 +159,7 @@ def round_terms(
 
 
 def encode_terms(
-  terms: Terms, x: Float[Array, ...], scale: Float[Array, ...]
+  terms: Terms, x: Float[Array, "..."], scale: Float[Array, "..."]
 ) -> Encoded:
   """Codes before truncation, int8 where they fit, and the scale in use."""
   scale = grid.positive(scale.astype(jnp.float32))
@@ -170,7 +170,7 @@ def encode_terms(
 
 def decode_terms(
   terms: Terms, encoded: Encoded, budgets: tuple[int, ...], index: Index
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
   """What `round_terms` makes of the values that were encoded, float32."""
   codes = encoded["codes"].astype(jnp.int32)
   kept = kept_terms(terms, codes, grid.entry(budgets, index))
@@ -178,8 +178,8 @@ def decode_terms(
 
 
 def round_codes(
-  terms: Terms, x: Float[Array, ...], unit: Float[Array, ...]
-) -> Int[Array, ...]:
+  terms: Terms, x: Float[Array, "..."], unit: Float[Array, "..."]
+) -> Int[Array, "..."]:
   """Signed codes of x in int32, halves away from zero, nothing cut."""
   x = x.astype(jnp.float32)
   size = jnp.abs(x) if terms.signed else jnp.maximum(x, 0)
@@ -190,8 +190,8 @@ def round_codes(
 
 
 def kept_terms(
-  terms: Terms, codes: Int[Array, ...], budget: int | Int[Array, ""]
-) -> Float[Array, ...]:
+  terms: Terms, codes: Int[Array, "..."], budget: int | Int[Array, ""]
+) -> Float[Array, "..."]:
   """What a budget leaves of int32 codes, as float32."""
   kept = keep_largest(
     codes,

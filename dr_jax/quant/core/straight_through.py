@@ -40,8 +40,8 @@ class _Core(NamedTuple):
 
 
 def round_straight_through(
-  x: Float[Array, ...],
-  scale: Float[Array, ...],
+  x: Float[Array, "..."],
+  scale: Float[Array, "..."],
   grids: tuple[Grid, ...],
   index: Index,
   *,
@@ -49,7 +49,7 @@ def round_straight_through(
   double: bool = False,
   first: str = "half_even",
   center: float = 0.0,
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
   """Fake-quantizes x with straight-through gradients for x and scale.
 
   With v = x / (scale * step), q the code plus `center`, and N the number of
@@ -91,8 +91,8 @@ def round_straight_through(
 
 @jax.custom_vjp
 def straight_through(
-  x: Float[Array, ...], x_hat: Float[Array, ...]
-) -> Float[Array, ...]:
+  x: Float[Array, "..."], x_hat: Float[Array, "..."]
+) -> Float[Array, "..."]:
   """Returns x_hat bit for bit, and passes its gradient to x unchanged.
 
   (x + stop_gradient(x_hat - x) would round.)

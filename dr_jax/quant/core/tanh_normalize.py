@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**120
 
 
-def normalized(w: Float[Array, ...]) -> Float32[Array, ...]:
+def normalized(w: Float[Array, "..."]) -> Float32[Array, "..."]:
   """Returns tanh(w) / max|tanh(w)|, differentiable through the maximum too.
 
   Weights that share the maximum share its gradient equally. A tensor of zeros

@@ -126,7 +126,7 @@ def bitwave(
 
 
 def skipped_columns(
-  codes: Int[Array, ...], bits: int, *, group: int = 8
+  codes: Int[Array, "..."], bits: int, *, group: int = 8
 ) -> float:
   """Returns the fraction of magnitude columns that are zero in a whole group.
 

@@ -93,7 +93,7 @@ def nested(
   bits: tuple[int, ...],
   grids: tuple[grid.Grid, ...],
   rounding: str,
-  scale_of: Callable[[Float[Array, ...]], Float[Array, ...]],
+  scale_of: Callable[[Float[Array, "..."]], Float[Array, "..."]],
   *,
   first: str = "half_even",
   center: float = 0.0,
@@ -152,12 +152,12 @@ def nested(
 
 
 def switch_codes(
-  codes: Int[Array, ...],
+  codes: Int[Array, "..."],
   from_bits: int,
   to_bits: int,
   *,
   rounding: str = "half_even",
-) -> Int[Array, ...]:
+) -> Int[Array, "..."]:
   """Derives lower-bit codes from higher-bit ones (the second rounding).
 
   Args:
@@ -195,8 +195,8 @@ def switch_codes(
 
 
 def three_sigma_scale(
-  w: Float[Array, ...], bits: int, *, per_channel: bool
-) -> Float[Array, ...]:
+  w: Float[Array, "..."], bits: int, *, per_channel: bool
+) -> Float[Array, "..."]:
   """Scale that lets `bits`-bit codes span three standard deviations of w.
 
   Args:
@@ -248,8 +248,8 @@ def _unshared(bits, grids, rounding, scale_of):
 
 
 def shift_codes(
-  codes: Int[Array, ...], shift: checks.Index, rounding: str
-) -> Int[Array, ...]:
+  codes: Int[Array, "..."], shift: checks.Index, rounding: str
+) -> Int[Array, "..."]:
   """Rounds codes / 2^shift in int32; `shift` is an int or an int32 scalar.
 
   >>> shift_codes(jnp.array([5, 6, 7]), 2, "half_even").tolist()

@@ -115,12 +115,12 @@ def lsq_activation(
 
 
 def fake_quantize(
-  x: Float[Array, ...],
-  scale: Float[Array, ...],
+  x: Float[Array, "..."],
+  scale: Float[Array, "..."],
   bits: int,
   *,
   signed: bool = True,
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
   """Quantizes x to one bit-width and back, differentiably.
 
   Args:
@@ -156,7 +156,7 @@ def fake_quantize(
 
 def scale_per_bit_width(
   bits: tuple[int, ...],
-  scale_of: Callable[[Float[Array, ...], int], Float[Array, ...]],
+  scale_of: Callable[[Float[Array, "..."], int], Float[Array, "..."]],
 ) -> WeightQuantizer:
   """Builds a quantizer that rounds float weights with a scale per bit-width.
 
@@ -200,8 +200,8 @@ def scale_per_bit_width(
 
 
 def initial_scale(
-  w: Float[Array, ...], high: grid.Number, *, per_channel: bool
-) -> Float[Array, ...]:
+  w: Float[Array, "..."], high: grid.Number, *, per_channel: bool
+) -> Float[Array, "..."]:
   """LSQ's first scale of a weight, 2 mean|w| / sqrt(high).
 
   Args:
