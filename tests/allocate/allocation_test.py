@@ -9,7 +9,7 @@ from dr_jax.allocate import Allocation
 LAYERS = ["stem", "block0/conv1", "head"]
 
 
-def test_it_is_an_immutable_mapping_in_the_order_given():
+def test_an_allocation_is_an_immutable_mapping_in_the_given_order():
   given = {"stem": np.int64(8), "head": 4}
   allocation = Allocation(given)
   given["head"] = 2
@@ -41,7 +41,7 @@ def test_positions_and_bits_go_both_ways():
     allocation.index((8, 4))
 
 
-def test_the_mean_weighs_all_layers_alike():
+def test_the_mean_weights_all_layers_equally():
   assert Allocation({"a": 8, "b": 3}).mean_bits == 5.5
   assert Allocation({}).mean_bits == 0
 
@@ -114,7 +114,7 @@ def test_a_missing_file_is_not_found(tmp_path):
     Allocation.load(tmp_path / "none.json")
 
 
-def test_it_must_fit_the_layers_and_the_candidates():
+def test_an_allocation_must_fit_the_layers_and_the_candidates():
   allocation = Allocation({"stem": 8, "tail": 4})
   allocation.check(["tail", "stem"], (8, 4))
   with pytest.raises(ValueError) as error:

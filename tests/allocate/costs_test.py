@@ -32,7 +32,9 @@ def test_a_latency_table_becomes_nanoseconds():
 @pytest.mark.parametrize(
   ("fraction", "budget"), [(0, 5), (0.52, 15), (0.3, 11), (1, 25)]
 )
-def test_a_budget_lies_between_the_cheapest_and_the_dearest(fraction, budget):
+def test_a_budget_lies_between_the_cheapest_and_the_most_expensive(
+  fraction, budget
+):
   assert allocate.between([[2, 17], [8, 3]], fraction) == budget
 
 

@@ -79,7 +79,7 @@ def assert_best(case):
 
 @hypothesis.settings(max_examples=80, deadline=None)
 @hypothesis.given(cases(st.integers(-2, 2).map(float)))
-def test_the_answer_is_the_first_of_all_best_ones(case):
+def test_the_solution_is_the_first_of_all_optimal_ones(case):
   assert_best(case)
 
 
@@ -92,7 +92,7 @@ def test_a_split_search_without_proposals_finds_the_same(case):
     assert_best(case)
 
 
-def test_equal_answers_are_told_apart_by_budgets_in_order_then_by_layers():
+def test_ties_are_broken_by_budgets_in_order_then_by_layers():
   costs = {"a": [[4, 4]], "b": [[5, 3]], "c": [[1, 2]]}
   budgets = dict.fromkeys(costs, 9)
   found = allocate.solve([[0.0, 0.0]], costs, budgets)
@@ -105,7 +105,7 @@ def test_equal_answers_are_told_apart_by_budgets_in_order_then_by_layers():
 
 
 @pytest.mark.parametrize("v", [0, 1])
-def test_whichever_layer_is_split_the_first_of_equal_answers_wins(
+def test_the_first_of_equal_solutions_wins_whichever_layer_is_split(
   monkeypatch, v
 ):
   monkeypatch.setattr(branch_and_bound, "_MANY", 1)
@@ -180,7 +180,7 @@ def test_all_golden_problems_are_solved_at_every_scale(golden, scale):
   assert feasible > 10
 
 
-def test_the_answer_has_numpy_integers_and_python_sums():
+def test_a_solution_has_numpy_integers_and_python_sums():
   found = allocate.solve(
     np.array([[1, 2]], np.float32), {"size": [[4, 2]], "time": [[1, 3]]}, {}
   )
@@ -222,7 +222,7 @@ def test_many_layers_with_equal_sensitivities_take_the_cheapest():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_search_that_is_split_finds_what_one_walk_finds(monkeypatch, seed):
+def test_a_split_search_finds_what_one_search_finds(monkeypatch, seed):
   rng = np.random.default_rng(seed)
   bits = np.array([8, 6, 4, 2])
   sensitivity = np.exp(rng.normal(0, 2, (11, 1))) * 4.0**-bits

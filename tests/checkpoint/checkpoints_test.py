@@ -66,7 +66,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, like):
     assert_same_bits(checkpoints.restore(like=like(state)), state)
 
 
-def test_restored_keys_go_on_with_the_same_random_numbers(tmp_path):
+def test_restored_keys_continue_with_the_same_random_numbers(tmp_path):
   state = {"key": jax.random.key(7), "rbg": jax.random.key(7, impl="rbg")}
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(0, state)
@@ -85,7 +85,7 @@ def test_nan_payloads_and_negative_zeros_survive(tmp_path):
     assert_same_bits(checkpoints.restore(like=state), state)
 
 
-def test_arrays_go_where_like_says(tmp_path):
+def test_arrays_are_restored_to_the_shardings_of_like(tmp_path):
   mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
   split = NamedSharding(mesh, P("data"))
   whole = NamedSharding(mesh, P())
@@ -108,7 +108,7 @@ def test_arrays_go_where_like_says(tmp_path):
   assert (same["x"] * same["step"].astype(jnp.float32)).sharding == split
 
 
-def test_a_snapshot_outlives_what_was_donated_and_stays_where_it_was(tmp_path):
+def test_a_snapshot_outlives_donation_and_keeps_its_devices(tmp_path):
   mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
   split = NamedSharding(mesh, P(None, "x"))
   spread = jax.device_put(jnp.arange(48.0).reshape(4, 12), split)
@@ -168,7 +168,7 @@ def test_saving_an_earlier_step_discards_the_later_ones(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["10", "20"]
 
 
-def test_an_earlier_step_may_be_one_that_was_kept_no_longer(tmp_path):
+def test_a_removed_step_can_be_saved_again(tmp_path):
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (1, 2, 3, 4, 2):
       checkpoints.save(step, {"x": jnp.int32(step)}, blocking=True)
@@ -177,7 +177,7 @@ def test_an_earlier_step_may_be_one_that_was_kept_no_longer(tmp_path):
   assert not {"3", "4"} & {path.name for path in tmp_path.iterdir()}
 
 
-def test_opening_removes_what_is_half_written_and_leaves_no_thread(tmp_path):
+def test_opening_removes_incomplete_saves_and_leaves_no_thread(tmp_path):
   (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
   code = (
     "import sys; from dr_jax.checkpoint import Checkpoints\n"
@@ -246,7 +246,7 @@ def test_a_process_killed_while_saving_leaves_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_a_run_never_takes_more_disk_than_foretold(tmp_path, keep):
+def test_a_run_never_takes_more_disk_than_estimated(tmp_path, keep):
   def largest(directory):
     total = 0
     for file in directory.rglob("*"):
@@ -286,7 +286,9 @@ def test_bytes_of_keys_and_of_every_dtype_are_counted():
 
 
 @pytest.mark.parametrize("call", ["save(3, state)", "wait()", "close()"])
-def test_a_save_that_fails_is_one_line_and_keeps_what_there_was(tmp_path, call):
+def test_a_failed_save_is_one_line_and_keeps_earlier_checkpoints(
+  tmp_path, call
+):
   # Files of more than 5000 bytes cannot be written, as on a full disk.
   code = (
     "import resource, sys, jax.numpy as jnp\n"
@@ -367,7 +369,7 @@ def damage_all(directory):
     truncate(file)
 
 
-def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_a_damaged_latest_checkpoint_is_replaced_by_the_previous_one(tmp_path):
   like = training_state()
   with Checkpoints(tmp_path) as checkpoints:
     for step in (1, 2):
@@ -384,7 +386,7 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert_same_bits(checkpoints.restore(like=like), training_state(22))
 
 
-def test_a_manifest_that_reads_well_but_is_not_the_saved_one_is_damage(
+def test_a_changed_manifest_of_valid_json_is_damage(
   tmp_path,
 ):
   with Checkpoints(tmp_path) as checkpoints:
@@ -399,7 +401,7 @@ def test_a_manifest_that_reads_well_but_is_not_the_saved_one_is_damage(
       assert checkpoints.restore(like={"x": jnp.int32(0)})["x"] == 1
 
 
-def test_another_state_does_not_give_way_to_the_one_before(tmp_path):
+def test_a_state_of_another_shape_does_not_fall_back(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, {"x": jnp.int32(1)}, blocking=True)
     checkpoints.save(2, {"y": jnp.int32(2)}, blocking=True)
@@ -407,7 +409,7 @@ def test_another_state_does_not_give_way_to_the_one_before(tmp_path):
       checkpoints.restore(like={"x": jnp.int32(0)})
 
 
-def test_what_one_process_cannot_read_all_leave(tmp_path, monkeypatch):
+def test_all_processes_skip_what_one_cannot_read(tmp_path, monkeypatch):
   # Each restore asks twice, once it has read and once it has compared.
   answers = iter([False, True, True])
   monkeypatch.setattr(checkpoints_module, "all_agree", lambda _: next(answers))
@@ -460,7 +462,7 @@ def test_a_missing_checkpoint_is_an_error_that_lists_what_there_is(tmp_path):
       checkpoints.restore(5, like=like)
 
 
-def test_a_leaf_that_is_no_array_is_an_error_that_names_it(tmp_path):
+def test_a_leaf_that_is_not_an_array_raises_an_error_that_names_it(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     with pytest.raises(TypeError, match=r"^a/step is of type int"):
       checkpoints.save(0, {"a": {"step": 3}})
@@ -472,7 +474,7 @@ def test_leaves_of_one_path_are_an_error(tmp_path):
       checkpoints.save(0, {"a/b": jnp.ones(1), "a": {"b": jnp.zeros(1)}})
 
 
-def test_saving_and_restoring_warns_of_nothing(tmp_path):
+def test_saving_and_restoring_give_no_warning(tmp_path):
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     with Checkpoints(tmp_path) as checkpoints:

@@ -42,5 +42,5 @@ def test_the_highest_bit_of_any_element_changes_a_checksum():
 
 
 @pytest.mark.parametrize("manifest", [None, 3, "x", [], {}, {"leaves": {}}])
-def test_what_is_no_manifest_is_damage(manifest):
+def test_a_file_that_is_not_a_manifest_is_damage(manifest):
   assert unsealed(manifest) is None

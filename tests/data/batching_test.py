@@ -80,7 +80,7 @@ def test_the_order_is_the_one_that_was_published():
   assert batches[1]["label"].tolist() == [3, 7, 4, 2, 1, 6, 5, 0]
 
 
-def test_the_shares_of_the_processes_make_up_the_batch_of_one_process():
+def test_the_shards_of_all_processes_make_up_the_batch_of_one():
   whole = data.batches(numbered(30), batch_size=8, seed=2)
   shares = [
     data.batches(
@@ -171,7 +171,7 @@ def test_processes_evaluate_every_example_once(process_count, size):
   assert sorted(labels) == list(range(size))
 
 
-def test_an_evaluation_batch_that_cannot_be_shared_evenly_is_an_error():
+def test_an_evaluation_batch_that_processes_do_not_divide_raises_an_error():
   with pytest.raises(ValueError, match="batch_size must be divisible.*got 6"):
     data.epoch(numbered(10), batch_size=6, process_count=4)
 

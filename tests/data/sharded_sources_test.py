@@ -37,7 +37,7 @@ def images(batches, steps):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_see_every_image_once_an_epoch(source, count):
+def test_processes_read_every_image_once_an_epoch(source, count):
   stored = [source[index]["image"].tobytes() for index in range(len(source))]
   assert len(set(stored)) == len(stored) and len(stored) % BATCH == 0
   steps = range(len(stored) // BATCH)
@@ -47,7 +47,7 @@ def test_processes_see_every_image_once_an_epoch(source, count):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_goes_on_in_the_middle_of_an_epoch(source, workers):
+def test_a_stream_resumes_in_the_middle_of_an_epoch(source, workers):
   _, share = streams(source, 2)
   _, resumed = streams(source, 2, workers=workers)
   stream = resumed.stream(3)

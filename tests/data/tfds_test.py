@@ -71,7 +71,9 @@ def test_splits_are_named_as_tfds_names_them(prepared):
     ),
   ],
 )
-def test_what_is_not_there_is_one_line(prepared, options, message):
+def test_missing_data_is_one_line_that_says_what_to_do(
+  prepared, options, message
+):
   with pytest.raises(ValueError) as error:
     data.load("tfds", path=prepared, **options)
   assert re.search(message.format(path=prepared), str(error.value))

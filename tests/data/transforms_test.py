@@ -49,7 +49,7 @@ def test_colors_are_converted_to_the_channels_wanted(picture, encoded):
   )
 
 
-def test_what_is_no_whole_image_cannot_be_read(picture, encoded):
+def test_a_truncated_or_foreign_file_cannot_be_decoded(picture, encoded):
   for kind in ("png", "jpeg"):
     whole = encoded(picture(0), kind)
     for part in (b"", whole[:10], whole[: len(whole) * 2 // 3], b"x" * 99):
@@ -74,7 +74,7 @@ def test_images_are_normalized_per_channel(picture):
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_nothing_is_augmented_unless_told(picture):
+def test_nothing_is_augmented_by_default(picture):
   transform = transforms.Transform()
   image = Image.fromarray(picture(0))
   for seed in range(3):
@@ -142,7 +142,7 @@ def test_random_boxes_keep_area_ratio_and_image():
 @pytest.mark.parametrize(
   ("size", "want"), [((100, 10), (43, 0, 56, 10)), ((10, 99), (0, 43, 10, 56))]
 )
-def test_an_image_that_no_box_fits_gives_its_center(size, want):
+def test_an_image_that_no_box_fits_is_cropped_to_its_center(size, want):
   # An area of 100 % fits an image of this shape with no ratio allowed.
   assert transforms.random_box(*size, [0.5, 0.5] + [0.999, 0.5] * 10) == want
 

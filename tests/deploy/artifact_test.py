@@ -217,7 +217,7 @@ def test_missing_and_foreign_files_are_named(exported, tmp_path):
     deploy.load(path)
 
 
-def test_another_network_is_refused(exported):
+def test_another_network_raises_an_error(exported):
   other = models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS | {"depth": 14})
   with pytest.raises(deploy.ArtifactError, match="not among what was stored"):
     deploy.load(exported[1], model=other)
@@ -238,7 +238,7 @@ def test_nothing_is_overwritten(exported):
   assert (path / "model.safetensors").read_bytes() == before
 
 
-def test_bits_that_are_no_candidate_are_refused(exported):
+def test_bits_that_are_not_candidates_raise_an_error(exported):
   with pytest.raises(ValueError, match="must be one of"):
     deploy.load(exported[1], bits=9)
 

@@ -26,7 +26,7 @@ def test_saved_traces_come_back_in_the_same_bits(tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_traces_of_another_network_are_refused(tmp_path):
+def test_traces_of_another_network_raise_an_error(tmp_path):
   path = tmp_path / "traces.json"
   hessian.save(path, ESTIMATES, fingerprint="a" * 64)
   with pytest.raises(ValueError) as error:

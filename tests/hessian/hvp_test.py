@@ -152,14 +152,16 @@ def test_an_unknown_mode_is_named():
     ({"scale": jnp.ones(3)}, "v/a/scale is not in params, which has a/bias,"),
   ],
 )
-def test_a_vector_that_does_not_fit_is_refused_by_leaf(mode, change, message):
+def test_a_vector_that_does_not_fit_raises_an_error_that_names_the_leaf(
+  mode, change, message
+):
   params = {"a": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}}
   v = {"a": {**params["a"], **change}}
   with pytest.raises(ValueError, match=message):
     hessian.hvp(lambda p: p["a"]["kernel"].sum(), params, v, mode=mode)
 
 
-def test_a_vector_in_another_container_is_refused():
+def test_a_vector_in_another_container_raises_an_error():
   params = [jnp.ones(3)]
   with pytest.raises(
     ValueError, match=r"v must have the structure.*got PyTreeDef\(\(\*,\)\)"
@@ -167,7 +169,7 @@ def test_a_vector_in_another_container_is_refused():
     hessian.hvp(lambda p: p[0].sum(), params, (jnp.ones(3),))
 
 
-def test_leaves_of_the_same_path_are_refused():
+def test_leaves_of_the_same_path_raise_an_error():
   params = {"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}}
   with pytest.raises(ValueError, match="a/b: two leaves"):
     hessian.hvp(lambda p: p["a/b"].sum(), params, params)

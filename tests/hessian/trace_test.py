@@ -139,7 +139,7 @@ def test_a_leaf_whose_trace_is_zero_runs_to_max_probes():
   assert estimates["a"].stderr > 0.2
 
 
-def test_a_running_mean_that_rests_does_not_stop_the_probes():
+def test_a_constant_running_mean_does_not_stop_the_probes():
   seen = []
   estimates = hessian.trace(
     coupled,
@@ -192,7 +192,7 @@ def test_a_small_error_bar_is_not_trusted_before_min_probes():
     assert run(least)["a"].probes == least
 
 
-def test_results_follow_from_the_key_and_a_longer_run_goes_on_from_a_shorter():
+def test_results_depend_on_the_key_and_a_longer_run_extends_a_shorter_one():
   params, batch = regression_case()
 
   def run(key, probes):

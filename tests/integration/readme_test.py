@@ -107,7 +107,7 @@ def test_the_examples_for_arrays_keep_what_they_say():
   exec(compile(block("Arrays"), "arrays.py", "exec"), {"w": w})
 
 
-def test_it_is_ten_to_twenty_lines_beside_imports_and_space(method):
+def test_it_has_ten_to_twenty_lines_without_imports_and_blanks(method):
   lines = [x for x in method.splitlines() if x and "import" not in x]
   assert 10 <= len(lines) <= 20
 

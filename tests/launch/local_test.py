@@ -48,7 +48,7 @@ def real_run(run, tmp_path, *flags):
 
 
 @pytest.mark.slow
-def test_two_processes_train_together_and_one_speaks(run, tmp_path):
+def test_two_processes_train_together_and_one_prints(run, tmp_path):
   workdir = tmp_path / "run"
   done = real_run(run, tmp_path, f"--workdir={workdir}")
   assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_two_processes_train_together_and_one_speaks(run, tmp_path):
   assert "accuracy" not in (tmp_path / "run.logs" / "1.txt").read_text()
 
 
-def test_what_is_wrong_reaches_the_user_and_nothing_is_left(run, tmp_path):
+def test_errors_reach_the_user_and_no_process_is_left(run, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()
   (workdir / "thesis.txt").write_text("precious")
@@ -162,7 +162,7 @@ def test_the_exit_code_is_that_of_the_first_to_fail(run, stand_in, tmp_path):
   assert done.stderr.count("failed with exit code") == 1
 
 
-def test_one_that_does_not_end_is_killed(run, stand_in, tmp_path):
+def test_a_process_that_does_not_end_is_killed(run, stand_in, tmp_path):
   done = run(
     "local.sh",
     f"--workdir={tmp_path}/run",

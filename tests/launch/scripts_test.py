@@ -14,7 +14,7 @@ LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 @pytest.mark.parametrize(
   "script", sorted(LAUNCH.glob("*.sh")), ids=lambda p: p.name
 )
-def test_shellcheck_has_nothing_to_say(script):
+def test_shellcheck_finds_nothing(script):
   subprocess.run(["bash", "-n", script], check=True)
   beside = pathlib.Path(sys.executable).parent / "shellcheck"
   done = subprocess.run([beside, script], capture_output=True, text=True)

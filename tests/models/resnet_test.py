@@ -62,7 +62,7 @@ def test_logits_have_one_row_per_image_at_any_size(channels, size):
 
 
 @pytest.mark.parametrize("depth", [-4, 2, 7, 10, 18, 19, 21, 51])
-def test_a_depth_that_is_no_residual_network_is_an_error(depth):
+def test_a_depth_that_is_not_6n_plus_2_raises_an_error(depth):
   with pytest.raises(
     ValueError, match=f"depth must be 6 n \\+ 2.* got {depth}"
   ):

@@ -256,7 +256,7 @@ def test_params_are_plain_dicts_of_arrays_with_string_keys(model):
   assert all(isinstance(value, jax.Array) for value in stats.values())
 
 
-def test_kinds_say_what_each_parameter_is(model):
+def test_param_labels_say_what_each_parameter_is(model):
   split = nn.functional(model)
   kinds = dict(leaves(split.param_labels))
   assert set(kinds) == set(dict(leaves(split.params)))

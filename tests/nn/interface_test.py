@@ -211,7 +211,7 @@ def test_there_are_no_parameters_where_a_method_has_none(model):
     )
 
 
-def test_another_method_takes_over_and_back(model):
+def test_methods_can_be_changed_and_changed_back(model):
   bits = nn.candidates(model)
   learned = nn.requantize(model, weight=quant.lsq(bits))
   assert nn.functional(learned).param_labels["conv"]["weight_params"] == {

@@ -145,7 +145,7 @@ def test_the_gradient_of_a_weight_is_what_its_candidate_contributes():
   np.testing.assert_allclose(gradient, expected, rtol=1e-4)
 
 
-def test_each_norm_row_moves_by_its_share_of_the_batch_statistics():
+def test_each_norm_row_moves_by_its_weight_in_the_mixture():
   weights = jnp.array([0.5, 0.25, 0.25])
   net = network("transitional")
   mixed = jnp.tile(weights, (3, 1))

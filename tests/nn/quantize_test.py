@@ -628,7 +628,7 @@ def test_a_norm_inside_a_transformation_is_an_error():
     quantize(Jitted(nnx.Rngs(0)), random(2, 6, 6, 3))
 
 
-def test_a_network_compiled_from_outside_is_no_error():
+def test_a_network_compiled_from_outside_raises_no_error():
   _, quantized, x = converted("mlp")
   quantized = nnx.clone(quantized)
   quantized.eval()
@@ -673,7 +673,7 @@ def test_networks_of_known_layers_give_no_warning():
     quantize(model, x)
 
 
-def test_a_table_beside_the_batch_does_not_set_the_number_of_examples():
+def test_a_second_array_of_fewer_axes_does_not_set_the_number_of_examples():
   class Lookup(nnx.Module):
     def __init__(self):
       self.linear = nnx.Linear(6, 4, rngs=nnx.Rngs(0))

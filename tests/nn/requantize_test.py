@@ -91,7 +91,7 @@ def test_another_weight_quantizer_starts_from_the_present_kernels():
   assert not np.array_equal(run(again), run(model))
 
 
-def test_the_new_network_is_the_one_that_would_have_been_quantized_so():
+def test_the_new_network_equals_one_quantized_that_way():
   model = quantize()
   again = nn.requantize(model, weight=quant.lsq(BITS))
   fresh = quantize(weight=quant.lsq(BITS))
@@ -147,7 +147,7 @@ def test_options_and_mode_of_a_norm_stay():
   assert pairs.norm2.use_running_average is True
 
 
-def test_both_at_once():
+def test_weight_and_norm_change_together():
   model = quantize()
   both = nn.requantize(model, weight=quant.lsq(BITS), norm="transitional")
   one = nn.requantize(model, weight=quant.lsq(BITS))

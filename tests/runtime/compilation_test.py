@@ -35,14 +35,14 @@ def test_every_program_is_kept_below_the_users_cache(
   }
 
 
-def test_what_the_user_told_jax_is_left_alone(nothing_known, told, monkeypatch):
+def test_options_that_the_user_set_are_kept(nothing_known, told, monkeypatch):
   name = "jax_persistent_cache_min_compile_time_secs"
   monkeypatch.setenv(name.upper(), "2")
   compilation.cache_on_disk()
   assert list(told) == ["jax_compilation_cache_dir"]
 
 
-def test_a_directory_that_jax_was_told_is_kept(told):
+def test_a_cache_directory_that_the_user_set_is_kept(told):
   assert jax.config.jax_compilation_cache_dir is not None  # by conftest
   compilation.cache_on_disk()
   assert told == {}

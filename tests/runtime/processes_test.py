@@ -207,7 +207,7 @@ def test_incomplete_variables_are_named(monkeypatch, environment, message):
     processes.initialize()
 
 
-def test_one_process_asks_nobody(monkeypatch):
+def test_one_process_asks_no_other(monkeypatch):
   for name in processes._VARIABLES:
     monkeypatch.delenv(name, raising=False)
   assert not processes.initialize()

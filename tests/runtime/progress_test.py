@@ -93,7 +93,7 @@ def test_a_terminal_gets_a_bar_that_ends_full():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_printed_text_gets_a_line_of_its_own(terminal):
+def test_printed_text_gets_its_own_line(terminal):
   text = "bits [8, 4] [bold]saved[/bold] :smile: " + "/long" * 40
   shown = run("train", 2, 1.0, terminal=terminal, texts=[text])
   lines = [line.removeprefix("\x1b[2K") for line in shown.splitlines()]

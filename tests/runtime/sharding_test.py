@@ -70,7 +70,7 @@ def test_a_process_feeds_the_rows_that_its_devices_hold(
   [[[0, 1], [0, 2], [1, 2]], [[0], [0], [1]]],
   ids=["overlap", "unequal"],
 )
-def test_processes_that_cannot_share_a_batch_are_refused(rows):
+def test_processes_that_do_not_divide_a_batch_raise_an_error(rows):
   with pytest.raises(
     ValueError, match="devices must be such that processes hold equal"
   ):
@@ -99,7 +99,7 @@ def test_a_layout_has_the_devices_that_it_is_given():
     ({"norm": "local"}, "norm must be one of global, per_device, got 'local'"),
   ],
 )
-def test_a_layout_that_cannot_be_is_named(wanted, message):
+def test_a_layout_that_does_not_fit_raises_an_error(wanted, message):
   with pytest.raises(ValueError, match=message):
     sharding.layout(**wanted)
 

@@ -145,7 +145,7 @@ def test_noise_is_a_normal_distribution_truncated_to_actions(width):
     np.testing.assert_allclose(drawn, expected, atol=2e-2 * scale + 1e-6)
 
 
-def test_a_walk_tells_each_layer_the_action_before_it():
+def test_each_layer_sees_the_previous_action_in_a_walk():
   walk, _ = programs(Ddpg(1.0, 1.0, 1.0, 1.0))
   agent = agent_of(Ddpg(1.0, 1.0, 1.0, 1.0))
   states = np.random.default_rng(1).random((5, 2)).astype(np.float32)
@@ -214,7 +214,7 @@ def test_the_actor_climbs_what_the_updated_critic_expects():
   np.testing.assert_allclose(step, 1e-3 * np.sign(slope), rtol=1e-3)
 
 
-def test_copies_follow_by_a_share_of_the_way():
+def test_copies_follow_by_a_fraction_of_the_difference():
   ddpg = Ddpg(actor_rate=0.1, critic_rate=0.1, tau=0.25, discount=1.0)
   agent, batch = agent_of(ddpg), batch_of()
   updated = jax.jit(ddpg.update)(agent, batch, np.float32(0))

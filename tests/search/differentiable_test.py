@@ -341,7 +341,7 @@ def both(part):
   return {("params", part), ("opt_state", part)}
 
 
-def test_weights_and_logits_learn_together_or_from_batches_of_their_own():
+def test_weights_and_logits_learn_from_the_same_or_from_separate_batches():
   apart = hyperparams(alternate=jnp.bool_(True))
   assert moved(0, hyperparams())[0] == both("weights") | both("logits")
   assert moved(1, hyperparams())[0] == both("weights") | both("logits")
@@ -436,7 +436,7 @@ def test_a_search_comes_close_to_the_best_assignment(strategy, seed):
 
 
 @pytest.mark.parametrize("strategy", SEARCHES)
-def test_a_price_without_limit_moves_to_the_lowest_bits(strategy, learned):
+def test_a_large_strength_moves_to_the_lowest_bits(strategy, learned):
   problem = additive()
   budgets = problems.budgets(problem, 0.0)
   problems.search(strategy, problem, budgets, strength=1e4)

@@ -13,7 +13,7 @@ from dr_jax.train import Score
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("predictor", [False, True])
-def test_it_finds_the_best_where_damages_add_up(seed, predictor):
+def test_genetic_search_finds_the_best_where_damages_add_up(seed, predictor):
   problem = problems.problem(seed=seed, ties=((0, 5),))
   budgets = problems.budgets(problem, names=["stored_bits", "bops"])
   result = problems.search(
@@ -148,7 +148,7 @@ def test_a_small_space_is_exhausted_and_no_child_is_scored_twice():
 
 
 @pytest.mark.parametrize("predictor", [False, True])
-def test_it_goes_on_where_scores_are_not_finite(predictor):
+def test_genetic_search_continues_where_scores_are_not_finite(predictor):
   problem = problems.problem(
     score=lambda index: Score(10, math.nan if index[0] < 3 else index.sum())
   )
@@ -163,7 +163,7 @@ def test_it_goes_on_where_scores_are_not_finite(predictor):
     problems.search(search.genetic, blind, budgets, **options, generations=3)
 
 
-def test_the_predictor_ranks_by_the_preferred_score():
+def test_the_predictor_ranks_by_the_metric():
   damage = problems.damage(8, problems.BITS)
   rows = np.arange(8)
 

@@ -27,7 +27,7 @@ def indices(result):
   return [trial.index for trial in result.trials]
 
 
-def test_each_step_lowers_the_layer_that_harms_least():
+def test_each_step_lowers_the_layer_that_costs_the_least_loss():
   problem = small(
     [[0, 3, 9], [0, 1, 5], [0, 2, 2.5]],
     [[8, 4, 2], [8, 4, 2], [8, 4, 2]],
@@ -51,7 +51,7 @@ def test_a_network_within_the_budget_keeps_its_bits():
   assert indices(result) == [(0,) * 6]
 
 
-def test_a_trial_on_the_way_that_fits_and_is_better_is_the_answer():
+def test_an_earlier_trial_that_fits_and_is_better_is_returned():
   """Three cheap steps add up to more than the large one passed over."""
   problem = small(
     [[0, 5], [0, 2], [0, 2], [0, 2]], [[9, 1], [4, 2], [4, 2], [4, 2]]
@@ -73,7 +73,7 @@ def test_loss_per_saved_cost_takes_the_large_step():
   ]
 
 
-def test_harm_per_cost_counts_from_the_assignment_at_hand():
+def test_loss_per_cost_is_relative_to_the_present_assignment():
   problem = small(
     [[0, 1, 5], [0, 2, 2.9], [0, 0, 0]],
     [[8, 4, 2], [8, 4, 2], [8, 8, 8]],
@@ -94,7 +94,7 @@ def test_lowerings_that_improve_are_taken_by_their_loss():
   assert problems.index_of(problem, result) == (1, 1)
 
 
-def test_the_nearest_that_fits_is_scored_where_the_way_down_misses_it():
+def test_the_nearest_assignment_that_fits_is_scored_where_lowering_misses_it():
   """The lowest bits take longest; layer 0 gets there first."""
   problem = small(
     [[0, 1, 2], [0, 9, 9.5], [0, 20, 21]], np.tile([10, 5, 12], (3, 1))
@@ -105,7 +105,7 @@ def test_the_nearest_that_fits_is_scored_where_the_way_down_misses_it():
 
 
 @pytest.mark.parametrize("per_cost", [False, True])
-def test_accuracy_decides_where_it_is_preferred(per_cost):
+def test_accuracy_decides_where_it_is_the_metric(per_cost):
   harm = np.array([[0.0, 9.0], [0.0, 1.0]])  # of accuracy; the loss disagrees
 
   def score(index):

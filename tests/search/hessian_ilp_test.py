@@ -78,7 +78,7 @@ def test_a_neighbor_wins_where_the_objective_is_wrong():
 
 
 @pytest.mark.parametrize("most", [1, 3, 1000])
-def test_the_candidates_of_least_objective_are_scored(most):
+def test_the_candidates_of_lowest_objective_are_scored(most):
   problem = sensitive()
   budgets = problems.budgets(problem)
   every = problems.search(search.hessian_ilp, problem, budgets).trials

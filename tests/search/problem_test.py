@@ -58,7 +58,9 @@ def test_a_torn_last_line_is_cut_off_and_scored_again(tmp_path):
 
 
 @pytest.mark.parametrize("line", ['"text"', "[1, 2]", "[3, 1, 1, 1]", "{"])
-def test_a_file_of_something_else_is_named(tmp_path, line):
+def test_a_file_that_is_not_of_trials_raises_an_error_that_names_it(
+  tmp_path, line
+):
   path = tmp_path / "trials.jsonl"
   path.write_text(line + "\n")
   with pytest.raises(
@@ -84,7 +86,7 @@ def test_a_signal_stops_a_search_before_its_next_score():
 
 
 @pytest.mark.parametrize("score", [Score(math.nan, 1.0), Score(1.0, math.inf)])
-def test_a_search_does_not_end_with_scores_that_are_no_numbers(score):
+def test_scores_that_are_not_finite_raise_an_error_at_the_end(score):
   problem = problems.problem(2, score=lambda index: score)
   with pytest.raises(ValueError, match="scores of the network must be finite"):
     problems.search(search.uniform, problem, problems.budgets(problem))
@@ -139,14 +141,14 @@ def test_costs_of_another_shape_raise_an_error_that_names_them():
     problems.problem(costs={"x": np.ones((6, 3), np.int64)})
 
 
-def test_what_to_prefer_is_loss_or_accuracy():
+def test_the_metric_must_be_loss_or_accuracy():
   with pytest.raises(
     ValueError, match="metric must be loss or accuracy, got 'f1'"
   ):
     problems.problem(metric="f1")
 
 
-def test_trials_are_ranked_by_the_preferred_score_and_nan_comes_last():
+def test_trials_are_ranked_by_the_metric_and_nan_comes_last():
   trials = [
     search.Trial((0,), accuracy, loss, 0.0)
     for accuracy, loss in ((90, 0.5), (91, 0.5), (95, 0.7), (95, math.nan))
@@ -254,7 +256,7 @@ def test_budgets_ties_and_pins_hold(name, seed, fraction):
 
 
 @every_strategy
-def test_what_a_search_spends_is_what_it_asked_for(name):
+def test_a_search_reports_the_evaluations_that_it_made(name):
   problem = with_tables()
   result = run(name, problem, problems.budgets(problem))
   calls = problem.evaluate.score.calls
@@ -264,7 +266,9 @@ def test_what_a_search_spends_is_what_it_asked_for(name):
 
 @every_strategy
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_answer_is_the_preferred_trial_within_the_budgets(name, metric):
+def test_the_result_is_the_best_trial_by_the_metric_within_the_budgets(
+  name, metric
+):
   damage = problems.damage(6, problems.BITS)
   rows = np.arange(6)
 
@@ -305,7 +309,7 @@ def test_another_seed_differs_where_the_search_is_random(name):
 
 
 @pytest.mark.parametrize("name", ["hessian_ilp", "greedy", "genetic", "random"])
-def test_a_search_that_was_killed_pays_for_the_rest_only(tmp_path, name):
+def test_a_killed_search_repeats_no_evaluation(tmp_path, name):
   whole = with_tables()
   budgets = problems.budgets(whole)
   expected = run(name, whole, budgets, seed=5)
@@ -334,7 +338,7 @@ def test_an_infeasible_budget_raises_before_any_evaluation(name):
 
 
 @every_strategy
-def test_where_all_layers_are_pinned_there_is_one_answer(name):
+def test_with_all_layers_pinned_the_only_assignment_is_returned(name):
   pinned = {0: 1, 1: 3, 2: 0}
   problem = with_tables(layers=3, pinned=pinned)
   result = run(name, problem, problem.cost((1, 3, 0)))
@@ -355,7 +359,7 @@ def test_budgets_hold_where_fewer_bits_cost_more(name):
   assert result.cost["latency"] <= 49
 
 
-def test_bits_that_are_not_highest_first_are_refused():
+def test_bits_that_are_not_highest_first_raise_an_error():
   with pytest.raises(
     ValueError, match=r"bits must be highest first, got \(2, 4\)"
   ):

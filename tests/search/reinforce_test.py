@@ -39,7 +39,9 @@ def indices(result):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_it_finds_one_of_the_best_of_87_assignments_with_few_scores(seed):
+def test_reinforcement_finds_one_of_the_best_of_87_assignments_with_few_scores(
+  seed,
+):
   problem = problems.problem(4)
   budgets = problems.budgets(problem)
   result = search(problem, budgets, episodes=250, seed=seed)
@@ -56,7 +58,7 @@ def test_it_finds_one_of_the_best_of_87_assignments_with_few_scores(seed):
   assert result.evaluations <= 55
 
 
-def test_it_learns_to_do_better_than_its_random_episodes():
+def test_the_agent_learns_to_do_better_than_its_random_episodes():
   problem = problems.problem(14)
   options = {"episodes": 200, "reference": 90.0}
   learned = search(problem, **options)
@@ -68,7 +70,7 @@ def test_it_learns_to_do_better_than_its_random_episodes():
   assert learned.loss < 0.85 * chance.loss
 
 
-def test_with_the_defaults_it_walks_six_hundred_times(monkeypatch):
+def test_the_default_is_six_hundred_episodes(monkeypatch):
   calls = spied(monkeypatch)
   problems.search(reinforce, problems.problem(2), {"sum_bits": 12})
   assert len(calls.learn) == 600 - 21
@@ -119,7 +121,7 @@ def test_the_same_seed_does_the_same_and_another_one_does_not():
 
 
 @pytest.mark.parametrize("calls", [0, 7, 25])
-def test_a_search_that_was_stopped_ends_the_same_for_the_rest(tmp_path, calls):
+def test_a_stopped_search_ends_with_the_same_result(tmp_path, calls):
   whole = search(problems.problem())
   damage = problems.damage(6, problems.BITS)
   path = tmp_path / "trials.jsonl"
@@ -148,7 +150,7 @@ def test_without_free_layers_it_scores_the_only_assignment():
   assert indices(result) == [(1, 3)]
 
 
-def test_the_best_is_what_the_problem_prefers():
+def test_the_best_is_by_the_metric_of_the_problem():
   # The loss falls with the bits, the accuracy rises.
   def score(index):
     return problems.Score(accuracy=float(sum(index)), loss=9.0 - sum(index))
@@ -171,7 +173,7 @@ def test_the_best_is_what_the_problem_prefers():
     assert sum(problems.index_of(problem, result)) == best(sums)
 
 
-def test_an_infeasible_budget_is_refused_before_anything_is_scored():
+def test_an_infeasible_budget_raises_an_error_before_any_evaluation():
   problem = problems.problem()
   with pytest.raises(allocate.Infeasible, match="sum_bits"):
     search(problem, {"sum_bits": 11})
@@ -330,7 +332,7 @@ def test_actions_become_bits_of_their_groups(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [(8, 7, 6, 5, 4, 3, 2), (4, 3, 2), (3,)])
-def test_an_action_is_rounded_so_that_all_bit_widths_have_the_same_share(bits):
+def test_all_bit_widths_have_equal_ranges_of_actions(bits):
   # An odd number of steps: none is halfway between two bit-widths.
   actions = np.linspace(0, 1, 10007)
   rounded = np.round(bits[-1] - 0.5 + actions * (bits[0] - bits[-1] + 1))
@@ -419,7 +421,7 @@ def test_a_cut_moves_tied_layers_together_and_leaves_pinned_ones():
   )
 
 
-def test_where_fewer_bits_cost_more_the_cut_goes_to_what_fits():
+def test_where_fewer_bits_cost_more_the_nearest_assignment_is_taken():
   costs = {"latency": np.array([[3, 9, 9], [2, 9, 9], [4, 3, 9]])}
   problem = problems.problem(3, (8, 4, 2), costs=costs)
   after = cut(problem, {"latency": 8}, np.array([0, 1, 0], np.int32))

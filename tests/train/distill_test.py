@@ -57,7 +57,7 @@ def loss(name, visit, logits=LOGITS):
 
 
 @pytest.mark.parametrize("name", distill.SCHEMES)
-def test_losses_are_the_formulas_for_constant_and_traced_visits(name):
+def test_losses_match_the_formulas_for_constant_and_traced_passes(name):
   for visit, expected in zip((0, 2), EXPECTED[name], strict=True):
     # float32 against float64.
     np.testing.assert_allclose(loss(name, visit), expected, rtol=1e-5)

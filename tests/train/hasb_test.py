@@ -28,7 +28,7 @@ EQUAL = np.full(4, 0.25)
   ("bits", "share"),
   [(BITS, SHARE), ((4, 3, 2), np.array([4, 3, 2]) / 9), ((4,), [1.0])],
 )
-def test_sensitive_layers_meet_bits_in_proportion_and_others_all_alike(
+def test_sensitive_layers_draw_bits_in_proportion_and_others_uniformly(
   bits, share
 ):
   got = hasb.roulette([1.0, 6.0, 2.0], bits)
@@ -91,7 +91,7 @@ def test_sigma_rests_for_10_of_90_epochs_and_grows_to_a_half_in_the_last():
   ("epochs", "warmup", "rest"),
   [(18, 1 / 9, 2), (9, 1 / 9, 1), (1, 1 / 9, 0), (4, 0, 0), (4, 0.5, 2)],
 )
-def test_the_warm_up_is_a_share_of_the_run(epochs, warmup, rest):
+def test_the_warmup_is_a_fraction_of_the_run(epochs, warmup, rest):
   got = sigmas(epochs, start=0.75, warmup=warmup)
   expected = 0.75 * np.arange(1, epochs + 1) / epochs
   expected[:rest] = 0
@@ -124,7 +124,7 @@ def p_value(values, share):
 
 # Draws are fixed by their key, so that these do not fail by chance; with 20,000
 # draws a share that is wrong by 0.02 has p < 1e-6.
-def test_layers_keep_the_bits_of_the_visit_or_take_their_roulettes():
+def test_layers_keep_the_bits_of_the_pass_or_draw_their_own():
   sampling = hasb.sampling(
     [9.0, 1.0], BITS, steps=10, epochs=10, start=1.0, warmup=0.0
   )
@@ -140,7 +140,7 @@ def test_layers_keep_the_bits_of_the_visit_or_take_their_roulettes():
       assert p_value(pairs, np.outer(*shares)) > 1e-3
 
 
-def test_visits_of_a_step_draw_by_themselves():
+def test_passes_of_a_step_draw_independently():
   sampling = hasb.sampling(
     [1.0], BITS, steps=1, epochs=1, start=0.5, warmup=0.0
   )
@@ -163,7 +163,7 @@ def test_steps_belong_to_the_epochs_of_a_run_in_equal_parts():
     assert p_value(rows[:, 0], expected_share(0, sigma, SHARE)) > 1e-3
 
 
-def test_draws_depend_on_the_key_and_are_the_same_inside_jit():
+def test_draws_depend_on_the_key_and_are_the_same_under_jit():
   sampling = hasb.sampling([1.0] * 64, BITS, steps=1, epochs=1, start=1.0)
 
   def draw(seed):
@@ -177,7 +177,7 @@ def test_draws_depend_on_the_key_and_are_the_same_inside_jit():
   assert (first[0] != first[1]).any()
 
 
-def test_the_visits_are_labelled_by_their_bit_widths():
+def test_passes_are_labeled_by_their_bit_widths():
   sampling = hasb.sampling([1.0], BITS, steps=1, epochs=1)
   assert sampling.labels(BITS) == BITS
 

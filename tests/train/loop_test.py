@@ -112,7 +112,7 @@ def test_metrics_hold_the_mean_loss_of_each_bit_width(tmp_path):
   assert losses == [(5, 8, 1.0), (5, 2, 2.0), (10, 8, 1.0), (10, 2, 2.0)]
 
 
-def test_a_spoilt_optimizer_is_not_saved(tmp_path):
+def test_an_optimizer_state_with_nan_is_not_saved(tmp_path):
   with Checkpoints(tmp_path / "c") as checkpoints:
     loop = _loop(tmp_path, checkpoints, step=_step(spoil=8))
     message = "its optimizer is NaN or infinite after step 8; .* step 4 is kept"
@@ -144,7 +144,7 @@ class _Recorded:
     self.events.append("latest")
 
 
-def test_only_the_last_checkpoint_is_waited_for():
+def test_a_run_waits_for_its_last_checkpoint_only():
   first, second = ("saved", 4, [10.0] * 2), ("saved", 8, [36.0] * 2)
   recorded = _Recorded([])
   _loop(None, recorded).run(_state())
@@ -158,7 +158,7 @@ def test_only_the_last_checkpoint_is_waited_for():
   assert recorded.events == [("saved", 3, [6.0] * 2), "on disk"]
 
 
-def test_a_signal_at_the_last_step_ends_a_run_that_is_whole():
+def test_a_signal_at_the_last_step_ends_a_finished_run():
   stop = iter([None] * 9 + ["SIGTERM"])
   recorded = _Recorded([])
   state = _loop(None, recorded, interrupted=lambda: next(stop)).run(_state())
@@ -202,7 +202,7 @@ def test_images_per_second_counts_the_images_since_the_last_entry(
   assert rates == [20 / 1e-9, 8 / 1e-9]
 
 
-def test_a_loop_that_is_not_to_show_anything_shows_nothing(tmp_path, capsys):
+def test_a_loop_without_show_progress_prints_nothing(tmp_path, capsys):
   state = _loop(tmp_path, None, steps=6, show_progress=False).run(_state())
   _loop(tmp_path, None, show_progress=False).run(state)
   assert capsys.readouterr() == ("", "")
@@ -232,7 +232,7 @@ class _Watched:
     return _step()(state, batch)
 
 
-def test_a_batch_is_on_its_way_while_the_one_before_is_used(tmp_path):
+def test_the_next_batch_is_transferred_during_a_step(tmp_path):
   watched = _Watched()
   loop = _loop(
     tmp_path, None, batches=watched, put=watched.put, step=watched.step, steps=3
@@ -252,7 +252,7 @@ def test_the_stream_is_closed_when_a_run_stops_early(tmp_path):
   assert watched.events == ["closed"]
 
 
-def test_a_stream_is_closed_though_someone_still_holds_it(tmp_path):
+def test_a_stream_is_closed_while_references_remain(tmp_path):
   watched = _Watched()
   held = watched.stream(0)
   watched.stream = lambda start: held
@@ -348,7 +348,9 @@ def test_there_is_one_copy_of_a_state_at_a_time():
   assert events == [1, 2, saved[0], 3, saved[1], last, "on disk"]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+def test_training_continues_while_a_checkpoint_is_written(
+  tmp_path, monkeypatch
+):
   plain, save, under_way, saved = _step(), Checkpoints.save, [], []
   # Large enough that writing it takes longer than coming to the next step.
   state = _state()._replace(memory={"large": jnp.zeros((4000, 4000))})
@@ -384,7 +386,7 @@ def test_an_error_of_something_else_loses_no_checkpoint(tmp_path):
     assert checkpoints.latest() == 5
 
 
-def test_a_resumed_stage_says_where_it_goes_on(tmp_path, capsys):
+def test_a_resumed_stage_reports_its_step(tmp_path, capsys):
   state = _loop(tmp_path, None, steps=6).run(_state())
   assert "resumes" not in capsys.readouterr().err
   _loop(tmp_path, None).run(state)

@@ -23,7 +23,7 @@ def _tree(seed, shape=(3, 2)):
   ("name", "make_reference"),
   [("adam", lambda: optax.scale_by_adam()), ("sgd", lambda: optax.trace(0.9))],
 )
-def test_without_decay_every_kind_gets_the_plain_optimizer(
+def test_without_decay_every_label_gets_the_plain_optimizer(
   name, make_reference
 ):
   params, reference = _tree(0), make_reference()
@@ -49,7 +49,7 @@ def test_weight_decay_acts_on_weights_alone():
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_a_row_that_is_not_used_rests_as_a_separate_parameter_would(name):
+def test_an_unused_row_rests_as_a_separate_parameter_would(name):
   """Row 0 is used in every other step; it must see only its own gradients."""
   kinds = {"s": "scale"}
   ours = make_optimizer(name, param_labels=kinds)

@@ -17,7 +17,7 @@ def draws(name, *, candidates=4, layers=3, number=200, step=0):
   return [draw(key, candidates, layers, step) for key in keys]
 
 
-def test_all_visits_every_bit_width_from_high_to_low_as_constants():
+def test_all_takes_every_bit_width_from_high_to_low_as_constants():
   assert draws("all", number=1) == [[0, 1, 2, 3]]
   assert sampling.get("all").labels(BITS) == BITS
 
@@ -49,7 +49,7 @@ def test_random_draws_every_bit_width_equally_often():
   assert all(abs(count - 500) < 97 for count in counts.values())
 
 
-def test_mixed_draws_for_every_layer_by_itself():
+def test_mixed_draws_bits_for_every_layer_independently():
   rows = np.array([index for (index,) in draws("mixed", number=2000)])
   assert rows.shape == (2000, 3)
   for layer in range(3):
@@ -61,7 +61,7 @@ def test_mixed_draws_for_every_layer_by_itself():
 
 @pytest.mark.parametrize("name", sampling.SAMPLINGS)
 @pytest.mark.parametrize("candidates", [1, 2, 3])
-def test_few_candidates_are_visited_within_range(name, candidates):
+def test_few_candidates_stay_within_range(name, candidates):
   labels = sampling.get(name).labels(BITS[:candidates])
   for indices in draws(name, candidates=candidates, number=20):
     assert len(indices) == len(labels)
@@ -70,7 +70,7 @@ def test_few_candidates_are_visited_within_range(name, candidates):
 
 
 @pytest.mark.parametrize("name", sampling.SAMPLINGS)
-def test_a_key_alone_decides_at_whatever_step(name):
+def test_draws_depend_on_the_key_and_not_on_the_step(name):
   early, late = draws(name, number=5), draws(name, number=5, step=1000)
   jax.tree.map(np.testing.assert_array_equal, early, late)
 

@@ -161,7 +161,7 @@ def test_norms_shared_by_all_bit_widths_train_in_every_mode():
     assert (moved != network.batch_stats["norm1"]["mean"]).all()
 
 
-def test_statistics_of_visits_at_once_are_means_of_those_that_changed():
+def test_statistics_of_vectorized_passes_are_means_of_those_that_changed():
   old = jnp.array([1.0, 2.0, 3.0, 0.5])
   visits = jnp.array([[5.0, 2.0, 3.0, 0.0], [7.0, 2.0, 9.0, 0.5]])
   merged = schedules._merge_statistics(old, visits)
@@ -305,7 +305,7 @@ def test_eta_of_one_bit_width_is_plain_adam():
   _assert_close(stepped("none"), params, rtol=1e-3, atol=1e-5)
 
 
-def test_only_the_rows_of_a_bit_width_move_in_its_turn():
+def test_only_the_rows_of_a_bit_width_move_in_its_pass():
   network = _network()
   transform = make_optimizer("adam", param_labels=network.param_labels)
   trainer = make_trainer(
@@ -466,7 +466,7 @@ def _gradients_at(index):
     ("accumulate", "vmap", [(0, 3), (2, 1)]),
   ],
 )
-def test_scales_learn_at_the_pace_of_the_bits_of_their_own_layer(
+def test_scales_have_the_learning_rate_of_their_own_layers_bits(
   schedule, vectorize, visits
 ):
   """Weighted by sizes of gradients where visits share a scale."""
@@ -502,7 +502,7 @@ def test_scales_learn_at_the_pace_of_the_bits_of_their_own_layer(
       np.testing.assert_allclose(after - before, move, rtol=5e-3, atol=atol)
 
 
-def test_every_step_draws_its_bit_widths_anew():
+def test_every_step_draws_its_own_bit_widths():
   network = _four()
   parts = _parts(network, "none", drawn="random")
   state = _initial_state(parts)
@@ -705,7 +705,7 @@ def test_layers_of_several_bit_widths_weigh_the_mean_of_theirs():
     ("gpu", "accumulate", "unroll"),
   ],
 )
-def test_auto_is_what_was_fastest_on_the_backend(
+def test_auto_is_the_mode_measured_fastest_on_the_backend(
   monkeypatch, backend, schedule, mode
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)

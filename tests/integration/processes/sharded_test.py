@@ -170,7 +170,7 @@ def test_damage_that_one_process_sees_makes_all_take_the_one_before(read, name):
     pytest.param("state/d/*", overwrite, marks=pytest.mark.slow),
   ],
 )
-def test_a_damaged_share_gives_way_to_the_checkpoint_before(
+def test_a_damaged_shard_is_replaced_by_the_previous_checkpoint(
   together, tmp_path, pattern, damage
 ):
   workdir = damaged(together, tmp_path / "run", pattern, damage)
