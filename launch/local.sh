@@ -6,8 +6,8 @@
 #
 # The flags are those of python -m dr_jax.main. GPUs (those in
 # CUDA_VISIBLE_DEVICES, if it is set) are divided evenly; where there are none,
-# the processes share the CPU. The first one speaks here, the others into
-# WORKDIR.logs/, beside the run: its own directory has to be empty at the start.
+# the processes share the CPU. The first one prints here, the others to
+# WORKDIR.logs/, since the run's own directory must be empty at the start.
 # Ctrl-C and SIGTERM reach all. If one fails, the others are ended. The exit
 # code is that of the first to fail, 0 if none does. Needs bash 4.
 set -euo pipefail
@@ -21,13 +21,13 @@ fail() {
 }
 
 [[ $PROCESSES =~ ^[1-9][0-9]*$ ]] ||
-  fail "PROCESSES=$PROCESSES: not a number; allowed are whole numbers from 1"
+  fail "PROCESSES must be a whole number >= 1, got $PROCESSES"
 
 workdir=
 for flag; do
   [[ $flag != --workdir=* ]] || workdir=${flag#*=}
 done
-[[ $workdir ]] || fail "--workdir=: missing; allowed is a directory"
+[[ $workdir ]] || fail "--workdir must be a directory, got none"
 
 gpus=()
 if [[ ${JAX_PLATFORMS-} == cpu || ${CUDA_VISIBLE_DEVICES-} == -1 ]]; then
@@ -39,14 +39,13 @@ elif command -v nvidia-smi >/dev/null; then
   listed=$(nvidia-smi --query-gpu=index --format=csv,noheader) || listed=
   read -ra gpus <<<"${listed//$'\n'/ }"
 fi
-share=$((${#gpus[@]} / PROCESSES))
-((share * PROCESSES == ${#gpus[@]})) ||
-  fail "PROCESSES=$PROCESSES: does not divide ${#gpus[@]} GPUs; allowed are \
-their divisors"
+gpus_per_process=$((${#gpus[@]} / PROCESSES))
+((gpus_per_process * PROCESSES == ${#gpus[@]})) ||
+  fail "PROCESSES must divide the number of GPUs, ${#gpus[@]}, got $PROCESSES"
 
 logs=${workdir%/}.logs
-mkdir -p "$logs" 2>/dev/null || fail "--workdir=$workdir: $logs cannot be \
-written; allowed is a directory beside which it can"
+mkdir -p "$logs" 2>/dev/null ||
+  fail "--workdir=$workdir: $logs cannot be written"
 port=$(python -c 'import socket
 s = socket.socket()
 s.bind(("127.0.0.1", 0))
@@ -55,25 +54,25 @@ export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$PROCESSES
 
 running=()
 signaled=
-hand_on() {
+forward() {
   signaled=$1
   ((${#running[@]} == 0)) || kill -s "$1" "${running[@]}" 2>/dev/null || true
 }
-trap 'hand_on INT' INT
-trap 'hand_on TERM' TERM
+trap 'forward INT' INT
+trap 'forward TERM' TERM
 
-# Every process a group of its own: what the terminal sends with Ctrl-C would
-# otherwise come twice, and the second one stops without saving.
+# Every process has its own group: the signal that the terminal sends with Ctrl-C
+# would otherwise come twice, and the second one stops without saving.
 set -m
 for ((i = 0; i < PROCESSES; i++)); do
   (
     trap - INT TERM
     export JAX_PROCESS_ID=$i
-    if ((share)); then
-      mine=("${gpus[@]:i*share:share}")
+    if ((gpus_per_process)); then
+      mine=("${gpus[@]:i*gpus_per_process:gpus_per_process}")
       CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${mine[*]}")
       # All that are visible: inside a Slurm job, JAX would take one of them.
-      JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((share - 1)))
+      JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_process - 1)))
       export CUDA_VISIBLE_DEVICES JAX_LOCAL_DEVICE_IDS
     fi
     ((i == 0)) || exec >>"$logs/$i.txt" 2>&1
@@ -82,12 +81,12 @@ for ((i = 0; i < PROCESSES; i++)); do
   running[i]=$!
 done
 set +m
-[[ ! $signaled ]] || hand_on "$signaled" # It came while they were started.
+[[ ! $signaled ]] || forward "$signaled" # It came while they were started.
 
 first=0
 deadline=
 while ((${#running[@]})); do
-  # Ctrl-C ends it as well; and bash tells of a killed process in its own way.
+  # Ctrl-C ends it, too, and bash would report a killed process in its own way.
   { sleep 0.2 || true; } 2>/dev/null
   for i in "${!running[@]}"; do
     kill -0 "${running[i]}" 2>/dev/null && continue
@@ -98,7 +97,7 @@ while ((${#running[@]})); do
     first=$code
     [[ ! $signaled ]] || continue
     echo "process $i failed with exit code $code; see $logs" >&2
-    hand_on TERM
+    forward TERM
     deadline=$((SECONDS + PATIENCE))
   done
   if [[ $deadline ]] && ((SECONDS > deadline && ${#running[@]})); then

@@ -33,8 +33,8 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --gpu-bind=none \
   python -m dr_jax.main --distributed --preempted_exit_code=143 "$@"
 code=$?
 
-# --requeue does not cover the end of the time: then 143 asks for another turn.
-# A job that was cancelled is no longer RUNNING, and stays cancelled.
+# --requeue does not cover the time limit: then exit code 143 asks for a restart.
+# A cancelled job is no longer RUNNING, and stays cancelled.
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
 if [[ $code == 143 && $state == RUNNING ]]; then
   scontrol requeue "$SLURM_JOB_ID"

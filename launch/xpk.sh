@@ -35,7 +35,7 @@ shift || true
 case $device in
   tpu)
     where=(--tpu-type="$TPU_TYPE" --num-slices="$SLICES")
-    # GKE tells JAX where the others are.
+    # JAX finds the other processes through GKE.
     command="exec python -m dr_jax.main --distributed"
     ;;
   gpu)
@@ -46,7 +46,7 @@ case $device in
     command+=" JAX_NUM_PROCESSES=\$NNODES JAX_PROCESS_ID=\$NODE_RANK"
     command+=" python -m dr_jax.main"
     ;;
-  *) fail "$device: no device; allowed are tpu and gpu" ;;
+  *) fail "device must be tpu or gpu, got '$device'" ;;
 esac
 
 # `exec`, so that SIGTERM reaches python. xpk pastes the command into YAML and
@@ -54,8 +54,8 @@ esac
 command+=" --preempted_exit_code=143"
 for flag; do
   [[ $flag != *[\"\'\\]* ]] ||
-    fail "$flag: holds a quote or a backslash, which xpk cannot pass on; \
-allowed is anything else"
+    fail "flags must have no quote and no backslash, as xpk cannot pass them \
+on, got $flag"
   command+=" '$flag'"
 done
 

@@ -117,13 +117,21 @@ def test_gpus_are_divided(
 @pytest.mark.parametrize(
   ("flags", "environment", "message"),
   [
-    ((), {}, "--workdir=: missing; allowed is"),
-    (("--workdir=run",), {"PROCESSES": "0"}, "PROCESSES=0: not a number"),
-    (("--workdir=run",), {"PROCESSES": "two"}, "PROCESSES=two: not a number"),
+    ((), {}, "--workdir must be a directory, got none"),
+    (
+      ("--workdir=run",),
+      {"PROCESSES": "0"},
+      "PROCESSES must be a whole number >= 1, got 0",
+    ),
+    (
+      ("--workdir=run",),
+      {"PROCESSES": "two"},
+      "PROCESSES must be a whole number >= 1, got two",
+    ),
     (
       ("--workdir=run",),
       {"CUDA_VISIBLE_DEVICES": "0,1,2"},
-      "PROCESSES=2: does not divide 3 GPUs; allowed are",
+      "PROCESSES must divide the number of GPUs, 3, got 2",
     ),
     (("--workdir=/dev/null/run",), {}, "--workdir=/dev/null/run: /dev/null/"),
   ],

@@ -122,8 +122,11 @@ def test_xpk_starts_the_command(
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("cpu",), "cpu: no device; allowed are tpu and gpu"),
-    (("tpu", "--config.name=it's"), "--config.name=it's: holds a quote"),
+    (("cpu",), "device must be tpu or gpu, got 'cpu'"),
+    (
+      ("tpu", "--config.name=it's"),
+      "flags must have no quote and no backslash",
+    ),
   ],
 )
 def test_what_xpk_cannot_take_is_one_line(run, on_path, arguments, message):
