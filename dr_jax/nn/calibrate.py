@@ -76,14 +76,7 @@ def calibrate(
     first calls.
   """
   arguments = sample if isinstance(sample, tuple) else (sample,)
-  leaves, structure = jax.tree.flatten(arguments)
-  arrays = [leaf for leaf in leaves if _is_array(leaf) and leaf.ndim]
-  if not arrays:
-    raise ValueError(f"sample must be arrays [batch, ...], got {sample!r}")
-  # Of several arrays the one with most axes is the batch: a table has fewer.
-  examples = len(max(arrays, key=lambda array: array.ndim))
-  if not examples:
-    raise ValueError("sample must be arrays [batch, ...], got no example")
+  examples = _count_examples(sample, jax.tree.leaves(arguments))
   modules = {
     "/".join(map(str, path)) or type(module).__name__.lower(): module
     for path, module in nnx.iter_modules(model)
@@ -92,45 +85,7 @@ def calibrate(
   layers.check_kernels(
     {n: m for n, m in modules.items() if type(m) in layers.QUANTIZED}
   )
-  traces: list[_Recorder] = []
-
-  def record(name, x, y):
-    traces[-1].record(name, x, y)
-
-  copy = nnx.clone(model)
-  observers = {
-    id(module): _observer(module, functools.partial(record, name))
-    for name, module in zip(
-      modules,
-      (m for _, m in nnx.iter_modules(copy) if type(m) in OBSERVED),
-      strict=True,
-    )
-  }
-  copy = substitute(copy, observers)
-  copy.eval()
-  graph, state = nnx.split(copy)
-
-  @jax.jit
-  def statistics(state, arrays):
-    # Every trace starts afresh; the last one is that of the program.
-    recorder = _Recorder(modules, examples)
-    traces.append(recorder)
-    rest = iter(arrays)
-    filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
-    nnx.merge(graph, state)(*jax.tree.unflatten(structure, filled))
-    return {
-      name: _input_statistics(modules[name], xs, activation)
-      for name, xs in recorder.inputs.items()
-    }
-
-  try:
-    seen = statistics(state, [leaf for leaf in leaves if _is_array(leaf)])
-  except jax.errors.UnexpectedTracerError:
-    raise ValueError(
-      "model must call its layers directly, but calls some inside jit, scan or "
-      "vmap"
-    ) from None
-  recorder = traces[-1]
+  recorder, seen = _trace(model, modules, activation, arguments, examples)
   unseen = [name for name in modules if name not in recorder.inputs]
   if unseen:
     raise ValueError(
@@ -155,6 +110,64 @@ def calibrate(
       recorder.sources[name],
     )
   return calls
+
+
+def _count_examples(sample, leaves):
+  arrays = [leaf for leaf in leaves if _is_array(leaf) and leaf.ndim]
+  if not arrays:
+    raise ValueError(f"sample must be arrays [batch, ...], got {sample!r}")
+  # Of several arrays the one with most axes is the batch: a table has fewer.
+  examples = len(max(arrays, key=lambda array: array.ndim))
+  if not examples:
+    raise ValueError("sample must be arrays [batch, ...], got no example")
+  return examples
+
+
+def _trace(model, modules, activation, arguments, examples):
+  """Runs a copy whose layers record their calls.
+
+  Returns:
+    The recorder, and `_input_statistics` of every layer that was called.
+  """
+  traces: list[_Recorder] = []
+
+  def record(name, x, y):
+    traces[-1].record(name, x, y)
+
+  copy = nnx.clone(model)
+  observed = [m for _, m in nnx.iter_modules(copy) if type(m) in OBSERVED]
+  copy = substitute(
+    copy,
+    {
+      id(module): _observer(module, functools.partial(record, name))
+      for name, module in zip(modules, observed, strict=True)
+    },
+  )
+  copy.eval()
+  graph, state = nnx.split(copy)
+  leaves, structure = jax.tree.flatten(arguments)
+
+  @jax.jit
+  def statistics(state, arrays):
+    # Every trace starts afresh; the last one is that of the program.
+    recorder = _Recorder(modules, examples)
+    traces.append(recorder)
+    rest = iter(arrays)
+    filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
+    nnx.merge(graph, state)(*jax.tree.unflatten(structure, filled))
+    return {
+      name: _input_statistics(modules[name], xs, activation)
+      for name, xs in recorder.inputs.items()
+    }
+
+  try:
+    seen = statistics(state, [leaf for leaf in leaves if _is_array(leaf)])
+  except jax.errors.UnexpectedTracerError:
+    raise ValueError(
+      "model must call its layers directly, but calls some inside jit, scan or "
+      "vmap"
+    ) from None
+  return traces[-1], seen
 
 
 def _input_statistics(module, xs, activation):
