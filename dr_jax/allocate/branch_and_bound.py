@@ -3,18 +3,19 @@
   minimize    sum_v objective[v][x_v]
   subject to  sum_v rows[v][x_v, m] <= limits[m]   for every row m
 
-HiGHS stops on absolute gaps and tolerances, so that it alone may call a
-second-best answer optimal. Here it only proposes: its answer is a ceiling, and
-the duals y >= 0 of the relaxation price the rows. For any y >= 0, an answer
-not above the ceiling has
+HiGHS stops on absolute gaps and tolerances, so that by itself it may call a
+second-best assignment optimal. Here its solution is only the first incumbent,
+an upper bound U, and the duals y >= 0 of the linear relaxation price the rows.
+For any y >= 0, an assignment with an objective of at most U has
 
-  sum_v r[v][x_v] <= ceiling - bound(y),
+  sum_v r[v][x_v] <= U - bound(y),
   r[v][j] = objective[v][j] + y . rows[v][j], less its minimum over j,
 
-which few assignments satisfy when y is good. All of them are walked, variable
-by variable, with objectives and rows in exact integers; floats decide only
-what is hopeless by more than their rounding. Where they are many, the columns
-of one variable are split and each part gets its own prices.
+with reduced costs r, which few assignments satisfy when y is good. These are
+enumerated, variable by variable, with objectives and rows in exact integers;
+floats prune only what exceeds U by more than their rounding. Where they are
+many, branch and bound: the columns of one variable are split and each part
+gets its own prices.
 
 References:
   Balas and Zemel, Operations Research 28 (1980): the core of a knapsack.
@@ -37,17 +38,17 @@ LARGEST = 2**62
 # of it.
 _OBJECTIVE_SCALE = 1e5
 
-# Enough for all but subset sums, where HiGHS would not come to an end.
-_NODES = 2000
+# Enough for all but subset sums, where HiGHS would not terminate.
+_MAX_NODES = 2000
 
-# Partial assignments that are walked at once, and how many of them all others
-# are compared with when there are several rows.
-_MANY = 1 << 13
-_STRONG = 64
+# Partial assignments that are enumerated at once, and with how many of them all
+# others are compared where there are several rows.
+_MAX_STATES = 1 << 13
+_MAX_DOMINATORS = 64
 
 
 class Unsettled(RuntimeError):
-  """A search was given up."""
+  """The search needs more parts than allowed."""
 
 
 class Program(NamedTuple):
@@ -81,13 +82,13 @@ def minimize(program: Program, *, parts: float = math.inf) -> np.ndarray | None:
     Unsettled: when given up.
   """
   program = _normalize(program)
-  index = _propose(program)
+  index = _incumbent(program)
   if index is None:
     index = _feasible(program, parts)
   if index is None:
     return None
   if program.limits:
-    # The second aim within the first: bounds then tell equal answers apart.
+    # The first row breaks ties within the objective, so that bounds do, too.
     firsts = [rows[:, 0].astype(object) for rows in program.rows]
     weight = 1 + sum(first.max() for first in firsts)
     pairs = zip(program.objective, firsts, strict=True)
@@ -99,8 +100,8 @@ def minimize(program: Program, *, parts: float = math.inf) -> np.ndarray | None:
 def _normalize(program: Program) -> Program:
   """Shifts every variable's minima to 0, divides rows by their divisor.
 
-  Afterwards objectives and rows only grow along a walk, and a limit that the
-  divisor rules out (the parity of a sum) is seen at once.
+  Afterwards objectives and rows only grow with every variable, and a limit that
+  the divisor rules out (the parity of a sum) is seen at once.
   """
   objective = tuple(column - column.min() for column in program.objective)
   lows = [rows.min(0) for rows in program.rows]
@@ -159,23 +160,23 @@ def _scale(program: Program) -> _Scaled:
   return _Scaled(objective, rows, np.array(program.limits) / scale, unit)
 
 
-def _propose(program: Program) -> list[int] | None:
-  """Returns HiGHS's answer if it is feasible in integers."""
+def _incumbent(program: Program) -> list[int] | None:
+  """Returns HiGHS's solution if it is feasible in integers."""
   scaled = _scale(program)
   objective, rows, one_hot = scaled.matrices()
   constraints = [optimize.LinearConstraint(one_hot, 1, 1)]
   if len(rows):
     constraints.append(optimize.LinearConstraint(rows, ub=scaled.limits))
-  answer = optimize.milp(
+  solution = optimize.milp(
     objective,
     integrality=np.ones(len(objective)),
     bounds=optimize.Bounds(0, 1),
     constraints=constraints,
-    options={"mip_rel_gap": 0, "node_limit": _NODES},
+    options={"mip_rel_gap": 0, "node_limit": _MAX_NODES},
   )
-  if answer.x is None:
+  if solution.x is None:
     return None
-  index = [int(part.argmax()) for part in scaled.split(answer.x)]
+  index = [int(part.argmax()) for part in scaled.split(solution.x)]
   if (_usage(program, index) > np.array(program.limits)).any():
     return None
   return index
@@ -184,8 +185,8 @@ def _propose(program: Program) -> list[int] | None:
 def _feasible(program: Program, parts: float) -> list[int] | np.ndarray | None:
   """Returns any feasible assignment of a normalized program.
 
-  Row after row: what meets the rows before must bring the next one, taken as
-  the objective, down to its limit.
+  Row after row: among assignments within the rows before, the next row, taken
+  as the objective, must come down to its limit.
   """
   found = [0] * len(program.rows)
   for m, limit in enumerate(program.limits):
@@ -202,8 +203,8 @@ def _feasible(program: Program, parts: float) -> list[int] | np.ndarray | None:
   return found
 
 
-def _search(program: Program, ceiling: int, parts: float) -> np.ndarray | None:
-  """Returns the best assignment with an objective up to a ceiling."""
+def _search(program: Program, upper: int, parts: float) -> np.ndarray | None:
+  """Returns the best assignment with an objective of at most `upper`."""
   best = None
   waiting = [[np.arange(len(column)) for column in program.objective]]
   while waiting:
@@ -213,11 +214,11 @@ def _search(program: Program, ceiling: int, parts: float) -> np.ndarray | None:
     part = _normalize(part)
     if min(part.limits, default=0) < 0:
       continue
-    walk = _Walk(part, ceiling - low)
-    kept = [k[near] for k, near in zip(kept, walk.near, strict=True)]
-    states = walk.run()
+    enumeration = _Enumeration(part, upper - low)
+    kept = [k[near] for k, near in zip(kept, enumeration.near, strict=True)]
+    states = enumeration.run()
     if states is None:
-      v = walk.branching()
+      v = enumeration.branching()
       splits = [[*kept[:v], one, *kept[v + 1 :]] for one in kept[v][:, None]]
       waiting += splits
       parts -= len(splits)
@@ -228,8 +229,8 @@ def _search(program: Program, ceiling: int, parts: float) -> np.ndarray | None:
       index = [int(k[j]) for k, j in zip(kept, choices, strict=True)]
       value = _value(program, index)
       rank = (value, *_usage(program, index).tolist(), *index)
-      if value <= ceiling and (best is None or rank < best):
-        best, ceiling = rank, value
+      if value <= upper and (best is None or rank < best):
+        best, upper = rank, value
   return None if best is None else np.array(best[-len(program.rows) :])
 
 
@@ -254,14 +255,14 @@ class _States(NamedTuple):
     return _States(*(field[kept] for field in self))
 
 
-class _Walk:
-  """All assignments of a normalized program up to a ceiling.
+class _Enumeration:
+  """All assignments of a normalized program with objectives of at most `upper`.
 
   Attributes:
-    near: per variable the columns that such an assignment may hold.
+    near: per variable the columns that such an assignment may have.
   """
 
-  def __init__(self, program: Program, ceiling: int):
+  def __init__(self, program: Program, upper: int):
     scaled = _scale(program)
     relaxed = _relax(scaled)
     prices, self._relaxed = relaxed.prices, relaxed.x
@@ -273,7 +274,7 @@ class _Walk:
     bound = math.fsum(column.min() for column in priced) - credit
     # Far above the rounding of these sums, 2^-53 of their size per term.
     size = math.fsum(column.max() for column in priced) + credit
-    self._room = ceiling / scaled.unit - bound + 1e-13 * (1 + size)
+    self._room = upper / scaled.unit - bound + 1e-13 * (1 + size)
     if not relaxed.feasible:
       self._room = -math.inf
     reduced = [column - column.min() for column in priced]
@@ -298,12 +299,12 @@ class _Walk:
     )
     for v in range(len(self._rows)):
       states = self._extend(states, v)
-      if len(states.value) > _MANY:
+      if len(states.value) > _MAX_STATES:
         return None
     return states
 
   def branching(self) -> int:
-    """Returns the variable to split: the least settled of the relaxation."""
+    """Returns the variable to split: the most fractional in the relaxation."""
     pairs = zip(self._relaxed, self.near, strict=True)
     return max(
       (v for v, near in enumerate(self.near) if len(near) > 1),
@@ -327,7 +328,7 @@ class _Walk:
 
 
 class _Relaxed(NamedTuple):
-  """The linear relaxation: prices [M], at least 0, and x per variable."""
+  """The linear relaxation: prices [M] >= 0, and x per variable."""
 
   prices: np.ndarray
   x: list[np.ndarray]
@@ -366,8 +367,8 @@ def _first(states: _States) -> np.ndarray:
 def _undominated(states: _States) -> np.ndarray:
   """Returns the positions of states of which no other is as good in all.
 
-  With several rows only equal rows and the most promising states are compared,
-  which leaves some dominated ones.
+  With several rows, states are compared only with equal rows and with those of
+  lowest reduced cost, which leaves some dominated ones.
   """
   value, usage = states.value, states.usage
   if not len(value):
@@ -384,8 +385,10 @@ def _undominated(states: _States) -> np.ndarray:
     new[1:] = value[1:] < np.minimum.accumulate(value)[:-1]
     return np.sort(order[new])
   dominated = np.zeros(len(order), bool)
-  for strong in np.argsort(states.spent[order], kind="stable")[:_STRONG]:
-    worse = (value[strong] <= value) & (usage[strong] <= usage).all(1)
-    worse[strong] = False
+  for dominator in np.argsort(states.spent[order], kind="stable")[
+    :_MAX_DOMINATORS
+  ]:
+    worse = (value[dominator] <= value) & (usage[dominator] <= usage).all(1)
+    worse[dominator] = False
     dominated |= worse
   return np.sort(order[~dominated])

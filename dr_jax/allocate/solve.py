@@ -70,12 +70,12 @@ def solve(
   ties: Sequence[Sequence[int]] = (),
   pinned: Mapping[int, int] | None = None,
 ) -> Solution:
-  """Finds the allocation of least summed sensitivity within all budgets.
+  """Finds the allocation of minimum summed sensitivity within all budgets.
 
   Sums are compared as exact integers, however far sensitivities are apart.
   Among equal ones the smallest use of the first budget wins, then of the
   second and so on, then the smallest column of the first layer and so on: the
-  answer is unique. Finding it takes milliseconds to a second for a hundred
+  solution is unique. Finding it takes milliseconds to a second for a hundred
   layers; budgets to be met exactly are subset sums, and hard where costs are
   large numbers with nothing in common.
 

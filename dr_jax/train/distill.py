@@ -33,7 +33,7 @@ import optax
 _TEMPERATURE = 4.0
 _MOMENTUM = 0.9
 
-Visit = int | jax.Array
+Pass = int | jax.Array
 
 
 class Distillation(NamedTuple):
@@ -88,10 +88,10 @@ def _soft(logits, labels, teacher, number, progress, memory):
   )
 
 
-def _mixture(share):
+def _mixture(fraction):
   def loss(logits, labels, teacher, number, progress, memory):
     del memory
-    part = share(progress)
+    part = fraction(progress)
     hard = jax.nn.one_hot(labels, logits.shape[-1])
     return _after_the_first(
       number,

@@ -23,7 +23,7 @@ class Score(NamedTuple):
   """What a network reaches on a data set.
 
   Attributes:
-    accuracy: share of correct top-1 answers, in percent.
+    accuracy: top-1, in percent.
     loss: mean cross-entropy.
   """
 

@@ -76,7 +76,7 @@ class Gradients(NamedTuple):
 
 
 class Carry(NamedTuple):
-  """What the passes of a step hand on: statistics, memory, teacher's logits."""
+  """What passes hand to the next: statistics, memory, teacher's logits."""
 
   batch_stats: Any
   memory: Any

@@ -85,10 +85,10 @@ def test_the_solution_is_the_first_of_all_optimal_ones(case):
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(cases(st.integers(0, 1).map(float)))
-def test_a_split_search_without_proposals_finds_the_same(case):
+def test_a_split_search_without_incumbent_finds_the_same(case):
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(branch_and_bound, "_MANY", 1)
-    patch.setattr(branch_and_bound, "_propose", lambda program: None)
+    patch.setattr(branch_and_bound, "_MAX_STATES", 1)
+    patch.setattr(branch_and_bound, "_incumbent", lambda program: None)
     assert_best(case)
 
 
@@ -108,8 +108,10 @@ def test_ties_are_broken_by_budgets_in_order_then_by_layers():
 def test_the_first_of_equal_solutions_wins_whichever_layer_is_split(
   monkeypatch, v
 ):
-  monkeypatch.setattr(branch_and_bound, "_MANY", 1)
-  monkeypatch.setattr(branch_and_bound._Walk, "branching", lambda self: v)
+  monkeypatch.setattr(branch_and_bound, "_MAX_STATES", 1)
+  monkeypatch.setattr(
+    branch_and_bound._Enumeration, "branching", lambda self: v
+  )
   costs = {"bits": [[4, 2], [4, 2]]}
   budgets = {"bits": 6}
   found = allocate.solve(np.zeros((2, 2)), costs, budgets, equal=["bits"])
@@ -232,9 +234,9 @@ def test_a_split_search_finds_what_one_search_finds(monkeypatch, seed):
   }
   budgets = {n: allocate.between(c, 0.4) for n, c in costs.items()}
   whole = allocate.solve(sensitivity, costs, budgets)
-  monkeypatch.setattr(branch_and_bound, "_MANY", 3)
-  monkeypatch.setattr(branch_and_bound, "_STRONG", 0)
-  monkeypatch.setattr(branch_and_bound, "_propose", lambda program: None)
+  monkeypatch.setattr(branch_and_bound, "_MAX_STATES", 3)
+  monkeypatch.setattr(branch_and_bound, "_MAX_DOMINATORS", 0)
+  monkeypatch.setattr(branch_and_bound, "_incumbent", lambda program: None)
   split = allocate.solve(sensitivity, costs, budgets)
   assert split.index.tolist() == whole.index.tolist()
 
@@ -310,7 +312,7 @@ def test_an_exact_budget_names_the_nearest_ones(budget, feasible, smallest):
 
 
 def test_the_search_for_a_nearest_exact_budget_has_a_limit(monkeypatch):
-  monkeypatch.setattr(branch_and_bound, "_NODES", 1)
+  monkeypatch.setattr(branch_and_bound, "_MAX_NODES", 1)
   module = importlib.import_module("dr_jax.allocate.solve")
   monkeypatch.setattr(module, "_MAX_SPLITS", 3)
   rng = np.random.default_rng(0)

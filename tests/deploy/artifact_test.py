@@ -336,9 +336,9 @@ def test_a_layer_may_have_the_name_of_its_model(tmp_path):
   model = nn.quantize(
     Inner(nnx.Rngs(0)), weight=quant.double_rounding((8, 2)), sample=x
   )
-  neighbour = tmp_path / "model.partial"
-  neighbour.mkdir()
+  neighbor = tmp_path / "model.partial"
+  neighbor.mkdir()
   deploy.save(tmp_path / "model", model)
   loaded = deploy.load(tmp_path / "model", model=Inner(nnx.Rngs(1)))
   np.testing.assert_array_equal(loaded(x), model(x))
-  assert sorted(tmp_path.iterdir()) == [tmp_path / "model", neighbour]
+  assert sorted(tmp_path.iterdir()) == [tmp_path / "model", neighbor]

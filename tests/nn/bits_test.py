@@ -194,7 +194,7 @@ def test_bits_survive_a_clone_and_a_split(model):
 
 
 def test_a_module_may_follow_several_layers():
-  """What a norm for pairs of neighbouring bit-widths needs."""
+  """What a norm for pairs of neighboring bit-widths needs."""
 
   class Pairs(nnx.Module):
     def __init__(self):

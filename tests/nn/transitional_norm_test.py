@@ -1,4 +1,4 @@
-"""Transitional batch norm: one row per pair of neighbouring bit-widths."""
+"""Transitional batch norm: one row per pair of neighboring bit-widths."""
 
 import functools
 import itertools
