@@ -144,5 +144,5 @@ def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
     codes, said = finish(running, timeout=60)
   lines = [text.strip().splitlines()[-1] for text in said]
   assert lines[0] == lines[1]
-  assert "pretrain: SIGTERM at step" in lines[0]
+  assert "pretrain: stopped by SIGTERM after step" in lines[0]
   assert codes == [0, 0]
