@@ -136,6 +136,7 @@ def test_modes_are_all_or_the_named_ones():
     throughput.modes(["fast"])
 
 
+@pytest.mark.slow
 def test_a_network_is_timed_on_all_devices():
   layout = sharding.layout()
   assert layout.data == 4  # by conftest

@@ -155,6 +155,7 @@ def test_a_second_process_in_the_same_directory_ends_with_an_error(
   assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_resumes(finished, start, tmp_path):
   workdir = tmp_path / "stopped"
   # Without the flag it is 0: see kills_test.

@@ -180,6 +180,7 @@ def mixed_types():
     yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_types")
 def test_bfloat16_computes_and_parameters_stay_float32():
   """Scales, statistics, parameters and losses stay float32."""

@@ -131,21 +131,17 @@ def label(case):
   return "-".join([case.name, *(str(value) for _, value in case.options)])
 
 
-every_method = pytest.mark.parametrize("case", CASES, ids=label)
-# Laws that compile much: in the default run, methods with their defaults.
-every_method_compiled = pytest.mark.parametrize(
-  "case",
-  [
-    pytest.param(case, marks=pytest.mark.slow) if case.options else case
-    for case in CASES
-  ],
-  ids=label,
-)
+def each(cases):
+  """Methods with their defaults; other options in the slow run."""
+  slow = pytest.mark.slow
+  marked = [pytest.param(c, marks=slow) if c.options else c for c in cases]
+  return pytest.mark.parametrize("case", marked, ids=label)
+
+
+every_method = each(CASES)
 SCALED = list(filter(learns_a_scale, CASES))
-every_scaled = pytest.mark.parametrize("case", SCALED, ids=label)
-every_weight = pytest.mark.parametrize(
-  "case", list(filter(is_weight, CASES)), ids=label
-)
+every_scaled = each(SCALED)
+every_weight = each(filter(is_weight, CASES))
 
 
 def kernel(shape=(3, 3, 4, 8), seed=0):
@@ -197,7 +193,7 @@ def test_shape_and_dtype_are_those_of_the_input(case, dtype):
   assert (out.shape, out.dtype) == (w.shape, dtype)
 
 
-@every_method_compiled
+@every_method
 def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
   quantizer, params, w, traced, *_ = fitted(case)
   w = w.copy()
@@ -228,7 +224,7 @@ def test_int_traced_constant_and_vmapped_calls_give_the_same_bits(case):
       np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
-@every_method_compiled
+@every_method
 def test_gradients_agree_between_int_traced_and_vmapped_index(case):
   quantizer, params, w, _, traced, _ = fitted(case)
   g = np.sin(kernel(seed=1))
@@ -398,7 +394,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize(("devices", "kind", "spec"), MESHES)
-@every_method_compiled
+@every_method
 def test_meshes_change_neither_values_nor_gradients(case, devices, kind, spec):
   quantizer, params, w, fake_quantize, gradients, _ = fitted(case)
   g = np.sin(kernel(seed=1))
@@ -455,7 +451,7 @@ def test_init_works_on_a_sharded_explicit_weight(case):
       assert_close(params, expected)
 
 
-@every_method_compiled
+@every_method
 def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
   """A replicated scale gets the sum of the shards' own gradients."""
   w, g = kernel((8, 6)), np.sin(kernel((8, 6), seed=1))
@@ -490,7 +486,7 @@ def test_shard_map_sums_the_scale_gradient_over_the_shards(case):
   )
 
 
-@every_method_compiled
+@every_method
 def test_shard_map_runs_one_bit_width_per_device(case):
   quantizer, params, w, fake_quantize, gradients, _ = fitted(case)
   n = 2 if len(quantizer.bits) > 1 else 1
@@ -518,12 +514,8 @@ def test_shard_map_runs_one_bit_width_per_device(case):
 
 
 @pytest.mark.parametrize("optimizer, rate", [("sgd", 10.0), ("adam", 0.05)])
-@pytest.mark.parametrize(
-  "case",
-  # Whose scale no learning rate drives below zero here.
-  [case for case in SCALED if case.name != "multi_resolution_activation"],
-  ids=label,
-)
+# The scale of one is not driven below zero by any learning rate here.
+@each(case for case in SCALED if case.name != "multi_resolution_activation")
 def test_learning_rates_100_times_too_large_keep_everything_finite(
   case, optimizer, rate
 ):

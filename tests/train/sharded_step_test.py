@@ -87,13 +87,18 @@ MODES = [
   ("accumulate", "sequential"),
   ("accumulate", "vmap"),
 ]
+# Unrolled passes, which compile longest, only in the slow run.
+SOME_MODES = [
+  pytest.param(*mode, marks=pytest.mark.slow) if mode[1] == "unroll" else mode
+  for mode in MODES
+]
 
 
 # Sharded parameters need all that replicated ones do.
 PARAMETERS = [pytest.param("replicated", marks=pytest.mark.slow), "sharded"]
 
 
-@pytest.mark.parametrize(("schedule", "vectorize"), MODES)
+@pytest.mark.parametrize(("schedule", "vectorize"), SOME_MODES)
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_a_batch_over_four_devices_trains_as_on_one(
   schedule, vectorize, parameters
@@ -108,7 +113,7 @@ def test_a_batch_over_four_devices_trains_as_on_one(
     assert leaf.sharding.device_set == set(layout.mesh.devices.flat)
 
 
-@pytest.mark.parametrize(("schedule", "vectorize"), MODES)
+@pytest.mark.parametrize(("schedule", "vectorize"), SOME_MODES)
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_a_step_donates_the_buffers_of_its_state(
   schedule, vectorize, parameters
@@ -203,7 +208,7 @@ def test_every_device_group_computes_its_own_bit_widths_only():
   assert spread < 0.35 * alone
 
 
-@pytest.mark.parametrize(("schedule", "vectorize"), MODES)
+@pytest.mark.parametrize(("schedule", "vectorize"), SOME_MODES)
 def test_per_device_norms_are_means_over_shards_of_the_batch(
   schedule, vectorize
 ):

@@ -34,7 +34,7 @@ def _run(
   *,
   steps=2,
   schedule="alternate",
-  vectorize="unroll",
+  vectorize="sequential",
   mode="none",
   optimizer="sgd",
   rate=0.05,
@@ -141,7 +141,7 @@ def test_accumulate_updates_once_with_the_sum_of_gradients(vectorize):
   ],
 )
 def test_vectorize_modes_reach_the_same_numbers(schedule, vectorize, mode):
-  expected, losses = _run(schedule=schedule, mode=mode)
+  expected, losses = _run(schedule=schedule, vectorize="unroll", mode=mode)
   state, got = _run(schedule=schedule, vectorize=vectorize, mode=mode)
   np.testing.assert_allclose(got, losses, rtol=1e-4)
   _assert_close(state.params, expected.params)
@@ -378,6 +378,7 @@ def _four():
 
 @functools.cache
 def _unrolled(**options):
+  options = {"vectorize": "unroll", **options}
   return _run(network=_four(), rate=1e-3, **options)
 
 
