@@ -22,6 +22,12 @@ class Allocation(Mapping[str, int]):
   """Bit-widths by layer, immutable and hashable, in the order given.
 
   Equal to every mapping with the same entries, in any order.
+
+  >>> allocation = Allocation.from_index(["conv1", "conv2"], (8, 4), [0, 1])
+  >>> allocation
+  Allocation({'conv1': 8, 'conv2': 4})
+  >>> allocation.mean_bits, allocation.index((8, 4)).tolist()
+  (6.0, [0, 1])
   """
 
   __slots__ = ("_bits",)

@@ -32,6 +32,9 @@ def stored_bits(parameters: Sequence[int], bits: Sequence[int]) -> np.ndarray:
 
   Raises:
     ValueError: for anything but positive integers.
+
+  >>> stored_bits([10, 30], (8, 4)).tolist()
+  [[80, 40], [240, 120]]
   """
   counts, widths = _positive("parameters", parameters), _positive("bits", bits)
   return _table([[count * b for b in widths] for count in counts])
@@ -58,6 +61,9 @@ def bops(
 
   References:
     arXiv 2011.10680, eq. 13.
+
+  >>> bops([100], (8, 4)).tolist(), bops([100], (8, 4), (8, 8)).tolist()
+  ([[6400, 1600]], [[6400, 3200]])
   """
   counts, widths = _positive("macs", macs), _positive("bits", bits)
   inputs = widths
@@ -81,6 +87,9 @@ def mean_bits(layers: int, bits: Sequence[int]) -> np.ndarray:
 
   Returns:
     int64 [L, B]. `mean_bits_budget` turns a mean into a budget of the sum.
+
+  >>> mean_bits(3, (8, 4)).tolist()
+  [[8, 4], [8, 4], [8, 4]]
   """
   widths = _positive("bits", bits)
   (count,) = _positive("layers", [layers])
@@ -95,6 +104,9 @@ def mean_bits_budget(mean: float, layers: int) -> int:
 
   Raises:
     ValueError: unless the mean is positive and finite.
+
+  >>> mean_bits_budget(3.3, 10)
+  33
   """
   (count,) = _positive("layers", [layers])
   if not (math.isfinite(mean) and mean > 0):
@@ -119,6 +131,10 @@ def latency(
 
   Raises:
     ValueError: for a missing entry, or one that is negative or not finite.
+
+  >>> table = {"conv1": {8: 2e-6, 4: 1.5e-6}}
+  >>> latency(table, ["conv1"], (8, 4)).tolist()
+  [[2000, 1500]]
   """
   widths = _positive("bits", bits)
   rows = []
@@ -158,6 +174,9 @@ def between(cost: ArrayLike, fraction: float) -> int:
 
   References:
     arXiv 2011.10680, section 3.4 and appendix.
+
+  >>> between([[80, 40], [240, 120]], 0.25)
+  200
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f"fraction must be in 0..1, got {fraction!r}")

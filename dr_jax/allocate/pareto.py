@@ -88,6 +88,12 @@ def pareto(
 
   Raises:
     ValueError: if an argument is wrong, naming it.
+
+  >>> front = pareto([[0.0, 1.0], [0.0, 5.0]], [[80, 40], [240, 120]])
+  >>> front.cost.tolist(), front.objective.tolist()
+  ([160, 200, 280, 320], [6.0, 5.0, 1.0, 0.0])
+  >>> front.at(300).index.tolist()
+  [1, 0]
   """
   problem = check(sensitivity, {_NAME: cost}, ties, pinned)
   costs, values = problem.cost(_NAME), _fixed_point(problem.objective)

@@ -96,6 +96,15 @@ def solve(
 
   References:
     arXiv 2011.10680, section 3.4.
+
+  >>> sensitivity = [[0.0, 1.0], [0.0, 5.0]]  # two layers, 8 or 4 bits
+  >>> costs = {"bits": [[80, 40], [240, 120]]}
+  >>> solution = solve(sensitivity, costs, {"bits": 300})
+  >>> solution.index.tolist(), solution.objective, solution.usage
+  ([1, 0], 1.0, {'bits': 280})
+  >>> solve(sensitivity, costs, {"bits": 100})
+  Traceback (most recent call last):
+  dr_jax.allocate.solve.Infeasible: ...
   """
   problem = check(sensitivity, costs, ties, pinned)
   budgets = _check_budgets(budgets, problem.costs)

@@ -13,14 +13,12 @@ saved.
       checkpoints.save(step, state)
 """
 
+from __future__ import annotations
+
 import contextlib
-import gc
-import logging
 import os
-import sys
 import textwrap
 import threading
-import time
 import warnings
 from typing import Any
 
@@ -31,6 +29,7 @@ from absl import flags
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from dr_jax.checkpoint import failures
 from dr_jax.checkpoint.snapshot import (
   Snapshot,
   checksums,
@@ -59,16 +58,19 @@ KEEP = 2
 _BARRIER = "experimental_orbax_use_distributed_barrier"
 
 
-def disk_bytes(state, *, keep=KEEP):
+def disk_bytes(state: Any, *, keep: int = KEEP) -> int:
   """Returns how many bytes the checkpoints of a state take on disk at most.
 
-  One more than are kept, since the oldest goes only when the newest is there;
-  and what Orbax writes besides the arrays, by measurement less than 64 KiB and
-  2 KiB for each array.
+  One more than are kept, since the oldest is deleted only when the newest is
+  complete; and what Orbax writes besides the arrays, by measurement less than
+  64 KiB and 2 KiB for each array.
 
   Args:
     state: as for `Checkpoints.save`, or of `jax.ShapeDtypeStruct`s.
     keep: as for `Checkpoints`.
+
+  >>> disk_bytes({"w": jax.ShapeDtypeStruct((1000,), jnp.float32)}, keep=1)
+  143168
   """
   leaves = named_leaves(state).values()
   values = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -79,27 +81,37 @@ class Checkpoints:
   """The checkpoints of one run, one subdirectory per step.
 
   A checkpoint appears under its step number only when it is complete. What a
-  killed process left half-written is removed on opening, so a directory takes
-  one writer at a time.
+  killed process left incomplete is removed on opening, so a directory takes one
+  writer at a time.
 
   Attributes:
     directory: absolute path of the checkpoints.
+
+  >>> import tempfile
+  >>> state = {"w": jnp.arange(3.0)}
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   with Checkpoints(folder) as checkpoints:
+  ...     checkpoints.save(7, state, blocking=True)
+  ...     restored = checkpoints.restore(like=state)
+  ...     checkpoints.latest(), restored["w"].tolist()
+  (7, [0.0, 1.0, 2.0])
   """
 
-  def __init__(self, directory, *, keep=KEEP):
-    """Opens a directory of checkpoints, creating it if need be.
+  def __init__(self, directory: str | os.PathLike, *, keep: int = KEEP):
+    """Opens a directory of checkpoints, creating it if necessary.
 
     Args:
       directory: local path, or a URL that Orbax can write to.
-      keep: how many checkpoints to keep, the newest; older ones are deleted.
+      keep: how many of the newest checkpoints to keep; older ones are deleted.
     """
-    directory = os.fspath(directory)
-    self.directory = (
-      directory if "://" in directory else os.path.abspath(directory)
-    )
-    self._keep, self._failed = keep, []
+    path = os.fspath(directory)
+    self.directory = path if "://" in path else os.path.abspath(path)
+    self._keep = keep
+    self._failed: list[Exception] = []
     handlers = ocp.handlers.local_registry(include_global_registry=False)
-    handlers.add(_recording(self._failed), checkpointable_name="state")
+    handlers.add(
+      failures.recording_handler(self._failed), checkpointable_name="state"
+    )
     # By default, Orbax stores a dictionary of numbers as arrays.
     handlers.add(ocp.handlers.JsonHandler, checkpointable_name="manifest")
     context = ocp.Context()
@@ -109,7 +121,8 @@ class Checkpoints:
       if _BARRIER in flags.FLAGS:
         flags.FLAGS[_BARRIER].value = True
       context.array.saving.use_replica_parallel = False
-    # Reading together, Orbax lets who can read wait for who cannot.
+    # Reading together, Orbax lets processes that can read wait for those that
+    # cannot.
     self._alone = ocp.Context()
     self._alone.multiprocessing.active_processes = {jax.process_index()}
     self._alone.multiprocessing.primary_host = jax.process_index()
@@ -121,24 +134,24 @@ class Checkpoints:
       # pyrefly: ignore  # A protocol of Orbax that its own class misses.
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     )
-    # As the first process sees it: on a network drive others may not yet. What
-    # becomes of it they all know.
+    # As the first process sees it: on a network drive others may not yet. Later
+    # changes are known to all.
     self._steps = on_first(self._clean)
 
   def _clean(self):
-    """Removes what is half-written; returns the steps that there are."""
-    # Orbax's own cleanup runs in a thread that nobody waits for.
+    """Removes incomplete checkpoints; returns the steps of the others."""
+    # Orbax's own cleanup runs in a thread that nothing waits for.
     for path in epath.Path(self.directory).glob("*.orbax-checkpoint-tmp*"):
       path.rmtree()
     return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
-  def save(self, step, state, *, blocking=False):
+  def save(self, step: int, state: Any, *, blocking: bool = False) -> None:
     """Saves a state as the latest one.
 
     Returns as soon as the arrays are on the host; their buffers may be donated
-    right away. Waits for the save before this one, if that is still going on,
-    and raises what went wrong in it. Checkpoints of this or a later step are
-    deleted first: a run that saves step 30 has left what it once was at 40.
+    right away. Waits for the previous save, if it has not finished, and raises
+    its error. Checkpoints of this or a later step are deleted first: they are
+    of a run that was resumed from an earlier step.
 
     Args:
       step: integer, counts from 0.
@@ -167,12 +180,12 @@ class Checkpoints:
     if blocking:
       self.wait()
 
-  def restore(self, step=None, *, like):
+  def restore(self, step: int | None = None, *, like: Any) -> Any:
     """Returns a saved state, bit for bit.
 
     Args:
-      step: which one, the latest by default. Only the latest may give way: if
-        it is damaged, a warning says so and the one before takes its place.
+      step: which one; by default the latest, or if that is damaged, with a
+        warning, the one before it.
       like: a state of the same structure, of arrays or `jax.ShapeDtypeStruct`s,
         that also says where each array goes: to the `sharding` of its leaf;
         without one, or for an array that is not committed to a device, to
@@ -205,12 +218,12 @@ class Checkpoints:
       return state
     raise errors[0]
 
-  def latest(self):
+  def latest(self) -> int | None:
     """Returns the step of the latest checkpoint, or None if there is none."""
     return max(self._steps, default=None)
 
-  def wait(self):
-    """Waits until what was saved is on disk.
+  def wait(self) -> None:
+    """Waits until the last save is on disk.
 
     Raises:
       CheckpointError: if it could not be saved.
@@ -223,7 +236,7 @@ class Checkpoints:
   def _wait_with_others(self):
     """Waits as Orbax does, but not for others after a failure in this process.
 
-    They wait for this one; they are free once it has ended.
+    The others wait for this one, until it ends.
     """
     waiting = threading.Thread(target=self._try_to_wait, daemon=True)
     waiting.start()
@@ -233,19 +246,19 @@ class Checkpoints:
       waiting.join(0.01)
 
   def _try_to_wait(self):
-    # What it raises it raises again.
+    # `wait` raises the same again.
     with contextlib.suppress(Exception):
       self._orbax.wait()
 
-  def close(self):
-    """Waits, and gives up the directory; raises as `wait`."""
+  def close(self) -> None:
+    """Waits, and releases the directory; raises as `wait`."""
     with self._failures():
       self._orbax.close()
 
-  def __enter__(self):
+  def __enter__(self) -> Checkpoints:
     return self
 
-  def __exit__(self, kind, error, traceback):
+  def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
     lost = isinstance(error, (CheckpointError, jax.errors.JaxRuntimeError))
     if not (lost and jax.process_count() > 1):
       self.close()
@@ -302,7 +315,7 @@ class Checkpoints:
   def _read(self, step, name, abstract):
     path = self._path(step)
     try:
-      with _quiet(), self._alone:
+      with failures.quiet(), self._alone:
         return ocp.load_checkpointables(path, {name: abstract})[name]
     except Exception as error:
       raise _damaged(path, error.__cause__ or error) from error
@@ -333,33 +346,6 @@ class Checkpoints:
       ) from error
 
 
-def _recording(failed):
-  """A handler that records at once what this process cannot write.
-
-  Orbax raises it when all processes have come to their end, and those that can
-  write wait for a word of this one.
-
-  Args:
-    failed: list that takes the errors.
-  """
-
-  # Orbax marks it final, and offers no other way to see a process's error.
-  class Arrays(ocp.handlers.PyTreeHandler):  # pyrefly: ignore
-    async def save(self, directory, checkpointable):
-      written = await super().save(directory, checkpointable)
-
-      async def recorded():
-        try:
-          await written
-        except Exception as error:
-          failed.append(error)
-          raise
-
-      return recorded()
-
-  return Arrays
-
-
 def _all_or_none(path, error):
   """Raises in every process if any has an error, so that none continues."""
   if not all_agree(error is None):
@@ -369,28 +355,6 @@ def _all_or_none(path, error):
 def _damaged(path, reason):
   reason = textwrap.shorten(str(reason), 200)
   return _DamagedError(f"damaged checkpoint {path}: {reason}")
-
-
-@contextlib.contextmanager
-def _quiet():
-  """Keeps what goes wrong to the one exception that says it.
-
-  When one array of many cannot be read, Orbax raises and abandons the other
-  reads; each of them then prints a traceback.
-  """
-  asyncio_logger = logging.getLogger("asyncio")
-  disabled, hook = asyncio_logger.disabled, sys.unraisablehook
-  asyncio_logger.disabled, sys.unraisablehook = True, lambda unraisable: None
-  try:
-    yield
-  except Exception:
-    # Until the abandoned reads have ended, and Python has noticed.
-    time.sleep(0.2)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-      gc.collect()
-    raise
-  finally:
-    asyncio_logger.disabled, sys.unraisablehook = disabled, hook
 
 
 def _sharding(leaf):

@@ -1,13 +1,17 @@
 """What a checkpoint holds: the arrays of a state, and a manifest of them.
 
 A state is one flat dictionary {"params/conv1/kernel": array, ...}, with the
-data of typed PRNG keys in their place. The manifest says shape, dtype and
-checksum of each array, and carries its own checksum.
+data of typed PRNG keys in their place. The manifest has shape, dtype and
+checksum of each array, and its own checksum.
 """
+
+from __future__ import annotations
 
 import collections
 import json
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +22,12 @@ from dr_jax.runtime.tree import named_leaves
 class Snapshot:
   """A copy of a state on its devices, which can be saved later.
 
-  Copies and checksums are made by the devices when they come to it. Nothing
-  waits for them before `Checkpoints.save`, and the buffers of the state may be
-  donated right away.
+  The devices make copies and checksums asynchronously. Nothing waits for them
+  before `Checkpoints.save`, and the buffers of the state may be donated right
+  away.
   """
 
-  def __init__(self, state):
+  def __init__(self, state: Any):
     """Copies a state.
 
     Args:
@@ -51,8 +55,8 @@ class Snapshot:
     self.arrays = {name: array for name, (array, _) in taken.items()}
     self._sums = {name: number for name, (_, number) in taken.items()}
 
-  def manifest(self):
-    """What a checkpoint says of its arrays; waits for the checksums."""
+  def manifest(self) -> dict[str, Any]:
+    """Returns the manifest; waits for the checksums."""
     sums = jax.device_get(self._sums)
     return _seal(
       {
@@ -63,24 +67,26 @@ class Snapshot:
 
 
 def _seal(leaves):
-  """Returns the manifest: what it says of each leaf, and its own checksum."""
+  """Returns a manifest of entries by leaf, with its checksum."""
   text = json.dumps(leaves, sort_keys=True)
   return {"leaves": leaves, "crc32": zlib.crc32(text.encode())}
 
 
-def unsealed(manifest):
-  """Returns what a manifest says of each leaf, None if it is damaged."""
+def unsealed(manifest: Any) -> dict[str, Any] | None:
+  """Returns the entries of a manifest by leaf, or None if it is damaged."""
   if not isinstance(manifest, dict):
     return None
   leaves = manifest.get("leaves")
   return leaves if manifest == _seal(leaves) else None
 
 
-def difference(saved, wanted):
+def difference(
+  saved: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> str | None:
   """Describes the first difference of a saved state from a wanted one, or None.
 
   Args:
-    saved: what a manifest says of each leaf.
+    saved: entries of a manifest by leaf.
     wanted: {name: leaf}.
   """
   for name in [*wanted, *saved]:
@@ -109,12 +115,12 @@ def _key_data(leaf):
   return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def key_data(leaves):
-  """Puts the data of typed PRNG keys in their place, {name: array}."""
+def key_data(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Replaces typed PRNG keys by their data, {name: array}."""
   return {name: _key_data(leaf) for name, leaf in leaves.items()}
 
 
-def checksums(arrays):
+def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
   """Returns {name: checksum}; waits for the devices.
 
   Args:
@@ -132,10 +138,10 @@ def _by_devices(program, arrays):
       arrays of different devices.
     arrays: {name: array}.
   """
-  groups = collections.defaultdict(dict)
+  groups: dict[Any, dict[str, jax.Array]] = collections.defaultdict(dict)
   for name, array in arrays.items():
     groups[frozenset(array.sharding.device_set)][name] = array
-  results = {}
+  results: dict[str, Any] = {}
   for group in groups.values():
     results |= program(group)
   return results
@@ -156,8 +162,8 @@ def _sums(arrays):
 def _sum(array):
   """A checksum: any one changed element changes it.
 
-  An integer modulo 2^32, so that the order of the sum, and with it how devices
-  and processes share an array, is of no matter.
+  An integer modulo 2^32, so that it depends neither on the order of the sum nor
+  on how an array is sharded over devices and processes.
   """
   if array.dtype == jnp.bool_:
     array = array.astype(jnp.uint8)

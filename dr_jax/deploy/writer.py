@@ -42,6 +42,23 @@ def save(
   Raises:
     FileExistsError: if the path exists; nothing is overwritten.
     ValueError: if the model is not quantized, or its method is not registered.
+
+  >>> import tempfile
+  >>> from dr_jax import deploy, quant
+  >>> rngs = nnx.Rngs(0)
+  >>> model = nnx.Linear(4, 6, rngs=rngs)
+  >>> network = nn.quantize(
+  ...   model,
+  ...   weight=quant.double_rounding((8, 4)),
+  ...   sample=jnp.ones((1, 4)),
+  ...   skip=(),
+  ... )
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   deploy.save(f"{folder}/model", network)
+  ...   stored = deploy.load(f"{folder}/model", model=model, bits=4)
+  >>> nn.set_bits(network, 4)
+  >>> bool((network(jnp.eye(4)) == stored(jnp.eye(4))).all())
+  True
   """
   with files.atomic_directory(path) as directory:
     parts = nn.deployed.parts_of(model)

@@ -50,6 +50,10 @@ def hvp(
 
   Raises:
     ValueError: for an unknown mode, or a v that does not fit params.
+
+  >>> loss = lambda w: w[0] ** 2 * w[1]
+  >>> hvp(loss, jnp.array([1.0, 3.0]), jnp.array([1.0, 0.0])).tolist()
+  [6.0, 2.0]
   """
   return value_and_hvp(loss, params, v, *args, mode=mode)[1]
 
@@ -74,11 +78,23 @@ def quadratic_forms(
 
   Raises:
     ValueError: as for `hvp`.
+
+  >>> loss = lambda params: params["a"] ** 2 + 3 * params["a"] * params["b"]
+  >>> params, v = {"a": 1.0, "b": 2.0}, {"a": 1.0, "b": -1.0}
+  >>> params, v = jax.tree.map(jnp.float32, (params, v))
+  >>> {name: float(x) for name, x in quadratic_forms(loss, params, v).items()}
+  {'a': -1.0, 'b': -3.0}
   """
   return dots(v, hvp(loss, params, v, *args, mode=mode))
 
 
-def value_and_hvp(loss, params, v, *args, mode):
+def value_and_hvp(
+  loss: Callable[..., Float[Array, ""]],
+  params: PyTree,
+  v: PyTree,
+  *args: Any,
+  mode: str,
+) -> tuple[Float[Array, ""], PyTree]:
   """Returns (loss, H v); see `hvp`."""
   check_mode(mode)
   _check_vector(params, v)
@@ -95,13 +111,13 @@ def value_and_hvp(loss, params, v, *args, mode):
   return value, product
 
 
-def dots(v, product):
+def dots(v: PyTree, product: PyTree) -> dict[str, Float[Array, ""]]:
   """Returns {slash path: inner product} of two trees, leaf by leaf."""
   v, product = (named_leaves(tree) for tree in (v, product))
   return {path: _dot(v[path], product[path]) for path in v}
 
 
-def check_mode(mode):
+def check_mode(mode: str) -> None:
   """Raises a ValueError for an unknown mode."""
   if mode not in MODES:
     raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

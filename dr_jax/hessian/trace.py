@@ -87,6 +87,11 @@ def trace(
   Raises:
     ValueError: if an argument is outside of what is said above, a path of
       select is not in params, or the loss or H v is NaN or infinite.
+
+  >>> loss = lambda params, batch: (params["w"] ** 2 * batch).mean()
+  >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])]
+  >>> trace(loss, {"w": jnp.ones(2)}, jax.random.key(0), batches)
+  {'w': TraceEstimate(mean=5.0, stderr=0.0, probes=8)}
   """
   check_mode(mode)
   _check_stopping(rel_stderr, min_probes, max_probes)
@@ -149,6 +154,10 @@ def sensitivity(
 
   References:
     HAWQ-V2, arXiv 1911.03852, section 3.1 (the average trace).
+
+  >>> estimates = {"a": TraceEstimate(6.0, 0.1, 8)}
+  >>> sensitivity(estimates, {"a": 3})
+  {'a': 2.0}
   """
   for path in estimates:
     if parameters.get(path, 0) < 1:

@@ -66,6 +66,23 @@ def functional(model: nnx.Module) -> Functional:
 
   The model is not changed, and later changes to it have no effect on what is
   returned; see `nn.update` for the way back.
+
+  >>> from dr_jax import nn, quant
+  >>> rngs = nnx.Rngs(0)
+  >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+  >>> network = nn.quantize(
+  ...   nnx.Sequential(*layers),
+  ...   weight=quant.double_rounding((8, 4)),
+  ...   sample=jnp.ones((1, 4)),
+  ...   skip=(),
+  ... )
+  >>> split = nn.functional(network)
+  >>> split.bits, split.layers, sorted(split.params["layers"]["0"])
+  ((8, 4), 2, ['bias', 'kernel', 'weight_params'])
+  >>> x = jnp.ones((3, 4))
+  >>> lowest, _ = split.apply(split.params, split.batch_stats, 1, x)
+  >>> lowest.shape
+  (3, 2)
   """
   graph, params, bits, rest = nnx.split(model, nnx.Param, Bits, ...)
   params, bits, rest = (

@@ -56,6 +56,20 @@ def layer_table(model: nnx.Module) -> LayerTable:
 
   Layers that stay float are not listed, so that a budget computed from the
   table counts only what is quantized.
+
+  >>> from dr_jax import nn, quant
+  >>> rngs = nnx.Rngs(0)
+  >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+  >>> network = nn.quantize(
+  ...   nnx.Sequential(*layers),
+  ...   weight=quant.double_rounding((8, 4)),
+  ...   sample=jnp.ones((1, 4)),
+  ...   skip=(),
+  ... )
+  >>> print(nn.layer_table(network))
+  name      kind    shape   stride  parameters  macs  signed  bits
+  layers/0  linear  (4, 6)  1       24          24    None    8
+  layers/1  linear  (6, 2)  1       12          12    None    8
   """
   rows = []
   for name, layer in quantized_layers(model).items():
@@ -90,6 +104,19 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
   Raises:
     ValueError: for a bit-width that is not a candidate, or unknown or missing
       names, which it lists.
+
+  >>> from dr_jax import nn, quant
+  >>> rngs = nnx.Rngs(0)
+  >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+  >>> network = nn.quantize(
+  ...   nnx.Sequential(*layers),
+  ...   weight=quant.double_rounding((8, 4)),
+  ...   sample=jnp.ones((1, 4)),
+  ...   skip=(),
+  ... )
+  >>> nn.set_bits(network, {"layers/0": 4, "layers/1": 8})
+  >>> [row.bits for row in nn.layer_table(network)]
+  [4, 8]
   """
   known = candidates(model)
   layers = quantized_layers(model)

@@ -88,7 +88,7 @@ class Quantized:
     self.weight_quantizer = weight
     self.weight_params = _learned(arrays)
 
-  def promote_dtype(self, arrays, /, dtype=None):
+  def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
     inputs, kernel, bias = arrays
     index = self.bits.get_value()
     inputs = self._quantize_input(inputs, index)
@@ -139,7 +139,7 @@ class Stored(Quantized):
       lambda i: self.weight_quantizer.decode(encoded, i), index
     )
 
-  def promote_dtype(self, arrays, /, dtype=None):
+  def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
     inputs, kernel, bias = arrays
     inputs = self._quantize_input(inputs, self.bits.get_value())
     kernel = kernel.astype(self.param_dtype)

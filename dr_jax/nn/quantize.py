@@ -25,7 +25,11 @@ Skip = str | Callable[[Sequence[str]], Iterable[str]]
 
 
 def first_and_last(names: Sequence[str]) -> tuple[str, ...]:
-  """Skip rule: the first and the last layer in call order stay float."""
+  """Skip rule: the first and the last layer in call order stay float.
+
+  >>> first_and_last(["stem", "conv1", "conv2", "head"])
+  ('stem', 'head')
+  """
   return (names[0], names[-1])
 
 
@@ -72,6 +76,19 @@ def quantize(
       layer; if weights or inputs are NaN or infinite; if the sample does not
       reach a layer, or reaches it inside a jax transformation; if a layer has
       inputs of a sign that the activation cannot quantize.
+
+  >>> import jax.numpy as jnp
+  >>> from dr_jax import nn, quant
+  >>> rngs = nnx.Rngs(0)
+  >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+  >>> network = nn.quantize(
+  ...   nnx.Sequential(*layers),
+  ...   weight=quant.double_rounding((8, 4)),
+  ...   sample=jnp.ones((1, 4)),
+  ...   skip=(),
+  ... )
+  >>> nn.candidates(network), network(jnp.ones((3, 4))).shape
+  ((8, 4), (3, 2))
   """
   if activation is not None and activation.bits != weight.bits:
     raise ValueError(

@@ -45,6 +45,12 @@ def front(rows: Sequence[Row], cost: str, score: str = "accuracy") -> list[Row]:
 
   Returns:
     Rows by rising cost, each with a better score than those before.
+
+  >>> def row(bits, accuracy):
+  ...   return {"cost": {"bits": bits}, "test": {"accuracy": accuracy}}
+  >>> rows = [row(4, 90.0), row(6, 89.0), row(8, 92.0)]
+  >>> [r["cost"]["bits"] for r in front(rows, "bits")]
+  [4, 8]
   """
   sign = -1 if score == "accuracy" else 1
   ranked = sorted(

@@ -41,6 +41,19 @@ def greedy(
   References:
     Bit-Mixer, ICCV 2021: from its text, as there is no public code. Its budget
     is the mean bit-width.
+
+  >>> from dr_jax import nn, search
+  >>> table = nn.LayerTable(
+  ...   nn.LayerRow(name, "linear", (4, 4), 1, 16, 16, None, 8) for name in "ab"
+  ... )
+  >>> problem = search.Problem(
+  ...   table=table, bits=(8, 4), costs={"bits": np.array([[8, 4], [8, 4]])}
+  ... )
+  >>> harm = np.array([0.5, 0.1])  # what 4 bits cost each layer
+  >>> evaluate = search.Evaluator(lambda index: (90.0, float(harm @ index)))
+  >>> found = search.greedy(problem, {"bits": 12}, evaluate)
+  >>> found.allocation, found.loss, found.evaluations
+  (Allocation({'a': 8, 'b': 4}), 0.1, 3)
   """
   log = SearchLog(problem, budgets, evaluate)
   if per_cost and len(budgets) > 1:

@@ -44,6 +44,16 @@ class Problem:
     pinned: {layer number: position} of layers that are not searched.
     metric: "loss" or "accuracy", by which assignments are compared; the other
       one breaks ties.
+
+  >>> from dr_jax import nn, search
+  >>> table = nn.LayerTable(
+  ...   nn.LayerRow(name, "linear", (4, 4), 1, 16, 16, None, 8) for name in "ab"
+  ... )
+  >>> problem = search.Problem(
+  ...   table=table, bits=(8, 4), costs={"bits": np.array([[8, 4], [8, 4]])}
+  ... )
+  >>> problem.cost((0, 1)), problem.fits((0, 1), {"bits": 11})
+  ({'bits': 12}, False)
   """
 
   table: LayerTable

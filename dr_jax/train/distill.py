@@ -62,7 +62,12 @@ class Distillation(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Mean cross-entropy; logits [n, classes], labels int [n]; float32."""
+  """Mean cross-entropy; logits [n, classes], labels int [n]; float32.
+
+  >>> logits = jnp.array([[0.0, 0.0], [10.0, 0.0]])
+  >>> round(float(cross_entropy(logits, jnp.array([1, 0]))), 4)
+  0.3466
+  """
   return optax.softmax_cross_entropy_with_integer_labels(
     logits.astype(jnp.float32), labels
   ).mean()

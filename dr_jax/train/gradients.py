@@ -91,7 +91,16 @@ class Carry(NamedTuple):
     )
 
 
-def gradients_of(parts, state, carry, batch, index, number, *, axis=None):
+def gradients_of(
+  parts: Parts,
+  state: TrainState,
+  carry: Carry,
+  batch: dict[str, jax.Array],
+  index: Index,
+  number: int | jax.Array,
+  *,
+  axis: str | None = None,
+) -> tuple[Gradients, Carry, jax.Array]:
   """Returns gradients, the new carry, and the loss of one pass.
 
   `number` counts the passes of a step. `axis` names the dimension of
@@ -215,7 +224,9 @@ def _mean_entry(table, index):
   return jnp.asarray(table)[jnp.asarray(index)].mean()
 
 
-def apply_gradients(parts, state, gradients):
+def apply_gradients(
+  parts: Parts, state: TrainState, gradients: Gradients
+) -> TrainState:
   """Returns the state after one optimizer update, at the same step number."""
   directions, opt_state = parts.optimizer.update(
     gradients.params, state.opt_state, state.params
@@ -247,7 +258,7 @@ def _update_scale(rate):
   return update
 
 
-def scales_of(parts, tree):
+def scales_of(parts: Parts, tree: Any) -> list[Any]:
   """The leaves that are learned scales, as a flat list."""
   labels = jax.tree.leaves(parts.network.param_labels)
   pairs = zip(jax.tree.leaves(tree), labels, strict=True)

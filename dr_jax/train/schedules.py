@@ -68,6 +68,12 @@ def resolve_vectorize(vectorize: str, schedule: str) -> str:
   Raises:
     ValueError: for unknown names, or "vmap" with the alternate schedule, whose
       updates depend on each other.
+
+  >>> resolve_vectorize("sequential", "alternate")
+  'sequential'
+  >>> resolve_vectorize("vmap", "alternate")
+  Traceback (most recent call last):
+  ValueError: vectorize must not be 'vmap' with schedule='alternate': ...
   """
   if schedule not in SCHEDULES:
     raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
@@ -146,8 +152,8 @@ def _alternate_sequential(parts):
 def _accumulate_unrolled(parts):
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
-    summed, losses = None, []
-    carry = Carry(state.batch_stats, state.memory, ())
+    summed: Any = None
+    losses, carry = [], Carry(state.batch_stats, state.memory, ())
     for number, index in enumerate(parts.indices(state)):
       gradients, carry, loss = gradients_of(
         parts, state, carry, batch, index, number

@@ -92,6 +92,32 @@ def make_trainer(
   Raises:
     ValueError: for an unknown name, or a number of loss weights or a layout
       that does not fit.
+
+  >>> import optax
+  >>> from flax import nnx
+  >>> from dr_jax import nn, quant
+  >>> from dr_jax.train import make_optimizer
+  >>> rngs = nnx.Rngs(0)
+  >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+  >>> images, labels = jnp.eye(4), jnp.array([0, 1, 0, 1])
+  >>> network = nn.functional(
+  ...   nn.quantize(
+  ...     nnx.Sequential(*layers),
+  ...     weight=quant.double_rounding((8, 4)),
+  ...     sample=images,
+  ...     skip=(),
+  ...   )
+  ... )
+  >>> optimizer = make_optimizer("adam", param_labels=network.param_labels)
+  >>> trainer = make_trainer(
+  ...   network, optimizer, optax.constant_schedule(0.1), alrs="relative"
+  ... )
+  >>> state = trainer.init(jax.random.key(0))
+  >>> batch = {"image": images, "label": labels}
+  >>> for _ in range(50):
+  ...   state, losses = trainer.step(state, batch)
+  >>> trainer.labels, losses.shape, bool((losses < 0.1).all())
+  ((8, 4), (2,), True)
   """
   vectorize = resolve_vectorize(vectorize, schedule)
   if alrs not in alrs_lib.MODES:
@@ -142,7 +168,11 @@ def make_trainer(
 def pass_labels(
   bits: tuple[int, ...], sampling: sampling_lib.Sampling
 ) -> tuple[Label, ...]:
-  """What each pass of a step trains; `bits` is empty for a float network."""
+  """What each pass of a step trains; `bits` is empty for a float network.
+
+  >>> pass_labels((8, 6, 4, 2), sampling_lib.get("sandwich"))
+  (8, 'random', 2)
+  """
   return sampling.labels(bits) if bits else (None,)
 
 
