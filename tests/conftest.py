@@ -49,7 +49,7 @@ def compilation_cache(tmp_path_factory):
 # Tests of these folders compare programs bit for bit, as XLA optimizes them, or
 # run what users run. In the others compilation takes most of the time, and XLA
 # optimizes little.
-OPTIMIZED = ("quant", "nn", "deploy", "integration")
+OPTIMIZED = ("quant", "deploy", "integration")
 LITTLE = "jax_disable_most_optimizations"
 jax.config.update(LITTLE, True)
 

@@ -203,6 +203,8 @@ def test_sigterm_reaches_every_process_once(stand_in, tmp_path):
 def test_ctrl_c_in_a_terminal_reaches_every_process_once(stand_in, tmp_path):
   pid, terminal = pty.fork()
   if pid == 0:
+    # A run in the background ignores it, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(WISH_0="wait", WISH_1="wait")
     os.execv(SCRIPT, ["local.sh", f"--workdir={tmp_path}/run"])
   stand_in(2)

@@ -70,6 +70,7 @@ def started(commands, *, devices=1):
     for process in running:
       process.kill()
       process.wait()
+      process.stdout.close()
 
 
 def finish(running, timeout=300):
