@@ -209,6 +209,7 @@ def test_a_step_out_of_memory_is_reported_in_the_table():
     throughput._until_ready(fails("INTERNAL: broken"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_scaling_trains_equally_many_images_on_every_device(devices):
   layout = sharding.layout(devices=jax.devices()[:devices])

@@ -22,17 +22,8 @@ def values(method, **train):
   }
 
 
-# One that trains, and one that does not.
-QUICK = ("double_rounding", "bitwave")
-
-
-@pytest.mark.parametrize(
-  "method",
-  [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name in RECIPES
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
 def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
   """The export stage itself fails unless scores are equal."""
   config = from_dict(values(method))

@@ -74,6 +74,7 @@ def test_weights_start_as_torchvisions():
   np.testing.assert_array_equal(head.bias[...], 0)
 
 
+@pytest.mark.slow
 def test_inputs_of_expansions_are_signed_and_others_are_not():
   model = nn.quantize(
     build(width=0.1, num_classes=5),

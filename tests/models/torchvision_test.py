@@ -193,13 +193,8 @@ def arrays(model):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    name if name == "resnet18" else pytest.param(name, marks=pytest.mark.slow)
-    for name in CASES
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_network_with_torchvisions_weights_gives_torchvisions_logits(
   name, tmp_path
 ):

@@ -136,6 +136,7 @@ def test_an_error_of_the_first_process_reaches_all(tmp_path):
     assert "is not empty and holds no run" in text
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path):
   workdir = tmp_path / "run"
   with started(2, workdir, "--config.pretrain.epochs=400") as running:
