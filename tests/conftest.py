@@ -46,20 +46,27 @@ def compilation_cache(tmp_path_factory):
     jax.config.update(name, float(os.environ[name.upper()]))
 
 
-# Tests of these folders compare programs bit for bit, as XLA optimizes them, or
-# run what users run. In the others compilation takes most of the time, and XLA
-# optimizes little.
+# Compilation takes most of the default run, in which XLA optimizes little,
+# but in tests of these folders: they compare programs bit for bit, or run what
+# users run. The slow run has all programs as users have them.
 OPTIMIZED = ("quant", "deploy", "integration")
-LITTLE = "jax_disable_most_optimizations"
-jax.config.update(LITTLE, True)
+
+
+def optimize_little(config, folder=None):
+  little = config.option.markexpr == "not slow" and folder not in OPTIMIZED
+  jax.config.update("jax_disable_most_optimizations", little)
+
+
+def pytest_configure(config):
+  optimize_little(config)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def optimization(request):
-  folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
-  jax.config.update(LITTLE, folder not in OPTIMIZED)
+  tests = pathlib.Path(__file__).parent
+  optimize_little(request.config, request.path.relative_to(tests).parts[0])
   yield
-  jax.config.update(LITTLE, True)
+  optimize_little(request.config)
 
 
 @pytest.fixture(scope="session", autouse=True)
