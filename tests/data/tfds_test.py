@@ -132,6 +132,7 @@ def test_an_unreadable_record_is_named_by_split_and_number(prepared):
     list(data.epoch(loaded.train, batch_size=8))
 
 
+@pytest.mark.slow
 def test_training_on_a_data_set_never_imports_tensorflow(prepared, tmp_path):
   code = f"""
 import sys
