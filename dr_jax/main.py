@@ -19,19 +19,19 @@ import warnings
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_dict, config_flags
 from rich.console import Console
 
 from dr_jax import pipeline, report
-from dr_jax.config import from_dict
+from dr_jax.config import ConfigError, from_dict
+from dr_jax.config import flags as config_flags
 from dr_jax.pipeline import comparison
 from dr_jax.pipeline.stages import STAGES
 from dr_jax.runtime import compilation, processes
 from dr_jax.train import NonFiniteError
 
-_CONFIG = config_flags.DEFINE_config_file(
+_CONFIG = config_flags.define(
   "config",
-  help_string="What to run. Its stages can be "
+  "What to run. Its stages can be "
   + "; ".join(f"{stage.name}: {stage.help}" for stage in STAGES.values()),
 )
 _WORKDIR = flags.DEFINE_string(
@@ -196,47 +196,10 @@ def _on_signals():
 def _parse(argv):
   """Parses flags; anything wrong is one line and exit code 2."""
   try:
-    return flags.FLAGS(argv)
-  except (AttributeError, KeyError) as error:
-    _exit(_unknown_field(argv) or error)
-  except (flags.Error, TypeError, ValueError) as error:
-    _exit(_own_words(error))
-  except (OSError, ImportError) as error:
-    _exit(f"--config: {error}")
-
-
-def _exit(error):
-  _report(error)
-  sys.exit(2)
-
-
-def _own_words(error):
-  """What a configuration file raised, without the traceback around it."""
-  text = str(error).strip()
-  if "Traceback (most recent call last)" not in text:
-    return text
-  return f"--config={text.splitlines()[-1].partition(': ')[2]}"
-
-
-def _unknown_field(argv):
-  """Describes the first --config.x.y that the file does not have, if any."""
-  overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
-  # Parse the rest alone, to see the file; config_flags looks at sys.argv.
-  sys.argv = [a for a in argv if a not in overrides]
-  flags.FLAGS(sys.argv, known_only=True)
-  for override in overrides:
-    node = _CONFIG.value
-    path = override.partition("=")[0].split(".")[1:]
-    for depth, key in enumerate(path):
-      if not isinstance(node, config_dict.ConfigDict):
-        group = ".".join(path[:depth])
-        return f"{override}: {group} is a value, not a group of fields"
-      if key not in node:
-        return (
-          f"{override}: field must be one of {', '.join(node)}, got {key!r}"
-        )
-      node = node[key]
-  return None
+    return config_flags.parse(argv)
+  except ConfigError as error:
+    _report(error)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,7 @@ SHORT = (
 
 def arguments(workdir, flags):
   """The short job's, and flags that may replace some of them."""
-  # A second value for a tuple would be appended to the first.
-  given = {flag.split("=")[0] for flag in flags}
-  short = [flag for flag in SHORT if flag.split("=")[0] not in given]
-  return ["--config=configs/digits.py", f"--workdir={workdir}", *short, *flags]
+  return ["--config=configs/digits.py", f"--workdir={workdir}", *SHORT, *flags]
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +216,34 @@ def test_sigterm_saves_and_the_same_command_resumes(finished, start, tmp_path):
     ("--workdir=/dev/null/run", "^error: workdir /dev/null/run cannot be wr"),
     ("--preempted_exit_code=256", "preempted_exit_code=256.*\\[0, 255\\]"),
     ("--confg=3", "confg"),
-    ("--config=configs/nothing.py", "nothing.py"),
+    ("--config=configs/nothing.py", "nothing.py' is not a file"),
+    ("--config=configs", "'configs' is not a file"),
+    ("--config=LICENSE", "^error: LICENSE, line 1: IndentationError: unexp"),
+    (
+      "--config=dr_jax/__init__.py",
+      "__init__.py must define a function get_config",
+    ),
+    ("--config=configs/digits.py:x", "digits.py, line .*: ValueError: argum"),
+    ("--config.train", "config.train"),
+    ("--config.data=3", "config.data=3: .* is not a dict"),
+    ("--config.train={}", "config.train is provided after"),
+    ("--config.seed", "Missing value for flag --config.seed"),
+    ("--config.seed=", "config.seed=: invalid literal for int"),
+    ("--config.seed=1.5", "config.seed=1.5: invalid literal for int"),
+    ("--config.seed.=1", "config.seed.=1"),
+    ("--config.=1", "config.=1"),
+    ("--config.quant[=1", "field must be one of .*'quant\\['"),
+    ("--config.quant[0]=1", "field must be one of .*'quant\\[0\\]'"),
+    ("--config.quant.bits[0]=1", "one of .*'bits\\[0\\]'"),
+    ("--noconfig.seed", "config.seed"),
+    ("--config.quant.bits=(8,", "config.quant.bits=.*parsing"),
+    ("--config.quant.bits=" + "(" * 999, "quant.bits"),
+    ("--config.method=x --config.method.y=1", "config.method"),
+    ("--config.train.epochs=1 --config.train={}", "config.train"),
+    ("--undefok=x --y=1", "'y'"),
+    ("--flagfile=/nothing", "/nothing"),
+    ("-config.seed=x", "config.seed=x"),
+    ("stray", "arguments must be flags, --name=value, got 'stray'"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(finished, forked, flag, message):
@@ -232,6 +256,12 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, forked, flag, message):
   assert re.search(message, lines[0]), err
   after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
   assert after == before
+
+
+def test_the_last_of_two_flags_counts_for_tuples_too(finished, forked):
+  bits = [f"--config.quant.bits={bits}" for bits in ("(4,)", "6", "(8,2)")]
+  code, out, err = forked(finished[0], *bits)
+  assert (code, out) == (0, finished[1]), err
 
 
 def test_a_damaged_artifact_is_named_and_left_as_it_is(

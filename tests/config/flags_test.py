@@ -1,0 +1,125 @@
+"""Tests of configuration files as the command loads them, and of its flags."""
+
+import os
+import re
+
+import pytest
+
+from dr_jax.config import ConfigError, flags
+
+GOOD = "from ml_collections import ConfigDict\n"
+
+# What a file holds, and what the error says behind the file's name.
+BAD_FILES = [
+  ("", " must define a function get_config"),
+  ("x = 1", " must define a function get_config"),
+  ("get_config = 3", " must define a function get_config"),
+  ("def config():\n  return 1", " must define a function get_config"),
+  ("a b", ", line 1: SyntaxError: invalid syntax"),
+  ("\nx = (", r", line 2: SyntaxError: '\(' was never closed"),
+  ("def f():\nreturn 1", ", line 2: IndentationError: expected an indented"),
+  ("if 1:\n\tx = 1\n        y = 2", ", line 3: TabError: inconsistent"),
+  ("x = '\xe9", ", line 1: SyntaxError: unterminated string"),
+  ("return 3", ", line 1: SyntaxError: 'return' outside function"),
+  (b"\xff\xfe\x00", ".*: .*Error"),
+  (b"x = '\xe9'", ", line 1: SyntaxError: .*utf-8"),
+  (b"x = 1\x00", ": .*null bytes"),
+  (b"# coding: none\n", ": SyntaxError: unknown encoding: none"),
+  ("\x7fELF", ", line 1: SyntaxError: invalid non-printable"),
+  ("{'seed': 3}", " must define a function get_config"),
+  ("x = " + "(" * 300 + ")" * 300, ".*: SyntaxError: too many nested"),
+  ("import nothing_like_it", ", line 1: ModuleNotFoundError: No module named"),
+  ("from dr_jax import nothing", ", line 1: .*Error: .*nothing"),
+  ("x = 1\nx / 0", ", line 2: ZeroDivisionError: division by zero"),
+  ("raise Exception", ", line 1: Exception$"),
+  ("raise ValueError('one\\ntwo')", ", line 1: ValueError: one two$"),
+  ("raise SystemExit(0)", ", line 1: SystemExit: 0"),
+  ("import sys; sys.exit()", ", line 1: SystemExit$"),
+  ("open('nothing.txt')", ", line 1: FileNotFoundError: .*nothing.txt"),
+  ("def get_config():\n  raise RuntimeError('no')", ", line 2: RuntimeErr.*no"),
+  ("def get_config():\n  assert 0, 'why'", ", line 2: AssertionError: why"),
+  ("def get_config():\n  return {}['k']", ", line 2: KeyError: 'k'"),
+  ("def get_config():\n  return None.x", ", line 2: AttributeError: 'NoneType"),
+  ("def get_config():\n  return get_config()", ", line 2: RecursionError"),
+  ("\ndef get_config(a, b):\n  pass", ", line 2: TypeError: .*missing 2"),
+  ("def get_config():\n  pass", ", line 1: .* ConfigDict, got NoneType"),
+  ("def get_config():\n  return {}", ", line 1: .* ConfigDict, got dict"),
+  ("def get_config():\n  return 3", ", line 1: .* ConfigDict, got int"),
+  ("def get_config():\n  return int", ", line 1: .* ConfigDict, got type"),
+  ("def get_config():\n  yield 1", ", line 1: .* ConfigDict, got generator"),
+  (
+    GOOD + "def get_config():\n  c = ConfigDict({'a': 1})\n  c.a = 'x'",
+    ", line 4: TypeError: .*'a'",
+  ),
+  (
+    GOOD + "def get_config():\n  return ConfigDict(3)",
+    ", line 3: AttributeError: 'int'",
+  ),
+  (
+    GOOD + "def get_config():\n  return ConfigDict().lock().x",
+    ", line 3: AttributeError: .*x",
+  ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
+def test_a_file_that_fails_is_an_error_with_its_name_and_line(
+  tmp_path, text, message
+):
+  path = tmp_path / "bad.py"
+  content = text if isinstance(text, bytes) else text.encode()
+  path.write_bytes(content)
+  with pytest.raises(ConfigError) as caught:
+    flags.load(str(path))
+  words = str(caught.value)
+  assert re.match(re.escape(str(path)) + message, words), words
+  assert [p.name for p in tmp_path.iterdir()] == ["bad.py"]
+
+
+def test_an_error_in_an_imported_file_has_the_line_that_led_there(tmp_path):
+  path = tmp_path / "bad.py"
+  path.write_text("def get_config():\n  import json\n  json.loads('{')\n")
+  with pytest.raises(ConfigError, match=r"bad\.py, line 3: JSONDecodeError"):
+    flags.load(str(path))
+
+
+def test_a_syntax_error_in_an_imported_file_names_that_file(
+  tmp_path, monkeypatch
+):
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "its_part.py").write_text("\n\nx = = 1")
+  path = tmp_path / "bad.py"
+  path.write_text("import its_part")
+  with pytest.raises(ConfigError, match=r"its_part\.py, line 3: SyntaxError"):
+    flags.load(str(path))
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "pipe"])
+def test_what_is_not_a_file_is_an_error_at_once(tmp_path, kind):
+  path = tmp_path / "it"
+  if kind == "directory":
+    path.mkdir()
+  elif kind == "pipe":
+    os.mkfifo(path)
+  with pytest.raises(ConfigError, match="--config=.*it' is not a file"):
+    flags.load(f"{path}:432")
+
+
+def test_the_argument_is_all_that_follows_the_first_colon(tmp_path):
+  path = tmp_path / "good.py"
+  path.write_text(
+    GOOD + "def get_config(arg=None):\n  return ConfigDict({'arg': arg})"
+  )
+  for argument, arg in (("", None), (":", ""), (":a:b", "a:b")):
+    assert flags.load(f"{path}{argument}").to_dict() == {"arg": arg}
+
+
+def test_a_file_may_define_dataclasses(tmp_path):
+  path = tmp_path / "good.py"
+  path.write_text(
+    "from __future__ import annotations\nimport dataclasses\n"
+    + GOOD
+    + "@dataclasses.dataclass\nclass A:\n  x: int = 3\n"
+    "def get_config():\n  return ConfigDict(dataclasses.asdict(A()))"
+  )
+  assert flags.load(str(path)).x == 3
