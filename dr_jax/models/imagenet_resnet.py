@@ -12,9 +12,9 @@ stride is on the 3x3 convolution, as torchvision has it ("v1.5").
                    (arXiv 1603.05027). A shortcut convolution sees the
                    activated input, and no norm follows it.
 
-The pre-activation stem has no norm of its own: the first block begins with
-one, and behind max pooling it gives what one before it would (norm and ReLU
-rise with their input wherever the norm's scale is positive).
+The pre-activation stem has no norm: the first block begins with one, and after
+max pooling it computes what a norm before the pooling would (norm and ReLU
+are increasing wherever the norm's scale is positive).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from dr_jax.nn import deployed, layers
 from dr_jax.nn.bits import Bits, NormParam, Offset, Scale
 from dr_jax.nn.functional import Functional, functional, update
+from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.layer_table import LayerRow, LayerTable, layer_table, set_bits
 from dr_jax.nn.layers import (
   Conv,
@@ -24,6 +25,7 @@ __all__ = [
   "Conv",
   "FoldedNorm",
   "Functional",
+  "Inputs",
   "LayerRow",
   "LayerTable",
   "Linear",

@@ -1,22 +1,27 @@
-"""What one batch shows of every layer: order, cost, sign, statistics."""
+"""What sample batches show of every layer: order, cost, sign, statistics."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from dr_jax import quant
 from dr_jax.nn import layers
-from dr_jax.nn.layers import copy_attributes
-from dr_jax.nn.substitute import substitute
-from dr_jax.quant import ActivationQuantizer
+from dr_jax.nn.inputs import Inputs
+from dr_jax.nn.kernels import check_kernels, inside_float_wrappers
+from dr_jax.nn.leaves import name_of
+from dr_jax.nn.substitute import copy_attributes, substitute
 
 OBSERVED = (*layers.QUANTIZED, nnx.BatchNorm)
+
+# Inputs of a layer that a search for the least error looks at.
+_SEARCHED = 2**16
 
 
 class Call(NamedTuple):
@@ -37,163 +42,216 @@ class Call(NamedTuple):
   source: str | None
 
 
+class _Seen(NamedTuple):
+  """What one trace shows of a module; see Call."""
+
+  macs: int
+  source: str | None
+
+
+class _Statistics(NamedTuple):
+  """What batches show of a layer's inputs.
+
+  Attributes:
+    finite: whether all are finite.
+    low, high: the smallest and the largest.
+    params: initial parameters by sign.
+  """
+
+  finite: jax.Array
+  low: jax.Array
+  high: jax.Array
+  params: dict[bool, dict[str, jax.Array]]
+
+  def joined(self, other: _Statistics) -> _Statistics:
+    """Those of both; the sum of the parameters."""
+    return _Statistics(
+      self.finite & other.finite,
+      jnp.minimum(self.low, other.low),
+      jnp.maximum(self.high, other.high),
+      jax.tree.map(jnp.add, self.params, other.params),
+    )
+
+
 class _Recorder:
-  """What one trace of a network shows of its layers.
+  """The calls of the layers of a network during one trace.
 
   Attributes:
     inputs: inputs of every call, by layer, in the order of first calls.
-    macs: multiply-accumulates for one example, over all calls.
-    sources: the layer whose output a layer was first called on, if any.
+    seen: what else the trace shows.
   """
 
   def __init__(self, modules: dict[str, Any], examples: int):
     self._modules, self._examples = modules, examples
     self._outputs: list[tuple[jax.Array, str]] = []
     self.inputs: dict[str, list[jax.Array]] = {}
-    self.macs = dict.fromkeys(modules, 0)
-    self.sources: dict[str, str | None] = {}
+    self.seen: dict[str, _Seen] = {}
 
   def record(self, name: str, x: jax.Array, y: jax.Array) -> None:
     """Records one call of a layer."""
     found = [source for output, source in self._outputs if output is x]
-    self.sources.setdefault(name, found[0] if found else None)
-    self._outputs.append((y, name))
-    self.inputs.setdefault(name, []).append(x)
+    seen = self.seen.get(name, _Seen(0, found[0] if found else None))
     module = self._modules[name]
+    macs = 0
     if type(module) is not nnx.BatchNorm:
       kernel = module.kernel
-      per_example = y.size // self._examples
-      self.macs[name] += per_example * kernel.size // kernel.shape[-1]
+      macs = y.size // self._examples * kernel.size // kernel.shape[-1]
+    self.seen[name] = seen._replace(macs=seen.macs + macs)
+    self._outputs.append((y, name))
+    self.inputs.setdefault(name, []).append(x)
 
 
 def calibrate(
-  model: nnx.Module, activation: ActivationQuantizer | None, sample: Any
+  model: nnx.Module,
+  activation: quant.ActivationQuantizer | None,
+  sample: Any,
+  *,
+  init: str = "published",
+  batches: Iterable[Any] = (),
 ) -> dict[str, Call]:
-  """Runs the sample through the float network, in one compiled program.
+  """Runs sample batches through the float network, in one compiled program.
+
+  Args:
+    model: the float network.
+    activation: input quantizer, or None.
+    sample: the first batch; it alone says what is called, and at what cost.
+    init: where parameters start; see `quant.fit`.
+    batches: further ones.
 
   Returns:
     What each nnx.Conv, nnx.Linear and nnx.BatchNorm saw, in the order of
     first calls.
   """
-  arguments = sample if isinstance(sample, tuple) else (sample,)
-  examples = _count_examples(sample, jax.tree.leaves(arguments))
+  sample = Inputs.of(sample)
+  float_inside = inside_float_wrappers(model)
   modules = {
-    "/".join(map(str, path)) or type(module).__name__.lower(): module
+    name_of(path) or type(module).__name__.lower(): module
     for path, module in nnx.iter_modules(model)
-    if type(module) in OBSERVED
+    if type(module) in OBSERVED and id(module) not in float_inside
   }
-  layers.check_kernels(
+  check_kernels(
     {n: m for n, m in modules.items() if type(m) in layers.QUANTIZED}
   )
-  recorder, seen = _trace(model, modules, activation, arguments, examples)
-  unseen = [name for name in modules if name not in recorder.inputs]
+  seen, statistics = _observe(
+    model, modules, activation, init, [sample, *map(Inputs.of, batches)]
+  )
+  unseen = [name for name in modules if name not in seen]
   if unseen:
     raise ValueError(
       f"sample must reach every layer, but does not reach {unseen}"
     )
   calls = {}
-  for name in recorder.inputs:
-    finite, negative, params = seen[name]
+  for name, (macs, source) in seen.items():
+    finite, low, high, by_sign = statistics[name]
     if not finite:
       raise ValueError(
         f"sample must make finite inputs, but that of layer {name!r} is NaN or "
         "infinite"
       )
-    signed = bool(negative)
+    signed = bool(low < 0)
     if activation is not None and activation.signed is not None:
       signed = activation.signed
-    calls[name] = Call(
-      modules[name],
-      recorder.macs[name],
-      signed,
-      params.get(signed, {}),
-      recorder.sources[name],
-    )
+    params = by_sign.get(signed, {})
+    if init == "max" and activation is not None and signed in by_sign:
+      of_range = activation.with_sign(signed).from_range
+      params = params if of_range is None else of_range(low, high)
+    calls[name] = Call(modules[name], macs, signed, params, source)
   return calls
 
 
-def _count_examples(sample, leaves):
-  arrays = [leaf for leaf in leaves if _is_array(leaf) and leaf.ndim]
-  if not arrays:
-    raise ValueError(f"sample must be arrays [batch, ...], got {sample!r}")
-  # Of several arrays the one with most axes is the batch: a table has fewer.
-  examples = len(max(arrays, key=lambda array: array.ndim))
-  if not examples:
-    raise ValueError("sample must be arrays [batch, ...], got no example")
-  return examples
-
-
-def _trace(model, modules, activation, arguments, examples):
+def _observe(model, modules, activation, init, batches):
   """Runs a copy whose layers record their calls.
 
   Returns:
-    The recorder, and `_input_statistics` of every layer that was called.
+    {name: _Seen} of the layers that the first batch reached, in the order of
+    first calls, and {name: _Statistics} over all batches.
   """
-  traces: list[_Recorder] = []
+  traced: list[dict[str, _Seen]] = []
+  tracing: list[_Recorder] = []
 
   def record(name, x, y):
-    traces[-1].record(name, x, y)
+    tracing[-1].record(name, x, y)
 
-  copy = nnx.clone(model)
-  observed = [m for _, m in nnx.iter_modules(copy) if type(m) in OBSERVED]
-  copy = substitute(
-    copy,
-    {
-      id(module): _observer(module, functools.partial(record, name))
-      for name, module in zip(modules, observed, strict=True)
-    },
-  )
-  copy.eval()
-  graph, state = nnx.split(copy)
-  leaves, structure = jax.tree.flatten(arguments)
+  graph, state = nnx.split(_observed(model, modules, record))
 
   @jax.jit
-  def statistics(state, arrays):
-    # Every trace starts afresh; the last one is that of the program.
-    recorder = _Recorder(modules, examples)
-    traces.append(recorder)
-    rest = iter(arrays)
-    filled = [next(rest) if _is_array(leaf) else leaf for leaf in leaves]
-    nnx.merge(graph, state)(*jax.tree.unflatten(structure, filled))
+  def statistics(state, inputs):
+    # Whatever is kept after a trace holds no array of it.
+    recorder = _Recorder(modules, inputs.examples)
+    tracing.append(recorder)
+    try:
+      nnx.merge(graph, state)(*inputs.args, **inputs.kwargs)
+    finally:
+      tracing.pop()
+    traced.append(recorder.seen)
     return {
-      name: _input_statistics(modules[name], xs, activation)
+      name: _input_statistics(modules[name], xs, activation, init)
       for name, xs in recorder.inputs.items()
     }
 
+  total: dict[str, _Statistics] = {}
   try:
-    seen = statistics(state, [leaf for leaf in leaves if _is_array(leaf)])
+    for batch in batches:
+      found = statistics(state, batch)
+      total = {
+        name: total[name].joined(of) if name in total else of
+        for name, of in found.items()
+      }
   except jax.errors.UnexpectedTracerError:
     raise ValueError(
       "model must call its layers directly, but calls some inside jit, scan or "
       "vmap"
     ) from None
-  return traces[-1], seen
+  count = len(batches)
+  if count > 1:
+    total = {
+      name: of._replace(params=jax.tree.map(lambda p: p / count, of.params))
+      for name, of in total.items()
+    }
+  return traced[0], total
 
 
-def _input_statistics(module, xs, activation):
-  """Whether inputs are finite and negative, and parameters by sign."""
+def _observed(model, modules, record):
+  """A copy that calls `record(name, input, output)` for each call."""
+  names = {id(module): name for name, module in modules.items()}
+  copy = nnx.clone(model)
+  pairs = zip(nnx.iter_modules(model), nnx.iter_modules(copy), strict=True)
+  copy = substitute(
+    copy,
+    {
+      id(copied): _observer(
+        copied, functools.partial(record, names[id(module)])
+      )
+      for (_, module), (_, copied) in pairs
+      if id(module) in names
+    },
+  )
+  copy.eval()
+  return copy
+
+
+def _input_statistics(module, xs, activation, init):
   # A layer that is called several times has one scale for all its inputs. To
   # touch them finds those that belong to an inner trace, so do it always.
   x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
+  searched = x
+  if init == "mse" and x.size > _SEARCHED:
+    searched = x[:: -(-x.size // _SEARCHED)]
   params = {}
   if activation is not None and type(module) is not nnx.BatchNorm:
     for signed in (False, True):
       try:
         quantizer = activation.with_sign(signed)
       except ValueError:
-        continue  # an error only where a layer needs this sign: see _settled
-      params[signed] = quantizer.init(x)
+        continue  # nn.quantize raises where a layer needs this sign
+      params[signed] = quant.fit(quantizer, searched, init)
   # Not (x < 0).any(): behind a ReLU, XLA folds that constant at compile time,
   # element by element.
   low, high = x.min(), x.max()
-  return jnp.isfinite(low) & jnp.isfinite(high), low < 0, params
+  return _Statistics(jnp.isfinite(low) & jnp.isfinite(high), low, high, params)
 
 
-def _is_array(x):
-  return isinstance(x, jax.Array | np.ndarray)
-
-
-def _observer(module, record):
+def _observer(module, record: Callable[[jax.Array, jax.Array], None]):
   """The module, calling `record(input, output)` on each call."""
   kind = type(module)
   signature = inspect.signature(kind.__call__)

@@ -15,7 +15,9 @@ from flax import nnx
 
 from dr_jax.nn import layers
 from dr_jax.nn.bits import Bits, Offset, Scale
+from dr_jax.nn.kernels import computed_kernels
 from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
@@ -76,8 +78,9 @@ def parts_of(model: nnx.Module) -> Parts:
         f"layer {name} holds stored codes; pass what nn.quantize returned "
         "(copy an artifact as files)"
       )
-  paths = {id(m): "/".join(map(str, p)) for p, m in nnx.iter_modules(model)}
+  paths = {id(m): name_of(p) for p, m in nnx.iter_modules(model)}
   _check_kernels(model, found, paths)
+  kernels = computed_kernels(model)
   stored = {
     name: StoredLayer(
       info=layers.LayerInfo(name, layer.order, layer.macs),
@@ -85,7 +88,7 @@ def parts_of(model: nnx.Module) -> Parts:
       weight=layer.weight_quantizer,
       activation=layer.input_quantizer,
       input_params=layers.arrays_of(layer.input_params),
-      encoded=layers.encode(layer),
+      encoded=layers.encode(layer, kernels[id(layer)]),
     )
     for name, layer in found.items()
   }
@@ -97,7 +100,7 @@ def parts_of(model: nnx.Module) -> Parts:
   inside = tuple(f"{name}/" for name in norms) + tuple(
     f"{paths[id(layer)]}/{part}".lstrip("/")  # a model can be one layer
     for layer in found.values()
-    for part in ("kernel", "weight_params/", "input_params/")
+    for part in ("kernel", "mask", "weight_params/", "input_params/")
   )
   floats = {
     name: value
@@ -121,7 +124,7 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
   """
   model = nnx.clone(model)
   modules: dict[str, Any] = {
-    "/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+    name_of(path): module for path, module in nnx.iter_modules(model)
   }
   if type(model) in layers.STORED:  # a model can be one layer, without a path
     modules[type(model).__name__.lower()] = model
@@ -172,25 +175,24 @@ def _check_kernels(model, found, paths):
 
 
 def _variables(model) -> dict[str, Any]:
-  state = nnx.state(model, nnx.Not(nnx.Any(Bits, nnx.RngState)))
-  return {
-    "/".join(map(str, path)): variable.get_value()
-    for path, variable in nnx.to_flat_state(state)
-  }
+  left_out = nnx.Any(Bits, nnx.RngState)
+  _, (_, kept) = split_leaves(model, left_out, ...)
+  return {name_of(path): value_of(leaf) for path, leaf in kept}
 
 
 def _write(model, floats):
-  kept = nnx.Not(nnx.Any(Bits, nnx.RngState, layers.Encoded, Scale, Offset))
+  left_out = nnx.Any(Bits, nnx.RngState, layers.Encoded, Scale, Offset)
+  _, (_, kept) = split_leaves(model, left_out, ...)
   writes = []
-  for path, variable in nnx.to_flat_state(nnx.state(model, kept)):
-    name = "/".join(map(str, path))
-    if isinstance(variable, nnx.BatchStat) and path[-1] in ("gain", "offset"):
+  for path, leaf in kept:
+    name = name_of(path)
+    if isinstance(leaf, nnx.BatchStat) and path[-1] in ("gain", "offset"):
       continue
     value = floats.get(name)
-    if value is None or value.shape != variable.shape:
+    if value is None or value.shape != leaf.shape:
       raise ValueError(
-        f"{name} {variable.shape} is not among what was stored; pass the "
-        "network that was quantized"
+        f"{name} {leaf.shape} is not among what was stored; pass the network "
+        "that was quantized"
       )
-    writes.append((path, variable.replace(value)))
+    writes.append((path, with_value(leaf, value)))
   nnx.update(model, nnx.from_flat_state(writes))

@@ -8,6 +8,7 @@ again inside the trace, which costs tracing time only.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from dr_jax.nn.bits import (
   is_mixture,
 )
 from dr_jax.nn.layers import candidates, quantized_layers
+from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 
 Tree = dict[str, Any]
 
@@ -39,9 +41,11 @@ class Functional(NamedTuple):
       bit-widths: an int or int32 scalar for all layers, or int32 [layers], one
       per row of `nn.layer_table`; a float network ignores it. Float
       [layers, n], weights over the n candidates, mixes what they quantize to.
+      Keyword arguments go to the model's `__call__`, `train` too if it takes
+      one.
     params: nested dict of trainable arrays.
     batch_stats: nested dict of all other state (running statistics, PRNG
-      counters).
+      counters, arrays that are plain attributes of modules).
     bits: candidate bit-widths, highest first; empty for a float network.
     param_labels: nested dict like params, saying what each leaf is: "weight",
       "vector" (biases, float norms), "norm" (the rows of a quantized network's
@@ -84,13 +88,11 @@ def functional(model: nnx.Module) -> Functional:
   >>> lowest.shape
   (3, 2)
   """
-  graph, params, bits, rest = nnx.split(model, nnx.Param, Bits, ...)
-  params, bits, rest = (
-    list(nnx.to_flat_state(state)) for state in (params, bits, rest)
-  )
+  graph, (params, bits, rest) = split_leaves(model, nnx.Param, Bits, ...)
   followed = {path: variable.order for path, variable in all_bits(model)}
   layers = len(quantized_layers(model))
   candidate_bits = candidates(model) if layers else ()
+  takes_train = "train" in inspect.signature(type(model).__call__).parameters
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
     shape = np.shape(index)
@@ -101,20 +103,22 @@ def functional(model: nnx.Module) -> Functional:
       return index if shape == () else index[followed[path]]
 
     state = nnx.from_flat_state(
-      [(path, v.replace(_get(params_tree, path))) for path, v in params]
-      + [(path, v.replace(_get(stats_tree, path))) for path, v in rest]
-      + [(path, v.replace(bits_at(path))) for path, v in bits]
+      [(path, with_value(v, _get(params_tree, path))) for path, v in params]
+      + [(path, with_value(v, _get(stats_tree, path))) for path, v in rest]
+      + [(path, with_value(v, bits_at(path))) for path, v in bits]
     )
     merged = nnx.merge(graph, state, copy=True)
     merged.train() if train else merged.eval()
+    if takes_train:
+      kwargs["train"] = train
     outputs = merged(*inputs, **kwargs)
     flat = dict(nnx.to_flat_state(nnx.state(merged)))
-    return outputs, _nest((path, flat[path].get_value()) for path, _ in rest)
+    return outputs, _nest((path, value_of(flat[path])) for path, _ in rest)
 
   return Functional(
     apply=apply,
-    params=_nest((path, v.get_value()) for path, v in params),
-    batch_stats=_nest((path, v.get_value()) for path, v in rest),
+    params=_nest((path, value_of(v)) for path, v in params),
+    batch_stats=_nest((path, value_of(v)) for path, v in rest),
     bits=candidate_bits,
     param_labels=_nest((path, _label(v)) for path, v in params),
     layers=layers,
@@ -133,23 +137,22 @@ def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
     ValueError: if an array is missing, left over or has another shape;
       nothing is changed then.
   """
-  _, trained, bits, rest = nnx.split(model, nnx.Param, Bits, ...)
-  del bits
+  _, (trained, _, rest) = split_leaves(model, nnx.Param, Bits, ...)
   writes = []
-  for state, tree in ((trained, params), (rest, batch_stats)):
+  for leaves, tree in ((trained, params), (rest, batch_stats)):
     names = set()
-    for path, variable in nnx.to_flat_state(state):
-      name = "/".join(map(str, path))
+    for path, leaf in leaves:
+      name = name_of(path)
       names.add(name)
       try:
         value = _get(tree, path)
       except (KeyError, TypeError):
         raise ValueError(f"{name} must be an array, but is missing") from None
-      if value.shape != variable.shape:
+      if value.shape != leaf.shape:
         raise ValueError(
-          f"{name} must have shape {variable.shape}, got {value.shape}"
+          f"{name} must have shape {leaf.shape}, got {value.shape}"
         )
-      writes.append((path, variable.replace(jnp.asarray(value))))
+      writes.append((path, with_value(leaf, jnp.asarray(value))))
     extra = [name for name in _names(tree) if name not in names]
     if extra:
       raise ValueError(

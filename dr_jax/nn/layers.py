@@ -8,7 +8,7 @@ and parameter names are untouched, and whatever Flax adds works here too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn.bits import Bits, Offset, Scale, quantize_at
-from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+from dr_jax.nn.substitute import copy_attributes
+from dr_jax.quant import ActivationQuantizer, WeightQuantizer, fit
 
 
 class LayerInfo(NamedTuple):
@@ -35,15 +36,6 @@ class LayerInfo(NamedTuple):
 
 class Encoded(nnx.Variable):
   """Stored codes and scales of a deployed layer: not trained."""
-
-
-def copy_attributes(
-  module: Any, source: nnx.Module, *, omit: Sequence[str] = ()
-) -> None:
-  """Gives `module` the attributes of `source`, including its variables."""
-  for name, value in vars(source).items():
-    if not name.startswith("_pytree") and name not in omit:
-      setattr(module, name, value)
 
 
 class Quantized:
@@ -120,15 +112,15 @@ class Linear(Quantized, nnx.Linear):
 class Stored(Quantized):
   """A quantized layer that holds stored codes in place of a float kernel."""
 
-  _omit = ("kernel", "promote_dtype")
-  encoded: nnx.Dict
+  _omit = ("kernel", "mask", "promote_dtype")
+  encoded: dict[str, Encoded]
 
   def set_weight_quantizer(
     self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
   ) -> None:
     """Sets the weight quantizer and the encoded kernel."""
     self.weight_quantizer = weight
-    self.encoded = nnx.Dict({k: Encoded(v) for k, v in arrays.items()})
+    self.encoded = nnx.data({k: Encoded(v) for k, v in arrays.items()})
 
   @property
   def kernel(self) -> jax.Array:  # pyrefly: ignore[bad-override]
@@ -148,7 +140,9 @@ class Stored(Quantized):
 
 # pyrefly: ignore[inconsistent-inheritance]
 class StoredConv(Stored, nnx.Conv):
-  """Conv that reads its kernel from stored codes."""
+  """Conv that reads its kernel from stored codes, which are masked already."""
+
+  mask = None
 
 
 # pyrefly: ignore[inconsistent-inheritance]
@@ -178,41 +172,34 @@ def candidates(model: nnx.Module) -> tuple[int, ...]:
   raise ValueError("model must have a quantized layer; call nn.quantize first")
 
 
-def encode(layer: Quantized) -> dict[str, jax.Array]:
-  """Returns what a deployed model stores of a layer's kernel."""
-  params = arrays_of(layer.weight_params)
-  return layer.weight_quantizer.encode(params, layer.kernel[...])
+def encode(layer: Quantized, kernel: jax.Array) -> dict[str, jax.Array]:
+  """Returns what a deployed model stores of a kernel (`computed_kernels`)."""
+  return layer.weight_quantizer.encode(arrays_of(layer.weight_params), kernel)
 
 
 def initial_params(
-  weight: WeightQuantizer, found: Mapping[str, Any]
+  weight: WeightQuantizer,
+  kernels: Mapping[str, jax.Array],
+  init: str = "published",
 ) -> dict[str, dict[str, jax.Array]]:
-  """Returns the initial parameters of a weight quantizer for each layer."""
-  kernels = {name: layer.kernel[...] for name, layer in found.items()}
+  """Returns the initial parameters of a weight quantizer for each kernel."""
+
   # One program for all layers: eagerly, each shape compiles its own.
-  return jax.jit(lambda trees: {n: weight.init(w) for n, w in trees.items()})(
-    kernels
-  )
+  @jax.jit
+  def fitted(kernels):
+    return {name: fit(weight, w, init) for name, w in kernels.items()}
+
+  return fitted(kernels)
 
 
-def check_kernels(found: Mapping[str, Any]) -> None:
-  """Raises ValueError for the first layer with a NaN or infinite weight."""
-  for name, layer in found.items():
-    bad = int((~jnp.isfinite(layer.kernel[...])).sum())
-    if bad:
-      raise ValueError(
-        f"weight of layer {name!r} must be finite, but {bad} values are NaN or "
-        "infinite"
-      )
-
-
-def arrays_of(variables: nnx.Dict) -> dict[str, jax.Array]:
+def arrays_of(variables: Mapping[str, nnx.Variable]) -> dict[str, jax.Array]:
   """The plain arrays of a dict of variables."""
-  return {name: variables[name][...] for name in variables}
+  return {name: variable[...] for name, variable in variables.items()}
 
 
-def _learned(arrays: dict[str, Any]) -> nnx.Dict:
+def _learned(arrays: dict[str, Any]) -> dict[str, Any]:
   """Variables of learned parameters: only "scale" has to stay positive."""
-  return nnx.Dict(
+  # A plain dict: Flax gives an nnx.Dict entries of its own (nnx.capture).
+  return nnx.data(
     {k: (Scale if k == "scale" else Offset)(v) for k, v in arrays.items()}
   )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn.bits import Bits, NormParam, is_mixture
-from dr_jax.nn.layers import copy_attributes
+from dr_jax.nn.substitute import copy_attributes
 
 KINDS = ("switchable", "transitional", "shared")
 

@@ -1,7 +1,7 @@
 """Turns any Flax NNX network into a multi-precision one.
 
-One calibration batch goes through the float network; what each layer saw
-(sign, statistics, order, cost) decides how it is quantized. The converted
+One or more calibration batches go through the float network; what each layer
+saw (sign, statistics, order, cost) decides how it is quantized. The converted
 network has the same attributes, parameter names and call signature.
 """
 
@@ -14,10 +14,13 @@ from typing import Any
 
 from flax import nnx
 
+from dr_jax import quant
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
 from dr_jax.nn.calibrate import OBSERVED, Call, calibrate
+from dr_jax.nn.kernels import computed_kernels, inside_float_wrappers
 from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.leaves import name_of
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
@@ -39,6 +42,8 @@ def quantize(
   weight: WeightQuantizer,
   activation: ActivationQuantizer | None = None,
   sample: Any,
+  batches: Iterable[Any] = (),
+  init: str | tuple[str, str] = "published",
   norm: str = "switchable",
   skip: Skip | Iterable[Skip] = first_and_last,
 ) -> nnx.Module:
@@ -46,10 +51,10 @@ def quantize(
 
   Every nnx.Conv (grouped, depthwise, dilated, strided), nnx.Linear and
   nnx.BatchNorm is replaced, wherever it is stored; the model itself is left
-  unchanged. Other layers with a kernel, and subclasses of these three, stay
-  float, and a warning names them. A norm follows the bits of the layer whose
-  output it normalizes, else of the last one called before it. Starts at the
-  highest bit-width; see `nn.set_bits`.
+  unchanged. Other layers with a kernel, subclasses of these three, and what is
+  inside an nnx.SpectralNorm stay float, and a warning names them. A norm
+  follows the bits of the layer whose output it normalizes, else of the last one
+  called before it. Starts at the highest bit-width; see `nn.set_bits`.
 
   Args:
     model: the float network, preferably trained.
@@ -58,7 +63,14 @@ def quantize(
       A sign left open is settled per layer: signed where an input was
       negative.
     sample: one calibration batch, an array [batch, ...], or a tuple of all
-      positional arguments of the model's `__call__`.
+      positional arguments of the model's `__call__`, or `nn.Inputs` with
+      keyword arguments, as `nn.Inputs(x, deterministic=True)`.
+    batches: further ones, each as `sample`. Signs and ranges are those of all,
+      other initial parameters their mean over the batches.
+    init: where the parameters of weight and input quantizers start, or a pair
+      (weights, inputs): "published", as the method's paper says, to train from;
+      "mse", "percentile" or "max" (see `quant.fit`), better ones where the
+      network is used without training.
     norm: how many sets of parameters and statistics a batch norm has.
       "switchable": one per bit-width of the layer it follows (arXiv
       1812.08928). "transitional": one per bit-width of the quantized layer
@@ -71,8 +83,9 @@ def quantize(
       from the layer names in call order to names, or a sequence of these.
 
   Raises:
-    ValueError: if bit-widths differ or `norm` is unknown; if the model is
-      quantized already or nothing is left to quantize; if a skip matches no
+    ValueError: if bit-widths differ or `norm` or `init` is unknown; if the
+      model is not an nnx.Module, is quantized already or nothing is left to
+      quantize, or two layers have the same path; if a skip matches no
       layer; if weights or inputs are NaN or infinite; if the sample does not
       reach a layer, or reaches it inside a jax transformation; if a layer has
       inputs of a sign that the activation cannot quantize.
@@ -97,10 +110,14 @@ def quantize(
     )
   if norm not in norms.KINDS:
     raise ValueError(f"norm must be one of {norms.KINDS}, got {norm!r}")
-  if quantized_layers(model):
-    raise ValueError("model must be a float network, but is quantized already")
+  inits = (init, init) if isinstance(init, str) else tuple(init)
+  if len(inits) != 2 or set(inits) - set(quant.INITS):
+    raise ValueError(
+      f"init must be one of {quant.INITS}, or a pair of them, got {init!r}"
+    )
+  _check_model(model)
   model = nnx.clone(model)
-  calls = calibrate(model, activation, sample)
+  calls = calibrate(model, activation, sample, init=inits[1], batches=batches)
   names = [
     n for n, call in calls.items() if type(call.module) in layers.QUANTIZED
   ]
@@ -112,8 +129,11 @@ def quantize(
       f"nnx.Linear layers are {names}"
     )
   _warn_of_float_layers(model)
+  kernels = computed_kernels(model)
   params = layers.initial_params(
-    weight, {name: calls[name].module for name in quantized}
+    weight,
+    {name: kernels[id(calls[name].module)] for name in quantized},
+    inits[0],
   )
   follows = _followed_layers(calls, quantized)
   replacements: dict[int, nnx.Module] = {}
@@ -136,6 +156,24 @@ def quantize(
         order=follows[name],
       )
   return substitute(model, replacements)
+
+
+def _check_model(model):
+  if not isinstance(model, nnx.Module):
+    raise ValueError(
+      "model must be a flax.nnx.Module, got "
+      f"{type(model).__module__}.{type(model).__qualname__}"
+    )
+  if quantized_layers(model):
+    raise ValueError("model must be a float network, but is quantized already")
+  paths: dict[str, tuple] = {}
+  for path, _ in nnx.iter_modules(model):
+    other = paths.setdefault(name_of(path), path)
+    if other != path:
+      raise ValueError(
+        f"model must have one layer at {name_of(path)!r}, but has "
+        f"{other} and {path}: leave '/' out of the keys"
+      )
 
 
 def _followed_layers(
@@ -171,19 +209,21 @@ def _settled(activation, signed, name):
 
 def _warn_of_float_layers(model):
   """Names layers with a kernel that `quantize` does not know."""
-  left = [
-    f"{'/'.join(map(str, path))} ({type(module).__name__})"
-    for path, module in nnx.iter_modules(model)
-    if type(module) not in OBSERVED
-    and (
-      isinstance(getattr(module, "kernel", None), nnx.Param)
-      or isinstance(module, OBSERVED)
-    )
-  ]
+  inside = inside_float_wrappers(model)
+  left = []
+  for path, module in nnx.iter_modules(model):
+    wrapper = inside.get(id(module))
+    if type(module) in OBSERVED and wrapper is None:
+      continue
+    kernel = getattr(module, "kernel", None)
+    if isinstance(kernel, nnx.Param) or isinstance(module, OBSERVED):
+      where = "" if wrapper is None else f" in {wrapper}"
+      left.append(f"{name_of(path)} ({type(module).__name__}{where})")
   if left:
     warnings.warn(
       f"these layers stay as they are: {', '.join(left)}; quantize replaces "
-      "nnx.Conv, nnx.Linear and nnx.BatchNorm, and not their subclasses",
+      "nnx.Conv, nnx.Linear and nnx.BatchNorm, not their subclasses, and "
+      "nothing inside nnx.SpectralNorm",
       stacklevel=3,
     )
 

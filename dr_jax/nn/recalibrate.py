@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dr_jax.nn.inputs import Inputs
+from dr_jax.nn.leaves import name_of
 from dr_jax.nn.norm import BatchNorm
 
 
@@ -20,7 +22,8 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
 
   Args:
     model: a quantized network, set to the assignment by `nn.set_bits`.
-    batches: inputs [batch, ...], or tuples of all positional arguments.
+    batches: inputs [batch, ...], tuples of all positional arguments, or
+      `nn.Inputs` with keyword arguments.
 
   Raises:
     ValueError: if there is no batch, or a norm did not see the batches or is
@@ -40,15 +43,15 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
   graph, state = nnx.split(fresh)
 
   @jax.jit
-  def statistics(state, arguments):
+  def statistics(state, inputs):
     merged = nnx.merge(graph, state, copy=True)
     found = _norms(merged)
     before = {path: norm.mean.get_value() for path, norm in found.items()}
-    merged(*arguments)
+    merged(*inputs.args, **inputs.kwargs)
     for path, norm in found.items():
       if norm.mean.get_value() is before[path]:
         raise ValueError(
-          f"norm {'/'.join(map(str, path))} must update its statistics, but "
+          f"norm {name_of(path)} must update its statistics, but "
           "the model's call keeps them: leave use_running_average to "
           "model.train() and model.eval(), and pass batches that reach every "
           "norm"
@@ -57,8 +60,7 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any]) -> None:
 
   total, count = None, 0
   for batch in batches:
-    arguments = batch if isinstance(batch, tuple) else (batch,)
-    seen = statistics(state, arguments)
+    seen = statistics(state, Inputs.of(batch))
     total = seen if total is None else jax.tree.map(jnp.add, total, seen)
     count += 1
   if total is None:

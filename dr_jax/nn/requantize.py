@@ -7,6 +7,7 @@ from flax import nnx
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
 from dr_jax.nn.bits import all_bits
+from dr_jax.nn.kernels import check_kernels, computed_kernels
 from dr_jax.nn.layers import candidates, quantized_layers
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import WeightQuantizer
@@ -54,16 +55,19 @@ def requantize(
         f"layer {name} holds stored codes; pass what nn.quantize returned"
       )
   if weight is not None:
-    layers.check_kernels(found)
-    params = layers.initial_params(weight, found)
+    check_kernels(found)
+    kernels = computed_kernels(model)
+    params = layers.initial_params(
+      weight, {name: kernels[id(layer)] for name, layer in found.items()}
+    )
     for name, layer in found.items():
       layer.set_weight_quantizer(weight, params[name])
   if norm is None:
     return model
   model = substitute(model, _replacements(model, norm, len(bits)))
   index = {layer.order: layer.bits.get_value() for layer in found.values()}
-  for _, bits in all_bits(model):
-    bits.set_value(index[bits.order])
+  for _, variable in all_bits(model):
+    variable.set_value(index[variable.order])
   return model
 
 

@@ -1,10 +1,11 @@
-"""Swaps modules of a network by identity, wherever they are stored."""
+"""Swaps modules of a network by identity; copies what a module holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 
@@ -42,3 +43,19 @@ def substitute(
       if swapped is not value:
         setattr(node, name, nnx.data(swapped))
   return swap(model)
+
+
+def copy_attributes(
+  module: Any, source: nnx.Module, *, omit: Sequence[str] = ()
+) -> None:
+  """Gives `module` the attributes of `source`, including its variables."""
+  for name, value in vars(source).items():
+    if not name.startswith("_pytree") and name not in omit:
+      setattr(module, name, nnx.data(value) if _holds_data(value) else value)
+
+
+def _holds_data(value):
+  """Whether a plain container holds variables, modules or arrays."""
+  if not isinstance(value, dict | list | tuple):
+    return False
+  return any(map(nnx.is_data, jax.tree.leaves(value, is_leaf=nnx.is_data)))

@@ -12,6 +12,7 @@ True
 """
 
 from dr_jax.quant.core.checks import ROUNDINGS, check_bits
+from dr_jax.quant.core.fit import INITS, fit
 from dr_jax.quant.core.grid import SCALE_MAX, SCALE_MIN, code_range
 from dr_jax.quant.core.interface import (
   ActivationQuantizer,
@@ -53,6 +54,7 @@ from dr_jax.quant.registry import (
 )
 
 __all__ = [
+  "INITS",
   "NAMES",
   "RECIPES",
   "ROUNDINGS",
@@ -73,6 +75,7 @@ __all__ = [
   "describe",
   "double_rounding",
   "fake_quantize",
+  "fit",
   "float_weight",
   "get",
   "lsq",

@@ -18,6 +18,7 @@ import numpy as np
 
 from dr_jax.allocate import Infeasible
 from dr_jax.allocate.problem import integer
+from dr_jax.nn.kernels import computed_kernels
 from dr_jax.nn.layers import Stored, arrays_of, candidates, quantized_layers
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog
@@ -161,17 +162,19 @@ def quantization_errors(model: nnx.Module) -> np.ndarray:
       codes in place of a kernel.
   """
   candidates(model)
+  found, kernels = quantized_layers(model), computed_kernels(model)
+  for name, layer in found.items():
+    if isinstance(layer, Stored):
+      raise ValueError(
+        f"layer {name!r} must have a float kernel, but holds stored codes"
+      )
   return np.array(
-    [_errors(name, layer) for name, layer in quantized_layers(model).items()]
+    [_errors(layer, kernels[id(layer)]) for layer in found.values()]
   )
 
 
-def _errors(name, layer):
-  if isinstance(layer, Stored):
-    raise ValueError(
-      f"layer {name!r} must have a float kernel, but holds stored codes"
-    )
-  quantizer, kernel = layer.weight_quantizer, layer.kernel[...]
+def _errors(layer, kernel):
+  quantizer = layer.weight_quantizer
   positions = range(len(quantizer.bits))
   quantized = jax.jit(
     lambda params, w: [quantizer.fake_quantize(params, w, i) for i in positions]

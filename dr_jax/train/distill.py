@@ -64,13 +64,22 @@ class Distillation(NamedTuple):
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Mean cross-entropy; logits [n, classes], labels int [n]; float32.
 
+  NaN if a label is not one of the classes; there is no label to ignore (leave
+  the example out, or give it mask 0 where `make_evaluate` scores).
+
   >>> logits = jnp.array([[0.0, 0.0], [10.0, 0.0]])
   >>> round(float(cross_entropy(logits, jnp.array([1, 0]))), 4)
   0.3466
   """
-  return optax.softmax_cross_entropy_with_integer_labels(
+  return cross_entropies(logits, labels).mean()
+
+
+def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Cross-entropy of each example, float32 [n]; see `cross_entropy`."""
+  losses = optax.softmax_cross_entropy_with_integer_labels(
     logits.astype(jnp.float32), labels
-  ).mean()
+  )
+  return jnp.where(_is_class(labels, logits.shape[-1]), losses, jnp.nan)
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -97,7 +106,7 @@ def _mixture(fraction):
   def loss(logits, labels, teacher, number, progress, memory):
     del memory
     part = fraction(progress)
-    hard = jax.nn.one_hot(labels, logits.shape[-1])
+    hard = _one_hot(labels, logits.shape[-1])
     return _after_the_first(
       number,
       lambda: cross_entropy(logits, labels),
@@ -125,7 +134,7 @@ def _resolution(logits, labels, teacher, number, progress, memory):
 
 def _class_means(logits, labels, teacher, number, progress, memory):
   del teacher, number, progress
-  hard = jax.nn.one_hot(labels, logits.shape[-1])
+  hard = _one_hot(labels, logits.shape[-1])
   return soft_cross_entropy(logits, (hard + memory["means"][labels]) / 2)
 
 
@@ -138,6 +147,16 @@ def _learn_class_means(memory, logits, labels):
   means = memory["means"]
   moved = _MOMENTUM * means + (1 - _MOMENTUM) * seen
   return {"means": jnp.where(count > 0, moved, means)}
+
+
+def _is_class(labels, classes):
+  return (labels >= 0) & (labels < classes)
+
+
+def _one_hot(labels, classes):
+  """One-hot rows; NaN where a label is not a class."""
+  hard = jax.nn.one_hot(labels, classes)
+  return jnp.where(_is_class(labels, classes)[:, None], hard, jnp.nan)
 
 
 def _after_the_first(number, first, later):

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dr_jax.nn import Functional
 from dr_jax.runtime.compilation import jit
 from dr_jax.runtime.sharding import Layout
+from dr_jax.train.distill import cross_entropies
 
 # Batches on their way to the device before the first result is looked at.
 _AHEAD = 2
@@ -37,19 +37,20 @@ def make_evaluate(
   """Builds `evaluate(params, batch_stats, index, batches) -> Score`.
 
   One program serves every bit assignment: `index` is traced. `batches` are
-  those of `data.epoch`: {"image", "label", "mask"}; with a layout they are
-  spread over its devices, of this process alone.
+  those of `data.epoch`: {"image", "label", "mask"}; an example with mask 0 does
+  not count, a label that is not a class makes the loss NaN, and batches without
+  an example raise ValueError. With a layout they are spread over its devices,
+  of this process alone.
   """
 
   @jit
   def counts(params, batch_stats, index, batch):
     logits, _ = network.apply(params, batch_stats, index, batch["image"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits.astype(jnp.float32), batch["label"]
-    )
+    losses = cross_entropies(logits, batch["label"])
     correct = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
     mask = batch["mask"]
-    return (correct * mask).sum(), (losses * mask).sum(), mask.sum()
+    losses = jnp.where(mask > 0, losses * mask, 0)
+    return (correct * mask).sum(), losses.sum(), mask.sum()
 
   def evaluate(
     params: Any, batch_stats: Any, index: Any, batches: Iterable[Any]
@@ -67,6 +68,8 @@ def make_evaluate(
     for counted in pending:
       sums += np.array(counted, np.float64)
     correct, loss, number = map(float, sums)
+    if not number:
+      raise ValueError("batches must hold an example, got none")
     return Score(accuracy=100 * correct / number, loss=loss / number)
 
   return evaluate

@@ -157,7 +157,7 @@ def test_norms_of_pairs_come_back_at_every_assignment(tmp_path):
     sample=_images(0),
     norm="transitional",
   )
-  # As if trained: every row has numbers of its own.
+  # As if trained: every row has different numbers.
   rng = np.random.default_rng(0)
   rows = nnx.state(network, nnx.Any(nn.NormParam, nnx.BatchStat))
   for _, variable in nnx.to_flat_state(rows):

@@ -332,7 +332,7 @@ def test_a_network_that_torchvision_does_not_have_is_an_error(narrow):
 
 
 def configuration(weights, **changes):
-  """Digits has one channel, as has a file whose stem is told so."""
+  """Digits has one channel, as has a file whose stem has one."""
   values = {
     "model": {"name": "resnet18", "options": {"width": 4}, "weights": weights},
     "stages": ("pretrain",),

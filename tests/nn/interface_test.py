@@ -1,7 +1,7 @@
 """Quantizers with other parameters than a scale, or none, in every part of nn.
 
 The methods are made up for these tests: a grid of fixed steps without
-parameters, and an activation with an offset beside its scale.
+parameters, and an activation with an offset as well as a scale.
 """
 
 import jax

@@ -83,7 +83,7 @@ def quantize(model, *, bits=BITS, norm="transitional", **options):
 
 
 def scatter(model):
-  """Gives every row of every norm numbers of its own."""
+  """Gives every row of every norm different numbers."""
   rng = np.random.default_rng(7)
   for norm in NORMS:
     for name in ("scale", "bias", "mean", "var"):

@@ -107,3 +107,14 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
     ValueError, match="distillation must be one of.*got 'teacher'"
   ):
     distill.get("teacher")
+
+
+@pytest.mark.parametrize("name", distill.SCHEMES)
+def test_a_label_that_is_no_class_makes_the_first_loss_nan(name):
+  labels = LABELS.copy()
+  labels[0] = -1
+  memory = {"means": jnp.asarray(MEANS, jnp.float32)}
+  first = distill.get(name).loss(
+    LOGITS, labels, TEACHER, 0, jnp.float32(0.5), memory
+  )
+  assert np.isnan(first)

@@ -198,7 +198,7 @@ def test_images_per_second_counts_the_images_since_the_last_entry(
     _loop(tmp_path, None, metrics, steps=7).run(_state())
   records = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
   rates = [r["value"] for r in records if r["name"] == "images_per_second"]
-  # Batches of 4, five of them and then two, each time in the least time.
+  # Batches of 4, five of them and then two, in the shortest time counted.
   assert rates == [20 / 1e-9, 8 / 1e-9]
 
 

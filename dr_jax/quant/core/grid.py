@@ -150,6 +150,23 @@ def positive(scale: Float[Array, "..."]) -> Float[Array, "..."]:
   return jnp.clip(scale, SCALE_MIN, SCALE_MAX)
 
 
+def covering_scale(
+  low: Float[Array, "..."],
+  high: Float[Array, "..."],
+  code_low: Number,
+  code_high: Number,
+) -> Float[Array, "..."]:
+  """The smallest scale at which codes reach from `low` to `high`; float32.
+
+  >>> covering_scale(jnp.array(-1.0), jnp.array(14.0), -8, 7).tolist()
+  2.0
+  """
+  scale = jnp.maximum(high, 0) / code_high
+  if code_low:
+    scale = jnp.maximum(scale, low / code_low)
+  return positive(scale).astype(jnp.float32)
+
+
 def working_floats(
   x: Float[Array, "..."], scale: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

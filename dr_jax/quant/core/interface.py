@@ -62,6 +62,9 @@ class WeightQuantizer(NamedTuple):
     storage: how encoded arrays become bytes.
     name: key in the registry: `get(name, **dict(options))` rebuilds this.
     options: keyword arguments of the factory, hashable and JSON-friendly.
+    from_range: `from_range(low, high) -> params`, the parameters whose codes
+      reach from `low` to `high`: floats that broadcast to w as a scale does.
+      None where nothing is learned that depends on the range.
   """
 
   bits: tuple[int, ...]
@@ -73,6 +76,7 @@ class WeightQuantizer(NamedTuple):
   storage: Storage
   name: str = ""
   options: Options = ()
+  from_range: Callable[[jax.Array, jax.Array], Params] | None = None
 
 
 def _no_other_sign(signed: bool) -> ActivationQuantizer:
@@ -96,6 +100,7 @@ class ActivationQuantizer(NamedTuple):
       that sign.
     name: key in the registry.
     options: keyword arguments of the factory.
+    from_range: as in WeightQuantizer, of two scalars.
   """
 
   bits: tuple[int, ...]
@@ -105,3 +110,4 @@ class ActivationQuantizer(NamedTuple):
   with_sign: Callable[[bool], ActivationQuantizer] = _no_other_sign
   name: str = ""
   options: Options = ()
+  from_range: Callable[[jax.Array, jax.Array], Params] | None = None

@@ -228,6 +228,11 @@ def pact_activation(
       first = grid.positive(jnp.abs(grid.widened(x)).max()).astype(jnp.float32)
     return {"clip": jnp.full((len(bits),), first, jnp.float32)}
 
+  def from_range(low, high):
+    reach = jnp.maximum(jnp.abs(low), jnp.abs(high)) if signed else high
+    clip = grid.positive(reach).astype(jnp.float32)
+    return {"clip": jnp.stack([clip] * len(bits))}
+
   def fake_quantize(params, x, index):
     core = (scheme, signed)
     level = grid.select(levels, index)
@@ -239,6 +244,7 @@ def pact_activation(
     fake_quantize=fake_quantize,
     signed=signed,
     options=(("initial", initial),),
+    from_range=from_range,
   )
 
 

@@ -113,6 +113,11 @@ def nested(
   def init(w):
     return {"scale": scale_of(w)}
 
+  def from_range(lowest, highest):
+    # The value of a code is in the middle of its bin if there is a center.
+    ends = low, high + 2 * center
+    return {"scale": grid.covering_scale(lowest, highest, *ends)}
+
   def fake_quantize(params, w, index):
     return round_straight_through(
       w,
@@ -148,6 +153,7 @@ def nested(
     decode=decode,
     stored_bits=bits[0],
     storage=storage(bits, bits[0]),
+    from_range=from_range,
   )
 
 
@@ -224,6 +230,11 @@ def _unshared(bits, grids, rounding, scale_of):
   def init(w):
     return {"scale": jnp.stack([scale_of(w)] * len(bits))}
 
+  def from_range(lowest, highest):
+    ends = int(grids[0].first_low), int(grids[0].first_high)
+    scale = grid.covering_scale(lowest, highest, *ends)
+    return {"scale": jnp.stack([scale] * len(bits))}
+
   def fake_quantize(params, w, index):
     return round_straight_through(
       w, params["scale"][index], grids, index, rounding=rounding, double=True
@@ -244,6 +255,7 @@ def _unshared(bits, grids, rounding, scale_of):
     decode=decode,
     stored_bits=32,
     storage=storage(bits, 32),
+    from_range=from_range,
   )
 
 

@@ -111,6 +111,7 @@ def lsq_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
+    from_range=_covering(grids),
   )
 
 
@@ -196,7 +197,18 @@ def scale_per_bit_width(
     decode=decode,
     stored_bits=stored_bits,
     storage=storage(bits, stored_bits),
+    from_range=_covering(grids),
   )
+
+
+def _covering(grids):
+  """`from_range` of a scale per bit-width."""
+
+  def from_range(low, high):
+    scales = [grid.covering_scale(low, high, g.low, g.high) for g in grids]
+    return {"scale": jnp.stack(scales)}
+
+  return from_range
 
 
 def initial_scale(

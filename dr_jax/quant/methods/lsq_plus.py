@@ -106,7 +106,9 @@ def lsq_plus_activation(
 
   def init(x):
     x = grid.widened(x)
-    low, high = x.min(), x.max()
+    return from_range(x.min(), x.max())
+
+  def from_range(low, high):
     scale = jnp.stack([(high - low) / g.high for g in grids])
     offset = _read_offset(jnp.stack([low] * len(bits)))
     return {
@@ -123,6 +125,7 @@ def lsq_plus_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=False,
+    from_range=from_range,
   )
 
 

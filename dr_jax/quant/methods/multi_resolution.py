@@ -185,6 +185,10 @@ def multi_resolution_activation(
     scale = grid.positive(size * (2 * _ACTIVATION_TOP**0.5))
     return {"scale": scale.reshape(1)}
 
+  def from_range(low, high):
+    reach = jnp.maximum(jnp.abs(low), jnp.abs(high)) if signed else high
+    return {"scale": grid.positive(reach).astype(jnp.float32).reshape(1)}
+
   def fake_quantize(params, x, index):
     return round_terms(core, x, params["scale"][0], terms, index)
 
@@ -193,6 +197,7 @@ def multi_resolution_activation(
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
+    from_range=from_range,
     options=(("terms", terms),),
   )
 

@@ -175,6 +175,10 @@ def term_activation(
   def init(x):
     return {"scale": _best_scales(core, x, terms)}
 
+  def from_range(low, high):
+    scale = grid.covering_scale(low, high, -top if signed else 0, top)
+    return {"scale": jnp.stack([scale] * len(bits))}
+
   def fake_quantize(params, x, index):
     scale = jax.lax.stop_gradient(params["scale"][index])
     return round_terms(core, x, scale, terms, index)
@@ -185,6 +189,7 @@ def term_activation(
     fake_quantize=fake_quantize,
     signed=signed,
     options=(("terms", terms),),
+    from_range=from_range,
   )
 
 
