@@ -112,6 +112,7 @@ def test_it_has_ten_to_twenty_lines_without_imports_and_blanks(method):
   assert 10 <= len(lines) <= 20
 
 
+@pytest.mark.slow
 def test_the_training_example_lowers_the_loss_at_every_bit_width():
   bits = (8, 4)
   _, network, stream = small_network(bits)
@@ -133,6 +134,7 @@ def test_the_training_example_lowers_the_loss_at_every_bit_width():
   assert (kernel != network.stage1.block0.conv1.kernel[...]).any()
 
 
+@pytest.mark.slow
 def test_the_mixed_precision_example_finds_and_sets_an_allocation(capsys):
   bits = (8, 4, 2)
   stream = data.batches(data.load("digits").train, batch_size=64, seed=0)
@@ -197,6 +199,7 @@ def test_it_keeps_the_laws_of_the_interface():
     assert np.abs(w_hat - w)[inside].max() <= 2.0 ** (1 - bits) * 1.01
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_exports_it(tmp_path):
   values = {
     "name": "own",

@@ -38,6 +38,7 @@ def finished(tmp_path_factory):
   return workdir, pipeline.run(_config(), workdir)
 
 
+@pytest.mark.slow
 def test_separate_trains_one_more_network_per_bit_width(
   finished,
 ):
@@ -75,7 +76,7 @@ def compiled():
   jax.monitoring.unregister_event_duration_listener(count)
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_compiles_its_steps_once_whatever_their_number(
   tmp_path, compiled, epochs
 ):
