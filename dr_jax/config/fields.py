@@ -116,7 +116,8 @@ class QuantConfig:
   """Candidate bit-widths and the quantizers of `quant.get`.
 
   An entry None of the options leaves that option to the method; activation
-  "none" leaves the layers' inputs float.
+  "none" leaves the layers' inputs float. `init` says where scales start; see
+  `quant.fit`.
   """
 
   bits: tuple = (8, 6, 4, 2)
@@ -125,6 +126,7 @@ class QuantConfig:
   activation: str = "lsq_activation"
   activation_options: dict = mapping()
   norm: str = field("switchable", one_of="dr_jax.nn:NORMS")
+  init: str = field("published", one_of="dr_jax.quant:INITS")
 
 
 @dataclasses.dataclass(frozen=True)

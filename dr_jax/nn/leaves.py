@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Leaves = list[tuple[tuple[Any, ...], Any]]
@@ -38,7 +39,7 @@ def value_of(leaf: Any) -> jax.Array:
   """The array of a leaf."""
   if isinstance(leaf, nnx.Variable):
     return leaf.get_value()
-  return jnp.asarray(leaf)
+  return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def with_value(leaf: Any, value: Any) -> Any:

@@ -17,6 +17,7 @@ def requantize(
   model: nnx.Module,
   *,
   weight: WeightQuantizer | None = None,
+  init: str = "published",
   norm: str | None = None,
 ) -> nnx.Module:
   """Returns a copy of a quantized network with other weights or norms.
@@ -30,14 +31,15 @@ def requantize(
     model: what `nn.quantize` returned; it is not changed.
     weight: another weight quantizer with the same bits; its parameters start
       from the present kernels. None keeps the present one.
+    init: where its parameters start; see `quant.fit`.
     norm: None, or the kind that the norms have, keeps them. "transitional"
       turns "switchable" norms into transitional ones: each row (previous, own)
       starts as the present row own, parameters and statistics.
 
   Raises:
     ValueError: if the model is not quantized or holds stored codes, the bits
-      of `weight` are others, a weight is NaN or infinite, or the norms cannot
-      become `norm`.
+      of `weight` are others, `init` is unknown, a weight is NaN or infinite,
+      or the norms cannot become `norm`.
 
   References:
     Bit-Mixer, ICCV 2021 (its three stages); arXiv 2502.01199, section 3.3.
@@ -58,7 +60,7 @@ def requantize(
     check_kernels(found)
     kernels = computed_kernels(model)
     params = layers.initial_params(
-      weight, {name: kernels[id(layer)] for name, layer in found.items()}
+      weight, {name: kernels[id(layer)] for name, layer in found.items()}, init
     )
     for name, layer in found.items():
       layer.set_weight_quantizer(weight, params[name])

@@ -66,6 +66,7 @@ def train_quantized(
     weight=weight,
     activation=activation,
     sample=run.sample,
+    init=config.init,
     norm=config.norm,
   )
   started = time.monotonic()

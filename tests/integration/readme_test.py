@@ -214,3 +214,21 @@ def test_a_run_trains_and_exports_it(tmp_path):
   network = deploy.load(tmp_path / "export" / "model", bits=4)
   assert nn.layer_table(network)[0].bits == 4
   assert isinstance(network, models.ResNet) and isinstance(network, nnx.Module)
+
+
+def test_the_example_without_training_fits_scales_to_batches():
+  images = jax.random.normal(jax.random.key(0), (4, 8))
+  names = {
+    "nn": nn,
+    "quant": quant,
+    "bits": (8, 4),
+    "images": images,
+    "more_images": [2 * images],
+    "network": nnx.Sequential(
+      *(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(3))
+    ),
+  }
+  model = names["network"]
+  exec(block("Without training"), names)
+  error = jnp.abs(names["network"](images) - model(images)).max()
+  assert error < 0.05
