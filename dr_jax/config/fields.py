@@ -90,6 +90,7 @@ class DataConfig:
   std: tuple = field((), each=_NUMBER, above=0)
   workers: int = field(0, at_least=0)
   on_decode_error: str = field("raise", one_of=("raise", "skip"))
+  orient: bool = True
   classes: int = field(10, at_least=1)
   examples: int = field(64, at_least=1)
   channels: int = field(3, one_of=(1, 3))

@@ -12,6 +12,7 @@ import numpy as np
 from dr_jax.data import folder, synthetic, tfds, transforms
 from dr_jax.data.image_source import Examples, ImageSource
 from dr_jax.data.sources import ArraySource, Source
+from dr_jax.runtime import files
 
 NAMES = ("digits", "folder", "tfds", "synthetic")
 
@@ -47,6 +48,7 @@ def load(
   mean: Sequence[float] = (),
   std: Sequence[float] = (),
   on_decode_error: str = "raise",
+  orient: bool = True,
   classes: int = 10,
   examples: int = 64,
   channels: int = 3,
@@ -71,6 +73,7 @@ def load(
     std: per channel; () for 1.
     on_decode_error: at an image that cannot be read, "raise" stops, "skip"
       takes the next one.
+    orient: turn images as their EXIF orientation says, as viewers show them.
     classes: of "synthetic".
     examples: of "synthetic", in each split.
     channels: of "synthetic".
@@ -88,13 +91,14 @@ def load(
   >>> len(digits.train), len(digits.test), digits.image_shape
   (1257, 540, (8, 8, 1))
   """
+  path = path and str(files.expand(path))
   _check_one_of("name", name, NAMES)
   _check_one_of("augment", augment, transforms.AUGMENT)
   _check_one_of("on_decode_error", on_decode_error, ("raise", "skip"))
   if name == "digits":
     return _digits(seed)
   if name == "folder":
-    stored = _folder(path, train_split, test_split)
+    stored = _folder(path, train_split, test_split, on_decode_error)
   elif name == "tfds":
     stored = _Stored(*tfds.open_splits(dataset, path, train_split, test_split))
   else:
@@ -113,6 +117,7 @@ def load(
     image_shape=(image_size, image_size, stored.channels),
     num_classes=stored.num_classes,
     on_decode_error=on_decode_error,
+    orient=orient,
   ).with_shape()
   test = dataclasses.replace(
     train, examples=stored.test, skipped=collections.Counter()
@@ -127,9 +132,12 @@ def _check_one_of(name: str, value: str, choices: Sequence[str]) -> None:
     )
 
 
-def _folder(path: str, train_split: str, test_split: str) -> _Stored:
+def _folder(
+  path: str, train_split: str, test_split: str, on_decode_error: str
+) -> _Stored:
   train, test = (
-    folder.scan(path, split) for split in (train_split, test_split)
+    folder.scan(path, split, on_decode_error=on_decode_error)
+    for split in (train_split, test_split)
   )
   folder.check_same_classes(train, test)
   return _Stored(train, test, len(train.classes), 3)

@@ -1,17 +1,22 @@
-"""Images in one directory per class: SPLIT/CLASS/NAME.png or .jpg."""
+"""Images in one directory per class: SPLIT/CLASS/NAME.png, .jpg and others."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+import warnings
+from typing import NamedTuple
 
 import numpy as np
 
 from dr_jax.data.transforms import UnreadableImage
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+# Of the formats that Pillow reads, those that data sets come in.
+_SUFFIXES = (
+  *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
+  *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +52,27 @@ class Folder:
     return str(self.path / os.fsdecode(self.files[index]))
 
 
-def scan(path: str | os.PathLike, split: str) -> Folder:
+def scan(
+  path: str | os.PathLike, split: str, *, on_decode_error: str = "raise"
+) -> Folder:
   """Finds the images of a split.
+
+  What is neither an image, by its suffix, nor hidden is left out, and one
+  warning says so.
 
   Args:
     path: directory that holds one directory per split.
     split: the name of a directory.
+    on_decode_error: what happens to links that lead nowhere: "raise" stops;
+      "skip" keeps a link to an image, which cannot be read then, and leaves out
+      a link to a class, with a warning.
 
   Returns:
     A `Folder`.
 
   Raises:
-    ValueError: if the directory is missing, has no classes, or a class has no
-      images.
+    ValueError: if the directory is missing, has no classes, a class has no
+      images, or a link leads nowhere.
   """
   directory = pathlib.Path(path) / split
   if not path or not directory.is_dir():
@@ -69,30 +82,29 @@ def scan(path: str | os.PathLike, split: str) -> Folder:
     if not path:
       wrong = "is missing"
     raise ValueError(
-      f"path must be a directory of images as {split}/CLASS/NAME.png or .jpg, "
-      f"got {str(path)!r}, which {wrong}"
+      f"path must be a directory of images as {split}/CLASS/NAME.png, got "
+      f"{str(path)!r}, which {wrong}"
     )
-  classes = _sorted(directory, os.DirEntry.is_dir)
-  if not classes:
+  top = _list(directory)
+  if not top.directories and not top.dangling:
     raise ValueError(
       f"{directory} must have one directory per class, but has none"
     )
+  listed = {name: _list(directory / name) for name in top.directories}
+  _check_links(directory, top, listed, on_decode_error)
+  _warn_of_others(directory, top, listed)
   files, labels = [], []
-  for label, name in enumerate(classes):
-    found = [
-      file
-      for file in _sorted(directory / name, os.DirEntry.is_file)
-      if file.lower().endswith(_SUFFIXES)
-    ]
-    if not found:
+  for label, (name, found) in enumerate(listed.items()):
+    images = sorted(found.images + list(filter(_is_image, found.dangling)))
+    if not images:
       raise ValueError(
-        f"{directory / name} must have images "
-        f"({', '.join(_SUFFIXES)}), but has none"
+        f"{directory / name} must have images ({', '.join(_SUFFIXES)}), but "
+        "has none"
       )
-    files += [os.fsencode(os.path.join(name, file)) for file in found]
-    labels += [label] * len(found)
+    files += [os.fsencode(os.path.join(name, file)) for file in images]
+    labels += [label] * len(images)
   return Folder(
-    directory, tuple(classes), np.array(files), np.array(labels, np.int32)
+    directory, tuple(listed), np.array(files), np.array(labels, np.int32)
   )
 
 
@@ -103,21 +115,86 @@ def check_same_classes(train: Folder, test: Folder) -> None:
   for here, there in ((train, test), (test, train)):
     missing = [name for name in here.classes if name not in there.classes]
     if missing:
-      more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
       raise ValueError(
         f"{there.path} must have the classes of {here.path}, but lacks "
-        f"{', '.join(missing[:3])}{more}"
+        f"{_some(missing)}"
       )
 
 
-def _sorted(
-  directory: pathlib.Path, kind: Callable[[os.DirEntry], bool]
-) -> list[str]:
-  """Names of one kind, in code point order: the same on every file system."""
+class _Listing(NamedTuple):
+  """Names in a directory that are not hidden, in code point order.
+
+  That order is the same on every file system. `dangling` links lead nowhere.
+  """
+
+  directories: list[str]
+  images: list[str]
+  others: list[str]
+  dangling: list[str]
+
+
+def _list(directory: pathlib.Path) -> _Listing:
+  listing = _Listing([], [], [], [])
   with os.scandir(directory) as entries:
-    names = [
-      entry.name
-      for entry in entries
-      if kind(entry) and not entry.name.startswith(".")
+    for entry in entries:
+      if entry.name.startswith("."):
+        continue
+      if entry.is_dir():
+        kind = listing.directories
+      elif entry.is_file():
+        kind = listing.images if _is_image(entry.name) else listing.others
+      else:
+        kind = listing.dangling if entry.is_symlink() else listing.others
+      kind.append(entry.name)
+  for names in listing:
+    names.sort()
+  return listing
+
+
+def _is_image(name: str) -> bool:
+  return name.lower().endswith(_SUFFIXES)
+
+
+def _check_links(
+  directory: pathlib.Path,
+  top: _Listing,
+  listed: dict[str, _Listing],
+  on_decode_error: str,
+) -> None:
+  classes = [str(directory / name) for name in top.dangling]
+  images = [
+    str(directory / name / file)
+    for name, found in listed.items()
+    for file in found.dangling
+    if _is_image(file)
+  ]
+  if on_decode_error == "raise" and (classes or images):
+    raise ValueError(
+      f"{_some(classes + images)}: a link must lead to a file or directory; "
+      "repair it, or set on_decode_error='skip'"
+    )
+  if classes:
+    warnings.warn(
+      f"{_some(classes)}: left out, since the link leads nowhere", stacklevel=4
+    )
+
+
+def _warn_of_others(
+  directory: pathlib.Path, top: _Listing, listed: dict[str, _Listing]
+) -> None:
+  others = [str(directory / name) for name in top.images + top.others]
+  for name, found in listed.items():
+    others += [
+      str(directory / name / file) for file in found.others + found.directories
     ]
-  return sorted(names)
+  if others:
+    warnings.warn(
+      f"{_some(others)}: left out; images are CLASS/NAME with one of the "
+      f"suffixes {', '.join(_SUFFIXES)}",
+      stacklevel=4,
+    )
+
+
+def _some(names: list[str]) -> str:
+  more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+  return f"{', '.join(names[:3])}{more}"

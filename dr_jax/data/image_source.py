@@ -70,6 +70,7 @@ class ImageSource(Source):
     num_classes: labels are below it.
     on_decode_error: "raise" stops at an image that cannot be read; "skip" takes
       the next one that can.
+    orient: whether EXIF orientations are applied.
     skipped: how often each unreadable image was to be drawn, by name.
   """
 
@@ -78,6 +79,7 @@ class ImageSource(Source):
   image_shape: tuple[int, int, int]
   num_classes: int
   on_decode_error: str = "raise"
+  orient: bool = True
   skipped: collections.Counter[str] = dataclasses.field(
     default_factory=collections.Counter, compare=False
   )
@@ -153,7 +155,9 @@ class ImageSource(Source):
       taken = (index + moved) % len(self)
       try:
         encoded, label = self.examples.read(taken)
-        image = transforms.decode(encoded, self.image_shape[-1])
+        image = transforms.decode(
+          encoded, self.image_shape[-1], orient=self.orient
+        )
       except transforms.UnreadableImage as error:
         if self.on_decode_error == "raise":
           raise transforms.UnreadableImage(

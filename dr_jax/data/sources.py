@@ -99,7 +99,11 @@ class ArraySource(Source):
 
   Attributes:
     images: float32 [N, H, W, C] in [0, 1].
-    labels: int32 [N].
+    labels: int32 [N], none negative. (To leave an example out, leave it out of
+      both: there is no label that is ignored.)
+
+  Raises:
+    ValueError: if there are not as many labels as images, or one is negative.
 
   >>> source = ArraySource(
   ...   np.zeros((3, 8, 8, 1), np.float32), np.arange(3, dtype=np.int32)
@@ -110,6 +114,19 @@ class ArraySource(Source):
 
   images: np.ndarray
   labels: np.ndarray
+
+  def __post_init__(self):
+    if self.labels.shape != (len(self.images),):
+      raise ValueError(
+        f"labels must have shape ({len(self.images)},), one for each image, "
+        f"got {self.labels.shape}"
+      )
+    negative = np.flatnonzero(self.labels < 0)
+    if len(negative):
+      first = negative[0]
+      raise ValueError(
+        f"labels must be >= 0, got {self.labels[first]} at {first}"
+      )
 
   def __len__(self) -> int:
     return len(self.images)

@@ -11,13 +11,16 @@ padding and cropping those of He et al., arXiv 1512.03385 (section 4.2).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
+import re
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 AUGMENT = ("none", "pad_and_crop", "random_resized_crop")
 # How many words `Transform.train` takes.
@@ -30,19 +33,25 @@ _RATIO = (3 / 4, 4 / 3)
 # Tests resize the shorter side to 256 where 224 pixels are cropped.
 _MARGIN = 256 / 224
 _MODES = {1: "L", 3: "RGB"}
+# How Pillow calls bytes in memory.
+_BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
 
 class UnreadableImage(ValueError):
   """An image that cannot be decoded."""
 
 
-def decode(encoded: bytes | np.ndarray, channels: int) -> Image.Image:
+def decode(
+  encoded: bytes | np.ndarray, channels: int, *, orient: bool = True
+) -> Image.Image:
   """Decodes an image file.
 
   Args:
     encoded: the bytes of a file in a format that Pillow reads, or uint8
       [H, W, C], which is decoded already.
     channels: 1 for gray, 3 for RGB; other images are converted.
+    orient: turn and flip the image as its EXIF orientation says, as viewers
+      show it.
 
   Raises:
     UnreadableImage: if it is truncated, damaged, not an image, or has more than
@@ -54,15 +63,28 @@ def decode(encoded: bytes | np.ndarray, channels: int) -> Image.Image:
   if isinstance(encoded, np.ndarray):
     return Image.fromarray(encoded[..., 0] if channels == 1 else encoded)
   try:
-    image = Image.open(io.BytesIO(encoded))
-    image.load()
-    # Pillow would clip these at 255.
-    if image.mode[0] in "IF":
-      raise ValueError("has more than 8 bits per channel")
-    return image.convert(_MODES[channels])
+    # Pillow warns of transparent palettes and of damaged EXIF data, which
+    # change nothing here.
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      image = Image.open(io.BytesIO(encoded))
+      image.load()
+      # Pillow would clip these at 255.
+      if image.mode[0] in "IF":
+        raise ValueError("has more than 8 bits per channel")
+      if orient:
+        _orient(image)
+      return image.convert(_MODES[channels])
   # Pillow's decoders raise a dozen types: OSError, SyntaxError, struct.error.
   except Exception as error:
-    raise UnreadableImage(str(error) or type(error).__name__) from None
+    reason = _BUFFER.sub("", str(error)) or type(error).__name__
+    raise UnreadableImage(reason) from None
+
+
+def _orient(image: Image.Image) -> None:
+  # Damaged EXIF data are as none.
+  with contextlib.suppress(Exception):
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from flax import nnx
 
 from dr_jax import allocate, models, nn, quant
 from dr_jax.nn import deployed
+from dr_jax.runtime import files
 
 FORMAT = "dr_jax"
 VERSION = 2
@@ -192,7 +193,7 @@ def open(path: str | os.PathLike) -> Artifact:
     ArtifactError: naming the file that is missing, damaged or of another
       format.
   """
-  path = pathlib.Path(path)
+  path = files.expand(path)
   text, data = _bytes(path / MANIFEST), _bytes(path / TENSORS)
   manifest = _verified_manifest(path / MANIFEST, text)
   if hashlib.sha256(data).hexdigest() != manifest["sha256"]:

@@ -21,6 +21,15 @@ Path = str | os.PathLike
 PARTIAL = ".partial"
 
 
+def expand(path: Path) -> pathlib.Path:
+  """Returns a path with the user's directory in place of a leading "~".
+
+  >>> expand("~/runs") == pathlib.Path.home() / "runs", expand("~a/b").parts
+  (True, ('~a', 'b'))
+  """
+  return pathlib.Path(os.path.expanduser(path))
+
+
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes a file as a whole, and the directories that it needs.
 
@@ -29,7 +38,7 @@ def write_bytes(path: Path, content: bytes) -> None:
   >>> path.read_bytes()
   b'content'
   """
-  path = pathlib.Path(path)
+  path = expand(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = partial_path(path)
   try:
@@ -67,7 +76,7 @@ def read_json(path: Path) -> Any:
     FileNotFoundError: if there is no file.
   """
   try:
-    return json.loads(pathlib.Path(path).read_bytes())
+    return json.loads(expand(path).read_bytes())
   except ValueError as error:
     raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
 
@@ -88,7 +97,7 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   Raises:
     FileExistsError: if the path exists; nothing is overwritten.
   """
-  path = pathlib.Path(path)
+  path = expand(path)
   if path.exists():
     raise FileExistsError(f"{path} exists already; choose a new path")
   path.parent.mkdir(parents=True, exist_ok=True)

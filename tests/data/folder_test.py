@@ -1,12 +1,15 @@
 """Tests of image folders, and of sources of encoded images on them."""
 
+import io
 import shutil
+import warnings
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from dr_jax import data
-from dr_jax.data import folder
+from dr_jax.data import folder, transforms
 
 
 def test_images_are_sorted_by_class_and_name(make_folder):
@@ -16,7 +19,14 @@ def test_images_are_sorted_by_class_and_name(make_folder):
   (path / "train" / "dog" / ".hidden.png").write_text("no image")
   (path / "train" / ".cache").mkdir()
   (path / "train" / "readme.png").write_text("no class")
-  found = folder.scan(path, "train")
+  (path / "train" / "cat" / "more").mkdir()
+  with pytest.warns(UserWarning) as warned:
+    found = folder.scan(path, "train")
+  (message,) = (str(warning.message) for warning in warned)
+  assert message.startswith(
+    f"{path}/train/readme.png, {path}/train/cat/more, "
+    f"{path}/train/dog/notes.txt: left out; images are CLASS/NAME"
+  )
   assert found.classes == ("cat", "dog")
   names = [found.name(i).removeprefix(f"{path}/train/") for i in range(25)]
   assert names[:3] == ["cat/00.png", "cat/01.JPG", "cat/02.png"]
@@ -53,7 +63,7 @@ def test_a_folder_is_loaded_as_its_files_are(make_folder, picture):
     ),
     (
       lambda path: [f.unlink() for f in (path / "test" / "dog").iterdir()],
-      r"test/dog must have images \(\.png, \.jpg, \.jpeg\), but has none$",
+      r"test/dog must have images \(\.png, .*\), but has none$",
     ),
     (
       lambda path: [shutil.rmtree(d) for d in (path / "test").iterdir()],
@@ -236,3 +246,129 @@ def test_a_label_out_of_range_is_an_error(make_folder):
     ValueError, match="04.png must have a label in 0..1, got -1"
   ):
     source[4]
+
+
+@pytest.mark.parametrize(
+  "suffix", ["webp", "jfif", "jpe", "bmp", "tif", "tiff", "gif", "ppm"]
+)
+def test_images_of_other_suffixes_are_read(make_folder, picture, suffix):
+  path = make_folder()
+  file = path / "train" / "cat" / f"new.{suffix}"
+  kind = {"jfif": "jpeg", "jpe": "jpeg", "tif": "tiff"}.get(suffix, suffix)
+  Image.fromarray(picture(3)).save(file, kind)
+  loaded = data.load("folder", path=str(path))
+  got = loaded.train[12]
+  assert loaded.train.examples.name(12) == str(file) and got["label"] == 0
+  with Image.open(file) as image:
+    want = np.asarray(image.convert("RGB")) / np.float32(255)
+  np.testing.assert_array_equal(got["image"], want)
+
+
+def _dangling(path):
+  """Links that lead nowhere: two images and a class."""
+  for name in ("cat/aa.png", "dog/bb.JPG", "owl"):
+    (path / "train" / name).symlink_to("/nowhere/that/is")
+  return path
+
+
+def test_links_that_lead_nowhere_stop_with_their_names(make_folder):
+  path = _dangling(make_folder())
+  message = (
+    rf"^{path}/train/owl, {path}/train/cat/aa\.png, {path}/train/dog/bb\.JPG: "
+    "a link must lead to a file or directory"
+  )
+  with pytest.raises(ValueError, match=message):
+    data.load("folder", path=str(path))
+
+
+def test_links_that_lead_nowhere_are_counted_when_skipped(make_folder):
+  path = _dangling(make_folder())
+  with pytest.warns(UserWarning, match="train/owl: left out, since the link"):
+    loaded = data.load("folder", path=str(path), on_decode_error="skip")
+  assert len(loaded.train) == 26 and loaded.num_classes == 2
+  with pytest.warns(UserWarning, match="cannot be read; the next example"):
+    list(data.epoch(loaded.train, batch_size=26))
+  assert sorted(loaded.train.unreadable) == [
+    f"{path}/train/cat/aa.png",
+    f"{path}/train/dog/bb.JPG",
+  ]
+
+
+def test_links_that_lead_somewhere_are_read(make_folder):
+  path = make_folder()
+  (path / "train" / "cat" / "zz.png").symlink_to(path / "train/dog/00.png")
+  (path / "train" / "dog").rename(path / "elsewhere")
+  (path / "train" / "dog").symlink_to(path / "elsewhere")
+  (path / "train" / "cat" / "zz.png").unlink()
+  (path / "train" / "cat" / "zz.png").symlink_to(path / "elsewhere/00.png")
+  loaded = data.load("folder", path=str(path))
+  assert len(loaded.train) == 25 and loaded.num_classes == 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_viewers_show_them(
+  make_folder, picture, orientation
+):
+  path = make_folder()
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  for split in ("train", "test"):
+    for name in ("cat", "dog"):
+      for file in (path / split / name).iterdir():
+        image = Image.fromarray(picture(5))
+        image.save(file, "jpeg", quality=95, exif=exif)
+  file = path / "train" / "cat" / "00.png"
+  with Image.open(file) as image:
+    stored = image.convert("RGB")
+    shown = ImageOps.exif_transpose(image).convert("RGB")
+  for orient, image in ((True, shown), (False, stored)):
+    loaded = data.load("folder", path=str(path), orient=orient)
+    want = np.asarray(image) / np.float32(255)
+    assert loaded.image_shape == want.shape
+    np.testing.assert_array_equal(loaded.train[0]["image"], want)
+
+
+def test_a_reason_names_no_object_of_the_process(make_folder):
+  path = make_folder()
+  (path / "train" / "cat" / "03.JPG").write_bytes(b"this is no image at all")
+  loaded = data.load("folder", path=str(path))
+  with pytest.raises(data.UnreadableImage) as error:
+    loaded.train[3]
+  assert str(error.value).startswith(
+    f"{path}/train/cat/03.JPG cannot be read (cannot identify image file);"
+  )
+
+
+def test_palettes_with_transparency_and_damaged_exif_data_warn_of_nothing():
+  palette = Image.new("P", (4, 4), 1)
+  palette.putpalette([0, 0, 0, 10, 20, 30])
+  file = io.BytesIO()
+  palette.save(file, "png", transparency=bytes([255, 0]))
+  turned = io.BytesIO()
+  Image.new("RGB", (4, 4), (10, 20, 30)).save(
+    turned, "png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"
+  )
+  for encoded in (file, turned):
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      image = transforms.decode(encoded.getvalue(), 3)
+    assert image.getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_a_path_may_begin_with_the_home_directory(make_folder, monkeypatch):
+  path = make_folder()
+  monkeypatch.setenv("HOME", str(path.parent))
+  assert len(data.load("folder", path=f"~/{path.name}").train) == 24
+
+
+@pytest.mark.parametrize(
+  ("labels", "message"),
+  [
+    ([0, -1, 2], "labels must be >= 0, got -1 at 1"),
+    ([0, 1], r"labels must have shape \(3,\), .* got \(2,\)"),
+  ],
+)
+def test_arrays_with_wrong_labels_are_refused(labels, message):
+  images = np.zeros((3, 8, 8, 1), np.float32)
+  with pytest.raises(ValueError, match=message):
+    data.ArraySource(images, np.array(labels, np.int32))
