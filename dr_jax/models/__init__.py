@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.models.imagenet_resnet import (
@@ -43,6 +44,7 @@ _FACTORIES = {
 }
 
 NAMES = tuple(_FACTORIES)
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
@@ -55,12 +57,16 @@ def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
       dtype, the type in which they compute.
 
   Raises:
-    ValueError: for an unknown name or an option that the network does not have.
+    ValueError: for an unknown name, an option that the network does not have,
+      or a dtype in which it cannot compute.
   """
   if name not in _FACTORIES:
     known = ", ".join(NAMES)
     raise ValueError(f"name must be one of {known}, got {name!r}")
   try:
+    dtype = jnp.dtype(options.get("dtype", jnp.float32)).name
+    if dtype not in _DTYPES:
+      raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
     return _FACTORIES[name](rngs=rngs, **options)
   except TypeError as error:
     raise ValueError(f"options of model {name!r}: {error}") from None

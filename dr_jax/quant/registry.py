@@ -112,6 +112,7 @@ def method(
       bound = signature.bind(*args, **kwargs)
       bound.apply_defaults()
       given = {key: _plain(value) for key, value in bound.arguments.items()}
+      _check_switches(signature, given)
       quantizer = factory(**given)
       given |= {"bits": quantizer.bits, **dict(quantizer.options)}
       named = {"name": name, "options": tuple(given.items())}
@@ -265,6 +266,19 @@ def _flag_type(parameter: inspect.Parameter) -> type:
     if kind in (bool, int, float, str):
       return kind
   return str
+
+
+def _check_switches(
+  signature: inspect.Signature, given: Mapping[str, Any]
+) -> None:
+  """Raises ValueError for an option that must be True or False and is not."""
+  for name, parameter in signature.parameters.items():
+    hint, value = parameter.annotation, given[name]
+    open_too = hint == "bool | None"
+    known = isinstance(value, bool) or (open_too and value is None)
+    if (hint == "bool" or open_too) and not known:
+      allowed = "True, False or None" if open_too else "True or False"
+      raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _plain(value: Any) -> Any:

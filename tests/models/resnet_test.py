@@ -149,3 +149,9 @@ def test_running_statistics_move_by_a_tenth():
   norm = block.norm1
   np.testing.assert_allclose(norm.mean[...], 0.1 * seen.mean(0), atol=1e-5)
   np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * seen.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "complex64", "float8_e4m3fn", "x"])
+def test_a_dtype_that_networks_do_not_compute_in_raises_an_error(dtype):
+  with pytest.raises(ValueError, match="options of model 'resnet20': "):
+    models.build("resnet20", num_classes=2, dtype=dtype, rngs=nnx.Rngs(0))

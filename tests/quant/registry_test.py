@@ -1,6 +1,7 @@
 """The registry of methods: names, recipes, options, and how files enter it."""
 
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -200,3 +201,34 @@ def test_unknown_method_is_an_error_that_lists_the_known_ones():
   with pytest.raises(ValueError, match="'dorefa'") as error:
     quant.get("dorefa")
   assert all(name in str(error.value) for name in quant.NAMES)
+
+
+# What a configuration or an artifact can say.
+VALUES = (None, True, False, 0, 1, -1, 2**31, 2**64, 10**30, 0.5, 1e308)
+NOT_FINITE = (float("inf"), float("nan"))
+OTHERS = ("", "x", "8", (), (1,), (4, 8), (2**40, 1), ((8,),), ("a",), {"x": 1})
+
+
+@pytest.mark.parametrize("name", quant.NAMES)
+def test_value_that_an_option_cannot_have_is_a_value_error(name):
+  options = inspect.signature(registry.find(name)).parameters
+  refused = 0
+  for option in options:
+    for value in (*VALUES, *NOT_FINITE, *OTHERS):
+      try:
+        quant.get(name, **{option: value})
+      except ValueError as error:
+        assert "\n" not in str(error)
+        refused += 1
+  assert refused >= 15 * len(options)
+
+
+def test_option_that_is_true_or_false_has_no_other_value():
+  with pytest.raises(
+    ValueError, match="per_channel must be True or False, got 'no'"
+  ):
+    quant.get("lsq", per_channel="no")
+  with pytest.raises(
+    ValueError, match="signed must be True, False or None, got 1"
+  ):
+    quant.get("lsq_activation", signed=1)

@@ -79,8 +79,6 @@ def double_rounding(
   """
   bits = checks.check_bits(bits)
   checks.check_rounding(rounding)
-  if not isinstance(shared, bool):
-    raise ValueError(f"shared must be True or False, got {shared!r}")
 
   def scale_of(w):
     return three_sigma_scale(w, bits[0], per_channel=per_channel)

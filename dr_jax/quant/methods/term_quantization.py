@@ -31,6 +31,8 @@ from dr_jax.quant.registry import Recipe, method
 
 # Where the published search looks for an activation's scale.
 _REACH, _BINS, _SCALES = 50.0, 4096, 2047
+# Terms that a budget may count: no group has as many.
+_MOST = 2**16
 
 
 @method(
@@ -241,11 +243,11 @@ def check_budgets(
     given = [max(b * group // 4, 1) for b in bits]
   checked = _integers(given)
   descending = all(a > b for a, b in zip(checked, checked[1:], strict=False))
-  if len(checked) != len(bits) or not descending or min(checked) < 1:
+  if len(checked) != len(bits) or not descending or not _counts(checked):
     default = f" (which is {tuple(given)})" if budgets is None else ""
     raise ValueError(
-      f"budgets must be {len(bits)} integers >= 1, strictly descending, one "
-      f"for each of bits={bits}, got {budgets!r}{default}"
+      f"budgets must be {len(bits)} integers in 1..{_MOST}, strictly "
+      f"descending, one for each of bits={bits}, got {budgets!r}{default}"
     )
   return checked
 
@@ -258,12 +260,16 @@ def check_terms(bits: tuple[int, ...], terms: Sequence[int]) -> tuple[int, ...]:
   """
   checked = _integers(terms)
   ascending = any(a < b for a, b in zip(checked, checked[1:], strict=False))
-  if len(checked) != len(bits) or ascending or min(checked) < 1:
+  if len(checked) != len(bits) or ascending or not _counts(checked):
     raise ValueError(
-      f"terms must be {len(bits)} integers >= 1, never ascending, one for each "
-      f"of bits={bits}, got {terms!r}"
+      f"terms must be {len(bits)} integers in 1..{_MOST}, never ascending, one "
+      f"for each of bits={bits}, got {terms!r}"
     )
   return checked
+
+
+def _counts(numbers):
+  return all(1 <= n <= _MOST for n in numbers)
 
 
 def _integers(values):
