@@ -10,17 +10,22 @@ An artifact is a directory:
                      the tensors and of the manifest itself
 
 Any candidate bit-width is derived from the stored integers alone. Nothing is
-pickled, and nothing is used before its checksum was verified.
+pickled, and nothing is used before it is verified: checksums, and, since
+whoever changes a file can change those too, that all parts fit (`verify`).
 """
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import reprlib
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,12 +35,21 @@ import safetensors.numpy
 from flax import nnx
 
 from dr_jax import allocate, models, nn, quant
+from dr_jax.deploy.verify import (
+  check_architecture,
+  check_manifest,
+  check_tensors,
+  guarded,
+  quantizer,
+)
 from dr_jax.nn import deployed
-from dr_jax.runtime import files
+from dr_jax.runtime import files, schema
 
 FORMAT = "dr_jax"
 VERSION = 2
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
+# A network of a thousand layers has 0.3 MB.
+_LARGEST_MANIFEST = 2**26
 
 
 class ArtifactError(ValueError):
@@ -50,34 +64,16 @@ class Artifact:
     path: its directory.
     manifest: what manifest.json says, without its own checksum.
     tensors: arrays by name, as stored.
+    weight: the weight quantizer of all layers.
+    activation: the input quantizer of all layers, its sign open, or None.
   """
 
   path: pathlib.Path
   manifest: dict[str, Any]
   tensors: dict[str, np.ndarray]
 
-  @functools.cached_property
-  def weight(self) -> quant.WeightQuantizer:
-    """The weight quantizer of all layers."""
-    weight = _quantizer(self.manifest["method"])
-    if not isinstance(weight, quant.WeightQuantizer):
-      raise ArtifactError(
-        f"{self.path} must have a weight quantizer as method, got "
-        f"{weight.name!r}"
-      )
-    return weight
-
-  @property
-  def activation(self) -> quant.ActivationQuantizer | None:
-    """The input quantizer of all layers, its sign open, or None."""
-    spec = self.manifest["activation"]
-    activation = _quantizer(spec) if spec else None
-    if isinstance(activation, quant.WeightQuantizer):
-      raise ArtifactError(
-        f"{self.path} must have an activation quantizer, got "
-        f"{activation.name!r}"
-      )
-    return activation
+  weight: quant.WeightQuantizer
+  activation: quant.ActivationQuantizer | None
 
   @property
   def bits(self) -> tuple[int, ...]:
@@ -107,11 +103,10 @@ class Artifact:
           f"{self.path} names no architecture: pass the float network, "
           "load(path, model=network)"
         )
-      name, options = self.manifest["architecture"]
-      model = models.build(name, rngs=nnx.Rngs(0), **options)
+      model = self._architecture(*self.manifest["architecture"])
     try:
       network = nn.deployed.assemble(model, self._parts())
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
       raise ArtifactError(f"{self.path}: {error}") from error
     if bits is not None:
       nn.set_bits(network, bits)
@@ -122,12 +117,11 @@ class Artifact:
     """Bytes of each quantized weight: {layer: {"stored": n, 8: n, ...}}."""
     found = {}
     for layer in self.manifest["layers"]:
-      packed = self._packed(layer)
-      encoded = self.weight.storage.unpack(packed, tuple(layer["shape"]))
+      encoded = self._encoded(layer)
       sizes = {
         b: self.weight.storage.size(encoded, i) for i, b in enumerate(self.bits)
       }
-      stored = sum(array.nbytes for array in packed.values())
+      stored = sum(array.nbytes for array in self._packed(layer).values())
       found[layer["name"]] = {"stored": stored, **sizes}
     return found
 
@@ -155,6 +149,23 @@ class Artifact:
     name = layer["name"]
     return {key: self.tensors[f"{name}/{key}"] for key in layer["packed"]}
 
+  def _encoded(self, layer):
+    with _errors_of(self.path / TENSORS):
+      return guarded(
+        f"layer {layer['name']}",
+        self.weight.storage.unpack,
+        self._packed(layer),
+        tuple(layer["shape"]),
+      )
+
+  def _architecture(self, name, options):
+    with _errors_of(self.path / MANIFEST):
+      check_architecture((name, options), self.manifest, self.tensors)
+      return guarded(
+        "architecture",
+        lambda: models.build(name, rngs=nnx.Rngs(0), **options),
+      )
+
   def _parts(self) -> deployed.Parts:
     activation, layers = self.activation, {}
     for layer in self.manifest["layers"]:
@@ -168,7 +179,7 @@ class Artifact:
           key: jnp.asarray(self.tensors[f"{name}/input/{key}"])
           for key in layer["input"]
         },
-        encoded=self.weight.storage.unpack(self._packed(layer), shape),
+        encoded=self._encoded(layer),
       )
     norms = {
       name: deployed.StoredNorm(
@@ -191,17 +202,21 @@ def open(path: str | os.PathLike) -> Artifact:
 
   Raises:
     ArtifactError: naming the file that is missing, damaged or of another
-      format.
+      format, and the field or tensor that is wrong in it.
   """
   path = files.expand(path)
-  text, data = _bytes(path / MANIFEST), _bytes(path / TENSORS)
-  manifest = _verified_manifest(path / MANIFEST, text)
-  if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-    raise ArtifactError(f"{path / TENSORS} is damaged: its checksum differs")
-  tensors = safetensors.numpy.load(data)
-  for name in manifest["bfloat16"]:
-    tensors[name] = tensors[name].view(jnp.bfloat16)
-  return Artifact(path, manifest, tensors)
+  text = _bytes(path / MANIFEST, _LARGEST_MANIFEST)
+  with _errors_of(path / MANIFEST):
+    manifest = _verified_manifest(text)
+    weight = quantizer(manifest["method"], "method", quant.WeightQuantizer)
+    activation = manifest["activation"] and quantizer(
+      manifest["activation"], "activation", quant.ActivationQuantizer
+    )
+  data = _bytes(path / TENSORS, _memory())
+  with _errors_of(path / TENSORS):
+    tensors = _verified_tensors(data, manifest)
+    check_tensors(manifest, tensors, weight, activation)
+  return Artifact(path, manifest, tensors, weight, activation)
 
 
 def load(
@@ -237,32 +252,65 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
   ).hexdigest()
 
 
-def _verified_manifest(path, text):
+@contextlib.contextmanager
+def _errors_of(path):
+  """Makes an ArtifactError that names the file of every error of a check."""
   try:
-    manifest = json.loads(text)
-    expected = manifest.pop("manifest_sha256")
-  except (ValueError, KeyError, AttributeError, TypeError):
-    raise ArtifactError(f"{path} is damaged: it is not a manifest") from None
+    yield
+  except ArtifactError:
+    raise
+  except ValueError as error:
+    raise ArtifactError(f"{path}: {error}") from None
+
+
+def _verified_manifest(text):
+  manifest = schema.parse(text)
+  schema.check(manifest, {str: object})
   if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-    raise ArtifactError(
-      f"{path} must have format {FORMAT!r} version {VERSION}, got "
-      f"{manifest.get('format')!r} version {manifest.get('version')!r}"
+    raise ValueError(
+      f"must have format {FORMAT!r} version {VERSION}, got "
+      f"{reprlib.repr(manifest.get('format'))} version "
+      f"{reprlib.repr(manifest.get('version'))}"
     )
+  expected = manifest.pop("manifest_sha256", None)
   if manifest_digest(manifest) != expected:
-    raise ArtifactError(f"{path} is damaged: its checksum differs")
+    raise ValueError("is damaged: its checksum differs")
+  check_manifest(manifest)
   return manifest
 
 
-def _quantizer(spec):
-  options = {
-    key: tuple(value) if isinstance(value, list) else value
-    for key, value in spec["options"].items()
-  }
-  return quant.get(spec["name"], **options)
+def _verified_tensors(data, manifest):
+  if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+    raise ValueError("is damaged: its checksum differs")
+  tensors = guarded("is no safetensors file", safetensors.numpy.load, data)
+  for name in manifest["bfloat16"]:
+    if name not in tensors or tensors[name].dtype != np.uint16:
+      raise ValueError(f"bfloat16 must name tensors of uint16, got {name!r}")
+    tensors[name] = tensors[name].view(jnp.bfloat16)
+  return tensors
 
 
-def _bytes(path):
+def _bytes(path, limit):
+  """The bytes of a regular file that has at most `limit` of them."""
   try:
-    return path.read_bytes()
+    # Opening a FIFO would wait for a writer.
+    with builtins.open(path, "rb", opener=_without_waiting) as file:
+      found = os.fstat(file.fileno())
+      if not stat.S_ISREG(found.st_mode):
+        raise ArtifactError(f"{path} must be a regular file")
+      if found.st_size > limit:
+        raise ArtifactError(
+          f"{path} must have at most {limit} bytes, got {found.st_size}"
+        )
+      return file.read(found.st_size)
   except OSError as error:
     raise ArtifactError(f"{path}: {error.strerror or error}") from None
+
+
+def _without_waiting(path, flags):
+  return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _memory():
+  """Bytes that can be read at once: half of this machine's memory."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

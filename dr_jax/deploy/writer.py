@@ -20,6 +20,7 @@ from dr_jax.deploy.artifact import (
   VERSION,
   manifest_digest,
 )
+from dr_jax.deploy.verify import check_manifest, check_tensors
 from dr_jax.runtime import files
 
 
@@ -41,7 +42,8 @@ def save(
 
   Raises:
     FileExistsError: if the path exists; nothing is overwritten.
-    ValueError: if the model is not quantized, or its method is not registered.
+    ValueError: if the model is not quantized, its method is not registered, or
+      it has NaN, infinite or huge (above 2^60) values.
 
   >>> import tempfile
   >>> from dr_jax import deploy, quant
@@ -60,26 +62,30 @@ def save(
   >>> bool((network(jnp.eye(4)) == stored(jnp.eye(4))).all())
   True
   """
+  parts = nn.deployed.parts_of(model)
+  packed = {
+    name: layer.weight.storage.pack(layer.encoded)
+    for name, layer in parts.layers.items()
+  }
+  arrays = _arrays(parts, packed)
+  # safetensors reads no bfloat16 into numpy: its bits travel as uint16.
+  halves = [name for name, a in arrays.items() if a.dtype == jnp.bfloat16]
+  data = safetensors.numpy.save(
+    arrays | {name: arrays[name].view(np.uint16) for name in halves}
+  )
+  manifest = _manifest(parts, packed, architecture) | {
+    "bfloat16": halves,
+    "sha256": hashlib.sha256(data).hexdigest(),
+  }
+  manifest = json.loads(json.dumps(manifest))
+  first = next(iter(parts.layers.values()))
+  check_manifest(manifest)
+  check_tensors(manifest, arrays, first.weight, first.activation)
+  manifest["manifest_sha256"] = manifest_digest(manifest)
+  text = json.dumps(manifest, separators=(",", ":"))
   with files.atomic_directory(path) as directory:
-    parts = nn.deployed.parts_of(model)
-    packed = {
-      name: layer.weight.storage.pack(layer.encoded)
-      for name, layer in parts.layers.items()
-    }
-    arrays = _arrays(parts, packed)
-    # safetensors reads no bfloat16 into numpy: its bits travel as uint16.
-    halves = [name for name, a in arrays.items() if a.dtype == jnp.bfloat16]
-    data = safetensors.numpy.save(
-      arrays | {name: arrays[name].view(np.uint16) for name in halves}
-    )
-    manifest = _manifest(parts, packed, architecture) | {
-      "bfloat16": halves,
-      "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    manifest["manifest_sha256"] = manifest_digest(manifest)
     (directory / TENSORS).write_bytes(data)
-    text = json.dumps(manifest, separators=(",", ":"))
-    (directory / MANIFEST).write_text(text)
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def _arrays(parts, packed):

@@ -7,11 +7,13 @@ starts after a kill, sees the old content or the new, never a part of it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,6 +93,9 @@ def partial_path(path: Path) -> pathlib.Path:
 def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   """A directory that appears at `path` when the block ends without an error.
 
+  A process that is killed inside the block leaves a hidden draft beside it,
+  which the next call for the same path removes.
+
   Yields:
     Where to write its files until then.
 
@@ -101,12 +106,42 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   if path.exists():
     raise FileExistsError(f"{path} exists already; choose a new path")
   path.parent.mkdir(parents=True, exist_ok=True)
-  draft = pathlib.Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+  for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+    _remove_abandoned(left)
+  draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+  draft.mkdir()
+  with _held(draft):
+    try:
+      yield draft
+      draft.rename(path)
+    except BaseException:
+      shutil.rmtree(draft, ignore_errors=True)
+      raise
+
+
+@contextlib.contextmanager
+def _held(directory: pathlib.Path) -> Iterator[None]:
+  """Holds a lock on a directory, which ends with the process."""
+  descriptor = os.open(directory, os.O_RDONLY)
   try:
-    yield draft
-    # mkdtemp lets only the owner read.
-    draft.chmod(0o755)
-    draft.rename(path)
-  except BaseException:
+    # Not every file system has locks.
+    with contextlib.suppress(OSError):
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _remove_abandoned(draft: pathlib.Path) -> None:
+  """Removes a draft whose writer was killed."""
+  try:
+    descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+  except OSError:
+    return
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     shutil.rmtree(draft, ignore_errors=True)
-    raise
+  except OSError:  # Someone is writing it, or there are no locks.
+    pass
+  finally:
+    os.close(descriptor)

@@ -206,14 +206,14 @@ def test_missing_and_foreign_files_are_named(exported, tmp_path):
     deploy.load(tmp_path / "nothing")
   path = tmp_path / "model"
   shutil.copytree(exported[1], path)
+  (path / "model.safetensors").unlink()
+  with pytest.raises(deploy.ArtifactError, match="safetensors: No such file"):
+    deploy.load(path)
   manifest = json.loads((path / "manifest.json").read_text())
   (path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
   with pytest.raises(
     deploy.ArtifactError, match="must have format .* got .* version 99"
   ):
-    deploy.load(path)
-  (path / "model.safetensors").unlink()
-  with pytest.raises(deploy.ArtifactError, match="safetensors: No such file"):
     deploy.load(path)
 
 

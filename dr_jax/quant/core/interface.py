@@ -32,14 +32,18 @@ class Storage(NamedTuple):
   Attributes:
     pack: `pack(encoded) -> packed`, a dict of arrays as a file holds them.
     unpack: `unpack(packed, shape) -> encoded`, the inverse; `shape` is that of
-      the weight.
+      the weight. ValueError for a stream of another length than it must have.
     size: `size(encoded, index) -> bytes` of a copy of the weight that serves
       only the bit-width at `index`.
+    layout: `layout(encoded) -> packed`, both dicts of jax.ShapeDtypeStruct:
+      what `pack` returns for arrays of these shapes. A stream whose length
+      depends on the values has the shape (None,).
   """
 
   pack: Callable[[Encoded], dict[str, np.ndarray]]
   unpack: Callable[[dict[str, np.ndarray], tuple[int, ...]], Encoded]
   size: Callable[[Encoded, int], int]
+  layout: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class WeightQuantizer(NamedTuple):

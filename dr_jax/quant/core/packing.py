@@ -7,6 +7,7 @@ is wasted at odd bit-widths; only the last byte is padded, with zeros.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -135,17 +136,24 @@ def storage(
   def unpack_all(packed, shape):
     encoded = {name: jnp.asarray(value) for name, value in packed.items()}
     if "codes" in packed:
-      size = int(np.prod(shape))
+      size = math.prod(shape)
       codes = unpack(packed["codes"], stored_bits, size, signed=signed)
       encoded["codes"] = codes.reshape(shape)
     return encoded
+
+  def layout(encoded):
+    packed = dict(encoded)
+    if "codes" in encoded:
+      length = packed_size(math.prod(encoded["codes"].shape), stored_bits)
+      packed["codes"] = jax.ShapeDtypeStruct((length,), jnp.uint8)
+    return packed
 
   def size(encoded, index):
     main = "codes" if "codes" in encoded else "weight"
     others = sum(v.nbytes for name, v in encoded.items() if name != main)
     return packed_size(encoded[main].size, bits[index]) + others
 
-  return Storage(pack_all, unpack_all, size)
+  return Storage(pack_all, unpack_all, size, layout)
 
 
 def _code_dtype(bits, signed):

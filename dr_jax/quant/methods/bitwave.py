@@ -29,6 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import Storage, WeightQuantizer
+from dr_jax.quant.core.packing import packed_size
 from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.registry import Recipe, method
 
@@ -271,8 +272,14 @@ def _storage(bits, group):
     grouped = (positions, -(-channels // members), shape[-1])
     used = _bits(packed["masks"], (math.prod(grouped), _COLUMNS))
     kept = _kept(used, shape, group)
+    count = int(kept.sum())
+    size, given = packed_size(count, 1), len(packed["columns"])
+    if given != size:
+      raise ValueError(
+        f"columns must have {size} bytes for {count} bits, got {given}"
+      )
     planes = np.zeros(kept.shape, np.int32)
-    planes[kept] = _bits(packed["columns"], (int(kept.sum()),))
+    planes[kept] = _bits(packed["columns"], (count,))
     magnitudes = (planes << np.arange(_COLUMNS)[:, None]).sum(1)
     magnitudes = magnitudes.reshape(*grouped, members).swapaxes(2, 3)
     magnitudes = _ungrouped(magnitudes, shape)
@@ -280,13 +287,28 @@ def _storage(bits, group):
     codes = np.where(negative, -magnitudes, magnitudes).astype(np.int8)
     return {"codes": jnp.asarray(codes), "scale": jnp.asarray(packed["scale"])}
 
+  def layout(encoded):
+    shape = encoded["codes"].shape
+    positions, channels, members = _layout(shape, group)
+    groups = positions * -(-channels // members) * shape[-1]
+    lengths = {
+      "signs": packed_size(math.prod(shape), 1),
+      "masks": packed_size(groups * _COLUMNS, 1),
+      "columns": None,
+    }
+    streams = {
+      name: jax.ShapeDtypeStruct((length,), jnp.uint8)
+      for name, length in lengths.items()
+    }
+    return {**streams, "scale": encoded["scale"]}
+
   def size(encoded, index):
     target = jnp.int32(bits[index])
     codes = _flip(jnp.asarray(encoded["codes"]), target, group=group)
     packed = pack({**encoded, "codes": codes})
     return sum(array.nbytes for array in packed.values())
 
-  return Storage(pack, unpack, size)
+  return Storage(pack, unpack, size, layout)
 
 
 def _bits(stream, shape):
