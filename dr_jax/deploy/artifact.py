@@ -37,6 +37,7 @@ from flax import nnx
 from dr_jax import allocate, models, nn, quant
 from dr_jax.deploy.verify import (
   check_architecture,
+  check_header,
   check_manifest,
   check_tensors,
   guarded,
@@ -212,7 +213,7 @@ def open(path: str | os.PathLike) -> Artifact:
     activation = manifest["activation"] and quantizer(
       manifest["activation"], "activation", quant.ActivationQuantizer
     )
-  data = _bytes(path / TENSORS, _memory())
+  data = _bytes(path / TENSORS, _memory(), check_header)
   with _errors_of(path / TENSORS):
     tensors = _verified_tensors(data, manifest)
     check_tensors(manifest, tensors, weight, activation)
@@ -290,8 +291,11 @@ def _verified_tensors(data, manifest):
   return tensors
 
 
-def _bytes(path, limit):
-  """The bytes of a regular file that has at most `limit` of them."""
+def _bytes(path, limit, check=None):
+  """The bytes of a regular file that has at most `limit` of them.
+
+  `check(file, size)` may look into the file before all of it is read.
+  """
   try:
     # Opening a FIFO would wait for a writer.
     with builtins.open(path, "rb", opener=_without_waiting) as file:
@@ -302,6 +306,10 @@ def _bytes(path, limit):
         raise ArtifactError(
           f"{path} must have at most {limit} bytes, got {found.st_size}"
         )
+      if check is not None:
+        with _errors_of(path):
+          check(file, found.st_size)
+        file.seek(0)
       return file.read(found.st_size)
   except OSError as error:
     raise ArtifactError(f"{path}: {error.strerror or error}") from None

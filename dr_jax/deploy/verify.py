@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,10 @@ MANIFEST_SCHEMA = {
   "bfloat16": [NAME],
   "sha256": _DIGEST,
 }
+
+_OFFSETS = Where([COUNT], lambda pair: len(pair) == 2, "two offsets")
+_TENSOR = {"dtype": str, "shape": [COUNT], "data_offsets": _OFFSETS}
+_LARGEST_HEADER = 100 * 10**6  # as in the safetensors library
 
 # Floats of a trained network are nowhere near; the product of two is finite.
 _LARGEST = 2.0**60
@@ -130,6 +134,26 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         f"norm {name} must follow a layer, or it and the one before, got "
         f"{follows}"
       )
+
+
+def check_header(file: BinaryIO, size: int) -> None:
+  """Checks that a safetensors file has the size that its header says.
+
+  Raises:
+    ValueError: if not, before more than the header is read.
+  """
+  length = int.from_bytes(file.read(8), "little")
+  if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+    raise Broken("is no safetensors file")
+  header = schema.parse(file.read(length))
+  schema.check(header, {str: object})
+  header.pop("__metadata__", None)
+  schema.check(header, {str: _TENSOR})
+  end = max(
+    (tensor["data_offsets"][1] for tensor in header.values()), default=0
+  )
+  if size != 8 + length + end:
+    raise Broken(f"must have {8 + length + end} bytes, got {size}")
 
 
 def check_tensors(

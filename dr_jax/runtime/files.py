@@ -7,6 +7,7 @@ starts after a kill, sees the old content or the new, never a part of it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
@@ -104,7 +105,7 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   """
   path = expand(path)
   if path.exists():
-    raise FileExistsError(f"{path} exists already; choose a new path")
+    raise _exists(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
     _remove_abandoned(left)
@@ -113,10 +114,23 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   with _held(draft):
     try:
       yield draft
-      draft.rename(path)
+      _rename(draft, path)
     except BaseException:
       shutil.rmtree(draft, ignore_errors=True)
       raise
+
+
+def _rename(draft: pathlib.Path, path: pathlib.Path) -> None:
+  try:
+    draft.rename(path)
+  except OSError as error:
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+      raise _exists(path) from None
+    raise
+
+
+def _exists(path: pathlib.Path) -> FileExistsError:
+  return FileExistsError(f"{path} exists already; choose a new path")
 
 
 @contextlib.contextmanager

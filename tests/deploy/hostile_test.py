@@ -1,0 +1,232 @@
+"""Artifacts of files that are no files, of any size, and of killed writers."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dr_jax import deploy, models, nn, quant
+from dr_jax.deploy.artifact import manifest_digest
+from dr_jax.runtime import files
+
+OPTIONS = {"depth": 8, "num_classes": 3, "channels": 1, "widths": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def network():
+  return nn.quantize(
+    models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS),
+    weight=quant.double_rounding((8, 4)),
+    activation=quant.lsq_activation((8, 4)),
+    sample=jnp.ones((2, 8, 8, 1)),
+  )
+
+
+@pytest.fixture
+def path(network, tmp_path):
+  deploy.save(tmp_path / "model", network, architecture=("resnet", OPTIONS))
+  return tmp_path / "model"
+
+
+def resign(path, **changes):
+  """Changes fields of the manifest, and its checksums with them."""
+  manifest = json.loads((path / "manifest.json").read_text()) | changes
+  data = (path / "model.safetensors").read_bytes()
+  manifest["sha256"] = hashlib.sha256(data).hexdigest()
+  del manifest["manifest_sha256"]
+  manifest["manifest_sha256"] = manifest_digest(manifest)
+  (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def refused(path, message):
+  started = time.monotonic()
+  with pytest.raises(deploy.ArtifactError, match=message) as error:
+    deploy.load(path)
+  assert "\n" not in str(error.value) and str(path) in str(error.value)
+  assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json"])
+def test_what_is_not_a_regular_file_is_refused_at_once(path, name):
+  file = path / name
+  file.unlink()
+  os.mkfifo(file)
+  refused(path, f"{name} must be a regular file")
+  file.unlink()
+  file.symlink_to("/dev/zero")
+  refused(path, f"{name} must be a regular file")
+  file.unlink()
+  file.mkdir()
+  refused(path, f"{name}: Is a directory|{name} must be a regular file")
+
+
+def test_a_sparse_file_is_not_read(path):
+  size = (path / "model.safetensors").stat().st_size
+  for larger in (40 * 2**30, 2**30, size + 1):
+    os.truncate(path / "model.safetensors", larger)
+    refused(
+      path, r"model\.safetensors(:)? must have (at most )?\d+ bytes, got"
+    )
+  (path / "model.safetensors").write_bytes(b"")
+  os.truncate(path / "model.safetensors", 2**30)
+  refused(path, "model.safetensors: is no safetensors file")
+  os.truncate(path / "manifest.json", 2**30)
+  refused(path, r"manifest.json must have at most \d+ bytes, got")
+
+
+def test_a_link_to_a_file_is_read(path, tmp_path):
+  (path / "model.safetensors").rename(tmp_path / "blob")
+  (path / "model.safetensors").symlink_to(tmp_path / "blob")
+  assert deploy.load(path)
+
+
+@pytest.mark.parametrize("bomb", ["[" * 100_000, '{"a":' * 100_000, "[" * 40])
+def test_nested_json_is_refused(path, bomb):
+  closing = {"[": "]", "{": "}"}[bomb[0]] * bomb.count(bomb[0])
+  (path / "manifest.json").write_text(f"{bomb}1{closing}")
+  refused(path, "manifest.json: it is nested too deep")
+
+
+@pytest.mark.parametrize(
+  "architecture",
+  [
+    ("resnet", OPTIONS | {"depth": 6002}),
+    ("resnet", OPTIONS | {"depth": 6 * 10**12 + 2}),
+    ("resnet", OPTIONS | {"num_classes": 2**33}),
+    ("resnet", OPTIONS | {"widths": (2**20, 2**20, 2**20)}),
+    ("resnet50", {"num_classes": 3, "channels": 1}),
+    ("mobilenetv2", {"num_classes": 3, "channels": 1, "width": 1e9}),
+  ],
+)
+def test_a_network_larger_than_what_is_stored_is_not_built(path, architecture):
+  resign(path, architecture=architecture)
+  refused(path, "architecture")
+
+
+@pytest.mark.parametrize(
+  ("architecture", "message"),
+  [
+    (("resnet", {}), "architecture: options of model 'resnet'"),
+    (("resnet", OPTIONS | {"rngs": 3}), "architecture"),
+    (("resnet", OPTIONS | {"widths": [2, 2]}), "widths must be three"),
+    (("ResNet", OPTIONS), "architecture: name must be one of"),
+    (["resnet"], "architecture must be null or a name and its options"),
+  ],
+)
+def test_an_architecture_that_cannot_be_built_is_one_line(
+  path, architecture, message
+):
+  resign(path, architecture=architecture)
+  refused(path, message)
+
+
+def test_orders_must_be_a_permutation(path):
+  manifest = json.loads((path / "manifest.json").read_text())
+  layers = manifest["layers"]
+  layers[0]["order"] = layers[1]["order"]
+  resign(path, layers=layers)
+  refused(path, "layers must have the orders 0 to 7, each once, got")
+
+
+def test_a_shape_is_bounded_by_the_bytes_that_are_there(path):
+  manifest = json.loads((path / "manifest.json").read_text())
+  manifest["layers"][0]["shape"] = [3, 3, 2**31, 2]
+  resign(path, layers=manifest["layers"])
+  refused(path, "stage1/block0/conv1/codes must be uint8")
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    (np.nan, "must be finite"),
+    (np.inf, "must be finite"),
+    (-1.0, "must not be negative"),
+  ],
+)
+def test_scales_that_no_network_has_are_neither_stored_nor_loaded(
+  network, tmp_path, value, message
+):
+  wrong = nnx.clone(network)
+  scale = wrong.stage1.block0.conv1.input_params["scale"]
+  scale[...] = jnp.full(scale.shape, value)
+  with pytest.raises(ValueError, match=f"conv1/input/scale {message}"):
+    deploy.save(tmp_path / "wrong", wrong)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_an_artifact_has_the_permissions_that_the_umask_leaves(
+  network, tmp_path, mask
+):
+  before = os.umask(mask)
+  try:
+    deploy.save(tmp_path / "model", network)
+  finally:
+    os.umask(before)
+  assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~mask
+  for file in (tmp_path / "model").iterdir():
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_path_may_begin_with_the_home_directory(
+  network, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  deploy.save("~/model", network, architecture=("resnet", OPTIONS))
+  assert deploy.load("~/model") and [p.name for p in tmp_path.iterdir()] == [
+    "model"
+  ]
+
+
+WRITER = """
+import pathlib, sys
+from dr_jax.runtime import files
+print(flush=True)
+for number in range(10**6):
+  with files.atomic_directory(f"{sys.argv[1]}/model{number % 2}") as draft:
+    for name in "ab":
+      (draft / name).write_bytes(bytes(10**6))
+  import shutil
+  shutil.rmtree(f"{sys.argv[1]}/model{number % 2}")
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path, kind):
+  for moment in (0.0, 0.003, 0.01, 0.017, 0.03):
+    with subprocess.Popen(
+      [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
+    ) as process:
+      process.stdout.readline()
+      time.sleep(moment)
+      process.send_signal(kind)
+  left = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+  for name in left:  # Complete, but for one that was being removed.
+    assert name in ("model0", "model1")
+    for file in (tmp_path / name).iterdir():
+      assert file.stat().st_size == 10**6
+  for name in ("model0", "model1"):
+    shutil.rmtree(tmp_path / name, ignore_errors=True)
+    with files.atomic_directory(tmp_path / name):
+      pass
+  assert {p.name for p in tmp_path.iterdir()} == {"model0", "model1"}
+
+
+def test_of_two_writers_at_once_the_first_to_end_wins(tmp_path):
+  with pytest.raises(FileExistsError, match="exists already; choose a new"):
+    with files.atomic_directory(tmp_path / "model") as mine:
+      with files.atomic_directory(tmp_path / "model") as other:
+        (other / "a").write_text("other")
+        (mine / "a").write_text("mine")
+  assert (tmp_path / "model" / "a").read_text() == "other"
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
