@@ -144,16 +144,21 @@ def check_header(file: BinaryIO, size: int) -> None:
   """
   length = int.from_bytes(file.read(8), "little")
   if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-    raise Broken("is no safetensors file")
-  header = schema.parse(file.read(length))
-  schema.check(header, {str: object})
-  header.pop("__metadata__", None)
-  schema.check(header, {str: _TENSOR})
+    raise Broken("is damaged: it is no safetensors file")
+  try:
+    header = schema.parse(file.read(length))
+    schema.check(header, {str: object})
+    header.pop("__metadata__", None)
+    schema.check(header, {str: _TENSOR})
+  except ValueError as error:
+    raise Broken(f"is damaged: its header: {error}") from None
   end = max(
     (tensor["data_offsets"][1] for tensor in header.values()), default=0
   )
   if size != 8 + length + end:
-    raise Broken(f"must have {8 + length + end} bytes, got {size}")
+    raise Broken(
+      f"is damaged: it must have {8 + length + end} bytes, got {size}"
+    )
 
 
 def check_tensors(

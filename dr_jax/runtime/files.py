@@ -36,6 +36,7 @@ def expand(path: Path) -> pathlib.Path:
 def write_bytes(path: Path, content: bytes) -> None:
   """Writes a file as a whole, and the directories that it needs.
 
+  >>> import tempfile
   >>> path = pathlib.Path(tempfile.mkdtemp()) / "a" / "b"
   >>> write_bytes(path, b"content")
   >>> path.read_bytes()
@@ -69,6 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
   """Reads a JSON file.
 
+  >>> import tempfile
   >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.json"
   >>> write_json(path, {"bits": [8, 4]})
   >>> read_json(path)

@@ -73,12 +73,10 @@ def test_a_sparse_file_is_not_read(path):
   size = (path / "model.safetensors").stat().st_size
   for larger in (40 * 2**30, 2**30, size + 1):
     os.truncate(path / "model.safetensors", larger)
-    refused(
-      path, r"model\.safetensors(:)? must have (at most )?\d+ bytes, got"
-    )
+    refused(path, r"model\.safetensors.* must have (at most )?\d+ bytes, got")
   (path / "model.safetensors").write_bytes(b"")
   os.truncate(path / "model.safetensors", 2**30)
-  refused(path, "model.safetensors: is no safetensors file")
+  refused(path, "model.safetensors: is damaged: it is no safetensors file")
   os.truncate(path / "manifest.json", 2**30)
   refused(path, r"manifest.json must have at most \d+ bytes, got")
 

@@ -1,7 +1,7 @@
 """Artifacts that someone changed, with checksums that fit and without.
 
 Nothing but an ArtifactError may come of them, or a network whose outputs are
-finite, and those of the original where no tensor was changed; within 5 seconds.
+finite, within 5 seconds of CPU time.
 """
 
 import collections
@@ -189,9 +189,10 @@ def attack(original, path, make, count, seed):
   model = models.build("resnet", rngs=nnx.Rngs(1), **OPTIONS)
   before = jax.tree.map(np.asarray, nnx.state(model))
   expected = outputs(original)
+  assert (outputs(original, model) == expected).all()
   rng = random.Random(seed)
   for _, kind in zip(range(count), make(original, path, rng), strict=False):
-    started = time.monotonic()
+    started = time.process_time()
     given = model if rng.random() < 0.5 else None
     try:
       got = outputs(path, given)
@@ -203,7 +204,7 @@ def attack(original, path, make, count, seed):
       assert np.isfinite(got).all(), kind
       same = got.shape == expected.shape and (got == expected).all()
       ends[kind, "same" if same else "other"] += 1
-    assert time.monotonic() - started < 5, kind
+    assert time.process_time() - started < 5, kind
   after = jax.tree.map(np.asarray, nnx.state(model))
   assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
   return ends
@@ -217,8 +218,6 @@ def test_a_changed_artifact_ends_in_one_error(original, tmp_path, make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [mutants, unsigned])
-def test_20000_changed_artifacts_end_in_one_error(original, tmp_path, make):
-  # Of six methods 3,334 each.
-  ends = attack(original, tmp_path / "model", make, 3334, seed=1)
-  print(dict(ends))
-  assert sum(ends.values()) == 3334
+def test_many_changed_artifacts_end_in_one_error(original, tmp_path, make):
+  ends = attack(original, tmp_path / "model", make, 200, seed=1)
+  assert sum(ends.values()) == 200
