@@ -5,7 +5,7 @@
 Float training, joint training at four bit-widths, and one integer artifact.
 ImageNet is read through TFDS (`data.dataset`); for a folder that holds one
 directory per class in train/ and val/ add --config.data.name=folder
---config.data.path=DIR --config.data.test_split=val.
+--config.data.path=DIR --config.data.dataset= --config.data.test_split=val.
 
   resnet18.py:432          bits {4, 3, 2}
   resnet18.py:torchvision  starts from torchvision's float weights

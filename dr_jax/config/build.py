@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dr_jax.config.checks import check, one_of
-from dr_jax.config.fields import Config, ConfigError
+from dr_jax.config.fields import Config, ConfigError, shown
 from dr_jax.quant import RECIPES
 from dr_jax.search import SEARCHES
 
@@ -74,7 +74,8 @@ def _options(role, given, left):
 def _build(kind, values, prefix):
   if not isinstance(values, Mapping):
     raise ConfigError(
-      f"{prefix[:-1]} must be a group of fields, got {values!r}"
+      f"{prefix[:-1] or 'configuration'} must be a group of fields, got "
+      f"{shown(values)}"
     )
   types = typing.get_type_hints(kind)
   filled = {}
@@ -93,7 +94,8 @@ def _build(kind, values, prefix):
 
 
 def _typed(name, value, kind):
-  if kind is float and type(value) is int:
+  # One that no float can hold is too large for any field.
+  if kind is float and type(value) is int and abs(value) < 2**1023:
     value = float(value)
   if kind is tuple and isinstance(value, list):
     value = tuple(value)
@@ -101,7 +103,7 @@ def _typed(name, value, kind):
     value = dict(value)
   if type(value) is not kind:
     raise ConfigError(
-      f"{name} must be of type {kind.__name__}, got {value!r} of type "
+      f"{name} must be of type {kind.__name__}, got {shown(value)} of type "
       f"{type(value).__name__}"
     )
   return value

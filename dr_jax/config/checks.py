@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
+import operator
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,10 +17,23 @@ from dr_jax import quant, search, train
 from dr_jax.config.fields import (
   Config,
   ConfigError,
-  DataConfig,
   QuantConfig,
   TrainConfig,
+  shown,
 )
+
+# Of float32, with its normal numbers only: smaller ones count as 0.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
+# Of the groups and tuples in a field.
+_DEEPEST = 8
+# Of synthetic images, which are held in memory.
+_LARGEST_DATA = 2**33
+# Arguments of a network that other fields decide.
+_IMPLIED = {
+  "num_classes": "the data",
+  "channels": "the data",
+  "dtype": "model.dtype",
+}
 
 
 def check(config: Config) -> None:
@@ -32,6 +46,7 @@ def check(config: Config) -> None:
   check_fields(config)
   quantizers(config.quant)
   _check_data(config.data)
+  _check_model(config.model)
   _check_devices(config)
   _check_training(config)
   _check_pretrain(config.pretrain)
@@ -47,36 +62,99 @@ def check_fields(group: Any, prefix: str = "") -> None:
   """
   for field in dataclasses.fields(group):
     value, name = getattr(group, field.name), f"{prefix}{field.name}"
+    rules = field.metadata
     if dataclasses.is_dataclass(value):
       check_fields(value, f"{name}.")
-    elif isinstance(value, tuple):
-      for entry in value:
-        _check_value(name, entry, field.metadata)
-    else:
-      _check_value(name, value, field.metadata)
+      continue
+    if rules.get("nonempty") and not value:
+      raise ConfigError(f"{name} must not be empty, got {value!r}")
+    for entry in value if isinstance(value, tuple) else (value,):
+      check_value(name, entry, rules)
+    _check_plain(name, value)
+    if rules.get("distinct"):
+      _check_distinct(name, value)
+    if "only_with" in rules:
+      _check_effect(group, field, prefix)
 
 
-def _check_value(name, value, constraints):
+def _check_effect(group, field, prefix):
+  """A field that has no effect keeps its default."""
+  (other, values), value = (
+    field.metadata["only_with"],
+    getattr(group, field.name),
+  )
+  if getattr(group, other) not in values and value != field.default:
+    raise ConfigError(
+      f"{prefix}{field.name} must be {field.default!r} with {prefix}{other}="
+      f"{getattr(group, other)!r}, where it has no effect, got {shown(value)}"
+    )
+
+
+def _check_distinct(name, entries):
+  for entry in entries:
+    if (count := entries.count(entry)) > 1:
+      raise ConfigError(f"{name} must be different, got {entry} {count} times")
+
+
+def _check_plain(name, value, depth=0):
+  """What JSON can hold, float32 and int64 can hold, and files can be named."""
+  if isinstance(value, Mapping | list | tuple):
+    if depth == _DEEPEST:
+      raise ConfigError(f"{name} must be nested at most {_DEEPEST} deep")
+    named = isinstance(value, Mapping)
+    for key, entry in value.items() if named else enumerate(value):
+      if named and not isinstance(key, str):
+        raise ConfigError(f"{name} must have names as keys, got {shown(key)}")
+      _check_plain(f"{name}.{key}" if named else name, entry, depth + 1)
+    return
+  if isinstance(value, str):
+    allowed, words = "\0" not in value, "without NUL characters"
+  elif isinstance(value, float):
+    # NaN is not among them.
+    allowed = value == 0 or _SMALLEST <= abs(value) <= _LARGEST
+    words = f"finite, 0 or from {_SMALLEST:.2g} to {_LARGEST:.2g} in magnitude"
+  elif isinstance(value, int):
+    allowed, words = -(2**63) <= value < 2**63, "an integer of 64 bits"
+  else:
+    allowed, words = (
+      value is None,
+      "a number, a string, or a tuple or dict of them",
+    )
+  if not allowed:
+    raise ConfigError(f"{name} must be {words}, got {shown(value)}")
+
+
+def check_value(name: str, value: Any, constraints: Mapping[str, Any]) -> None:
+  """Checks one value, or one entry of a tuple, by the metadata of a field.
+
+  Raises:
+    ConfigError: naming the field as `name`.
+  """
   kinds = constraints.get("each")
   if kinds and (isinstance(value, bool) or not isinstance(value, kinds)):
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     words = " or ".join(kind.__name__ for kind in kinds)
-    raise ConfigError(f"{name} must be a tuple of {words}, got {value!r} in it")
+    raise ConfigError(
+      f"{name} must be a tuple of {words}, got {shown(value)} in it"
+    )
   if "one_of" in constraints:
     one_of(name, value, _allowed(constraints["one_of"]))
+  if "pattern" in constraints:
+    pattern, words = constraints["pattern"]
+    if not re.fullmatch(pattern, value):
+      raise ConfigError(f"{name} must be {words}, got {shown(value)}")
   bounds = {
-    ">= {}": ("at_least", lambda bound: value >= bound),
-    "> {}": ("above", lambda bound: value > bound),
-    "<= {}": ("at_most", lambda bound: value <= bound),
+    ">= {}": ("at_least", operator.ge),
+    "> {}": ("above", operator.gt),
+    "<= {}": ("at_most", operator.le),
+    "< {}": ("below", operator.lt),
   }
   for text, (key, holds) in bounds.items():
-    # Written so that NaN fails too.
-    if key in constraints and not holds(constraints[key]):
+    # NaN keeps none of them.
+    if key in constraints and not holds(value, constraints[key]):
       raise ConfigError(
-        f"{name} must be {text.format(constraints[key])}, got {value!r}"
+        f"{name} must be {text.format(constraints[key])}, got {shown(value)}"
       )
-  if isinstance(value, float) and not math.isfinite(value):
-    raise ConfigError(f"{name} must be finite, got {value!r}")
 
 
 def _allowed(names):
@@ -91,7 +169,7 @@ def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
   """Raises ConfigError unless a value is one of those allowed."""
   if value not in allowed:
     known = ", ".join(map(str, allowed))
-    raise ConfigError(f"{name} must be one of {known}, got {value!r}")
+    raise ConfigError(f"{name} must be one of {known}, got {shown(value)}")
 
 
 def quantizers(
@@ -104,6 +182,11 @@ def quantizers(
   """
   weight = _quantizer(config, "weight", quant.WeightQuantizer)
   if config.activation == "none":
+    if config.activation_options:
+      raise ConfigError(
+        "quant.activation_options must be empty with quant.activation='none', "
+        f"got {shown(config.activation_options)}"
+      )
     return weight, None
   return weight, _quantizer(config, "activation", quant.ActivationQuantizer)
 
@@ -133,15 +216,22 @@ def _check_data(config):
       "data.image_size must be >= 1 with data.augment='random_resized_crop', "
       "got 0"
     )
-  if config.name == "digits":
-    plain = DataConfig()
-    for field in ("augment", "image_size", "mean", "std", "workers"):
-      value, only = getattr(config, field), getattr(plain, field)
-      if value != only:
-        raise ConfigError(
-          f"data.{field} must be {only!r} with data.name='digits', got "
-          f"{value!r}"
-        )
+  size = config.examples * (config.image_size or 32) ** 2 * config.channels
+  if config.name == "synthetic" and size > _LARGEST_DATA:
+    raise ConfigError(
+      f"data.examples must be such that the images take at most "
+      f"{_LARGEST_DATA / 2**30:g} GiB, got {config.examples} of "
+      f"{size / 2**30:,.1f} GiB"
+    )
+
+
+def _check_model(config):
+  for option, owner in _IMPLIED.items():
+    if option in config.options:
+      raise ConfigError(
+        f"model.options must not have {option}, which {owner} decides, got "
+        f"{shown(config.options[option])}"
+      )
 
 
 def _check_training(config):
@@ -160,7 +250,11 @@ def _check_training(config):
     if weights and len(weights) != count:
       raise ConfigError(
         f"{name}.loss_weights must be {count} numbers, one for each of "
-        f"quant.bits={config.quant.bits}, got {weights!r}"
+        f"quant.bits={config.quant.bits}, got {shown(weights)}"
+      )
+    if weights and not any(weights):
+      raise ConfigError(
+        f"{name}.loss_weights must have one > 0, got {shown(weights)}"
       )
 
 
@@ -184,39 +278,72 @@ def _check_mixed(config):
       "quant.norm must be switchable or transitional with the stage supernet, "
       "got 'shared'"
     )
+  _check_search(config.search)
   if "search" in config.stages:
-    _check_search(config.search, config.data.holdout)
+    _check_search_stage(config.search, config.data.holdout)
 
 
-def _check_search(config, holdout):
+def _check_search(config):
+  # A budget is part of a file's name.
+  names = [f"{budget:g}" for budget in config.budgets]
+  _check_distinct("search.budgets", names)
+  layers = [layer for group in config.ties for layer in group]
+  for layer in (*layers, *config.pinned):
+    if not isinstance(layer, str) or not layer:
+      raise ConfigError(
+        "search.ties and search.pinned must be of names of layers, got "
+        f"{shown(layer)}"
+      )
+  _check_distinct("search.ties", layers)
+  for layer, bits in config.pinned.items():
+    if type(bits) is not int:
+      raise ConfigError(
+        f"search.pinned.{layer} must be a bit-width, got {shown(bits)}"
+      )
+  for strategy, options in config.options.items():
+    _check_options(strategy, options, config.costs)
+
+
+def _check_search_stage(config, holdout):
   if config.eval_split != "train" and not 0 < holdout < 1:
     raise ConfigError(
       f"data.holdout must be > 0 and < 1 with search.eval_split="
       f"{config.eval_split!r}, got {holdout!r}"
     )
-  for strategy, options in config.options.items():
-    one_of("search.options", strategy, search.SEARCHES)
-    if not isinstance(options, Mapping):
-      raise ConfigError(
-        f"search.options.{strategy} must be a group of options, got {options!r}"
-      )
-  for field in ("strategies", "costs", "budgets"):
-    if not getattr(config, field):
-      raise ConfigError(f"search.{field} must not be empty, got ()")
   if "latency" in config.costs and not config.latency:
     raise ConfigError(
       "search.latency must be a JSON file of {layer: {bits: seconds}} with the "
       "cost latency, got ''"
     )
-  # Both name files.
-  for field, shown in (("strategies", str), ("budgets", "{:g}".format)):
-    names = list(map(shown, getattr(config, field)))
-    for name in names:
-      if names.count(name) > 1:
-        raise ConfigError(
-          f"search.{field} must be different, got {name} {names.count(name)} "
-          "times"
-        )
+  if not config.strategies:
+    raise ConfigError("search.strategies must not be empty, got ()")
+
+
+def _check_options(strategy, options, costs):
+  name = f"search.options.{strategy}"
+  one_of("search.options", strategy, search.SEARCHES)
+  if not isinstance(options, Mapping):
+    raise ConfigError(
+      f"{name} must be a group of options, got {shown(options)}"
+    )
+  known = search.options_of(strategy)
+  for option in options:
+    if option not in known:
+      raise ConfigError(
+        f"{name} must have only the options {', '.join(known) or 'none'}, got "
+        f"{option!r}"
+      )
+  try:
+    search.check_options(search.SEARCHES[strategy], options)
+  except ValueError as error:
+    raise ConfigError(f"{name}.{error}") from None
+  if "objective" in options:
+    one_of(f"{name}.objective", options["objective"], search.OBJECTIVES)
+  if options.get("per_cost") and len(costs) > 1:
+    raise ConfigError(
+      f"{name}.per_cost must be False with several search.costs, got True with "
+      f"{', '.join(costs)}"
+    )
 
 
 def _check_devices(config):

@@ -17,6 +17,27 @@ class ConfigError(ValueError):
 
   exit_code = 2
 
+  def __init__(self, message: object):
+    text = " ".join(str(message).split())
+    # A value of any length may be quoted near the end.
+    super().__init__(
+      text if len(text) < 1000 else f"{text[:800]}...{text[-99:]}"
+    )
+
+
+def shown(value: Any) -> str:
+  """Returns a value for a message: its repr, in at most 80 characters.
+
+  >>> shown("x"), shown(10**5000)
+  ("'x'", '<int>')
+  """
+  try:
+    text = repr(value)
+  # Of an integer of thousands of digits, or of an object that cannot.
+  except Exception:
+    return f"<{type(value).__name__}>"
+  return text if len(text) <= 80 else f"{text[:77]}..."
+
 
 def prefixed(group: str, error: ValueError) -> ConfigError:
   """The library's error about an argument, as one about a field.
@@ -37,22 +58,37 @@ def field(
   at_least: float | None = None,
   above: float | None = None,
   at_most: float | None = None,
+  below: float | None = None,
   each: type | tuple[type, ...] | None = None,
+  pattern: tuple[str, str] | None = None,
+  nonempty: bool | None = None,
+  distinct: bool | None = None,
+  only_with: tuple[str, tuple[str, ...]] | None = None,
 ) -> Any:
   """A field with constraints on its value, or on the entries of a tuple.
 
   Args:
     default: its default.
     one_of: values, or "module:NAME" of a collection of them.
-    at_least, above, at_most: bounds, which NaN and infinities do not keep.
+    at_least, above, at_most, below: bounds, which NaN does not keep.
     each: type of the entries of a tuple.
+    pattern: regular expression of a string, and what it means in words.
+    nonempty: whether a string or tuple must have an entry.
+    distinct: whether the entries of a tuple must differ.
+    only_with: another field of the group, and its values with which this one
+      has an effect; with others it must keep its default.
   """
   constraints = {
     "one_of": one_of,
     "at_least": at_least,
     "above": above,
     "at_most": at_most,
+    "below": below,
     "each": each,
+    "pattern": pattern,
+    "nonempty": nonempty,
+    "distinct": distinct,
+    "only_with": only_with,
   }
   return dataclasses.field(
     default=default,
@@ -66,6 +102,15 @@ def mapping() -> Any:
 
 
 _NUMBER = (int, float)
+# One directory, and one word of a command line.
+FILE_NAME = (
+  r"\w[\w .,=+@-]{0,59}",
+  "a file name of letters, digits and .,=+@-_, at most 60, the first one a "
+  "letter or digit",
+)
+_FILES = ("name", ("folder", "tfds"))
+_IMAGES = ("name", ("folder", "tfds", "synthetic"))
+_SYNTHETIC = ("name", ("synthetic",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +123,28 @@ class DataConfig:
   """
 
   name: str = field("digits", one_of="dr_jax.data:NAMES")
-  batch_size: int = field(128, at_least=1)
-  holdout: float = field(0.0, at_least=0, at_most=1)
-  path: str = ""
-  dataset: str = ""
-  train_split: str = "train"
-  test_split: str = "test"
-  augment: str = field("none", one_of="dr_jax.data:AUGMENT")
-  image_size: int = field(0, at_least=0)
-  mean: tuple = field((), each=_NUMBER)
-  std: tuple = field((), each=_NUMBER, above=0)
-  workers: int = field(0, at_least=0)
-  on_decode_error: str = field("raise", one_of=("raise", "skip"))
-  orient: bool = True
-  classes: int = field(10, at_least=1)
-  examples: int = field(64, at_least=1)
-  channels: int = field(3, one_of=(1, 3))
+  batch_size: int = field(128, at_least=1, at_most=2**20)
+  holdout: float = field(0.0, at_least=0, below=1)
+  path: str = field("", only_with=_FILES)
+  dataset: str = field("", only_with=("name", ("tfds",)))
+  train_split: str = field("train", nonempty=True, only_with=_FILES)
+  test_split: str = field("test", nonempty=True, only_with=_FILES)
+  augment: str = field("none", one_of="dr_jax.data:AUGMENT", only_with=_IMAGES)
+  image_size: int = field(0, at_least=0, at_most=4096, only_with=_IMAGES)
+  mean: tuple = field(
+    (), each=_NUMBER, at_least=-1000, at_most=1000, only_with=_IMAGES
+  )
+  std: tuple = field(
+    (), each=_NUMBER, at_least=1e-6, at_most=1000, only_with=_IMAGES
+  )
+  workers: int = field(0, at_least=0, at_most=256, only_with=_IMAGES)
+  on_decode_error: str = field(
+    "raise", one_of=("raise", "skip"), only_with=_FILES
+  )
+  orient: bool = field(True, only_with=_FILES)
+  classes: int = field(10, at_least=1, at_most=10**5, only_with=_SYNTHETIC)
+  examples: int = field(64, at_least=1, at_most=10**7, only_with=_SYNTHETIC)
+  channels: int = field(3, one_of=(1, 3), only_with=_SYNTHETIC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +172,7 @@ class QuantConfig:
   `quant.fit`.
   """
 
-  bits: tuple = (8, 6, 4, 2)
+  bits: tuple = field((8, 6, 4, 2), each=int)
   weight: str = "double_rounding"
   weight_options: dict = mapping()
   activation: str = "lsq_activation"
@@ -137,17 +188,19 @@ class TrainConfig:
   For `Config.train`, `from_dict` takes what is not set from the method.
   """
 
-  epochs: int = field(10, at_least=0)
+  epochs: int = field(10, at_least=0, at_most=10**6)
   optimizer: str = field("adam", one_of="dr_jax.train:OPTIMIZERS")
-  learning_rate: float = field(5e-4, at_least=0)
-  weight_decay: float = field(5e-5, at_least=0)
-  momentum: float = field(0.9, at_least=0)
+  learning_rate: float = field(5e-4, at_least=0, at_most=1000)
+  weight_decay: float = field(5e-5, at_least=0, at_most=1000)
+  momentum: float = field(
+    0.9, at_least=0, below=1, only_with=("optimizer", ("sgd",))
+  )
   schedule: str = field("alternate", one_of="dr_jax.train:SCHEDULES")
   vectorize: str = field("auto", one_of="dr_jax.train:VECTORIZE")
   alrs: str = field("none", one_of="dr_jax.train.alrs:MODES")
   sampling: str = field("all", one_of="dr_jax.train:SAMPLINGS")
   distillation: str = field("none", one_of="dr_jax.train:DISTILLATIONS")
-  loss_weights: tuple = field((), each=_NUMBER, at_least=0)
+  loss_weights: tuple = field((), each=_NUMBER, at_least=0, at_most=10**6)
   curriculum: str = field("none", one_of="dr_jax.train:CURRICULA")
 
 
@@ -158,11 +211,11 @@ class HessianConfig:
   `images` of the training set are used, or all if there are fewer.
   """
 
-  images: int = field(1024, at_least=1)
-  batch_size: int = field(256, at_least=1)
-  rel_stderr: float = field(0.05, above=0)
-  min_probes: int = field(8, at_least=2)
-  max_probes: int = field(512, at_least=2)
+  images: int = field(1024, at_least=1, at_most=10**7)
+  batch_size: int = field(256, at_least=1, at_most=2**20)
+  rel_stderr: float = field(0.05, above=0, at_most=10**9)
+  min_probes: int = field(8, at_least=2, at_most=10**6)
+  max_probes: int = field(512, at_least=2, at_most=10**6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +240,19 @@ class SearchConfig:
   never the test set. `metric` decides between them.
   """
 
-  strategies: tuple = field((), each=str, one_of="dr_jax.search:SEARCHES")
+  strategies: tuple = field(
+    (), each=str, one_of="dr_jax.search:SEARCHES", distinct=True
+  )
   costs: tuple = field(
     ("stored_bits",),
     each=str,
+    nonempty=True,
+    distinct=True,
     one_of=("stored_bits", "bops", "sum_bits", "latency"),
   )
-  budgets: tuple = field((3.0, 4.0, 5.0, 6.0), each=_NUMBER, above=0)
+  budgets: tuple = field(
+    (3.0, 4.0, 5.0, 6.0), each=_NUMBER, above=0, at_most=64, nonempty=True
+  )
   options: dict = mapping()
   eval_split: str = field("held_out", one_of=("held_out", "train", "both"))
   metric: str = field("loss", one_of=("loss", "accuracy"))
@@ -211,10 +270,12 @@ class DevicesConfig:
   `norm` "global" or "per_device".
   """
 
-  data: int = 0
-  bits: int = 1
-  parameters: str = "replicated"
-  norm: str = "global"
+  data: int = field(0, at_least=0, at_most=10**6)
+  bits: int = field(1, at_least=1, at_most=64)
+  parameters: str = field(
+    "replicated", one_of="dr_jax.runtime.sharding:PARAMETERS"
+  )
+  norm: str = field("global", one_of="dr_jax.runtime.sharding:NORMS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +286,16 @@ class Config:
   fields of `quant` and `train` that are not set.
   """
 
-  name: str = "run"
+  name: str = field("run", pattern=FILE_NAME)
   method: str = field("double_rounding", one_of="dr_jax.quant:RECIPES")
-  seed: int = field(0, at_least=0)
-  stages: tuple = ("pretrain", "multi_precision", "export", "report")
+  # JAX makes keys of 32 bits.
+  seed: int = field(0, at_least=0, at_most=2**32 - 1)
+  stages: tuple = field(
+    ("pretrain", "multi_precision", "export", "report"),
+    each=str,
+    nonempty=True,
+    distinct=True,
+  )
   data: DataConfig = DataConfig()
   model: ModelConfig = ModelConfig()
   quant: QuantConfig = QuantConfig()
@@ -239,5 +306,5 @@ class Config:
   hasb: HasbConfig = HasbConfig()
   search: SearchConfig = SearchConfig()
   devices: DevicesConfig = DevicesConfig()
-  checkpoint_every: int = field(100, at_least=1)
-  log_every: int = field(10, at_least=1)
+  checkpoint_every: int = field(100, at_least=1, at_most=10**9)
+  log_every: int = field(10, at_least=1, at_most=10**9)

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dr_jax import quant
-from dr_jax.config.fields import QuantConfig, TrainConfig
+from dr_jax.config.fields import DataConfig, QuantConfig, TrainConfig
 
 
 def group(kind: type, **values: Any) -> ConfigDict:
@@ -75,6 +75,10 @@ def parse(arg: str | None, *words: str) -> tuple[str, str]:
 
 def smoke(config: ConfigDict) -> ConfigDict:
   """The same stages and network, on a few synthetic images; in place."""
+  for field in dataclasses.fields(DataConfig):
+    _, names = field.metadata.get("only_with", ("", ("synthetic",)))
+    if "synthetic" not in names:
+      config.data[field.name] = field.default
   config.data.update(
     name="synthetic",
     classes=4,

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from dr_jax import report
 from dr_jax.config import Config, ConfigError, from_dict
+from dr_jax.config.checks import check_fields, check_value
+from dr_jax.config.fields import FILE_NAME
 from dr_jax.pipeline import pipeline
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
@@ -61,6 +63,8 @@ def from_values(values: Mapping[str, Any]) -> Comparison:
     )
   if not _are_seeds(seeds):
     raise ConfigError(f"seeds must be different integers >= 0, got {seeds!r}")
+  for seed in seeds:
+    check_fields(dataclasses.replace(base, seed=seed))
   entries = {
     name: _entry(name, given, shared) for name, given in methods.items()
   }
@@ -94,6 +98,7 @@ def _entry(name, given, shared):
         f"{where}{field} must be a name other than 'float', without slashes, "
         f"got {value!r}"
       )
+  check_value(where, name, {"pattern": FILE_NAME})
   fields = {key: value for key, value in given.items() if key != "row"}
   fields["stages"] = ("multi_precision", "export")
   try:

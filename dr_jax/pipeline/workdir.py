@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dr_jax.config import Config, ConfigError
+from dr_jax.config import Config, ConfigError, DataConfig
 from dr_jax.runtime import files
 from dr_jax.runtime.processes import on_first
 
@@ -207,6 +207,12 @@ def _renamed(values):
     data["on_decode_error"] = data.pop("damaged")
   if data.get("name") == "generated":
     data["name"] = "synthetic"
+  # Fields without an effect could once have any value.
+  default = json.loads(json.dumps(dataclasses.asdict(DataConfig())))
+  for field in dataclasses.fields(DataConfig):
+    _, names = field.metadata.get("only_with", ("", (data.get("name"),)))
+    if field.name in data and data.get("name") not in names:
+      data[field.name] = default[field.name]
   return {**values, "data": data}
 
 

@@ -21,15 +21,18 @@ from dr_jax.search.evaluator import Evaluator, SuperNet
 from dr_jax.search.genetic import genetic
 from dr_jax.search.greedy import greedy
 from dr_jax.search.hessian_ilp import (
+  OBJECTIVES,
   hessian_ilp,
   quantization_errors,
   sensitivity_tables,
 )
 from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.options import check_options
 from dr_jax.search.problem import Problem, Trial
 from dr_jax.search.reinforce import reinforce
 
 __all__ = [
+  "OBJECTIVES",
   "SEARCHES",
   "Evaluator",
   "Problem",
@@ -37,6 +40,7 @@ __all__ = [
   "SearchLog",
   "SuperNet",
   "Trial",
+  "check_options",
   "dnas",
   "edmips",
   "genetic",

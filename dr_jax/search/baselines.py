@@ -14,10 +14,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dr_jax.allocate.problem import integer
 from dr_jax.search.assignments import Genes
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.options import Count, Seed, check_options
 from dr_jax.search.problem import Problem
 
 
@@ -26,7 +26,7 @@ def uniform(
   budgets: Mapping[str, int],
   evaluate: Evaluator,
   *,
-  seed: int = 0,
+  seed: Seed = 0,
 ) -> Result:
   """Takes the highest bit-width that fits everywhere.
 
@@ -40,6 +40,7 @@ def uniform(
     allocate.Infeasible: if nothing fits.
     ValueError: if only mixed assignments fit, or for a wrong budget.
   """
+  check_options(uniform, locals())
   log = SearchLog(problem, budgets, evaluate)
   for position in range(len(problem.bits)):
     index = problem.start(position)
@@ -56,8 +57,8 @@ def random(
   budgets: Mapping[str, int],
   evaluate: Evaluator,
   *,
-  seed: int = 0,
-  draws: int = 1,
+  seed: Seed = 0,
+  draws: Count = 1,
 ) -> Result:
   """Draws assignments that fill the budget; takes the best.
 
@@ -73,8 +74,8 @@ def random(
     allocate.Infeasible: if nothing fits.
     ValueError: for a wrong budget or number of draws.
   """
+  check_options(random, locals())
   log = SearchLog(problem, budgets, evaluate)
-  integer("draws", draws, at_least=1)
   rng = np.random.Generator(np.random.PCG64(seed))
   genes = Genes(problem, budgets)
   for _ in range(draws):
@@ -87,7 +88,7 @@ def proportional(
   budgets: Mapping[str, int],
   evaluate: Evaluator,
   *,
-  seed: int = 0,
+  seed: Seed = 0,
 ) -> Result:
   """Gives few bits to layers with many parameters n_l, without looking.
 
@@ -104,6 +105,7 @@ def proportional(
     allocate.Infeasible: if nothing fits.
     ValueError: for a wrong budget.
   """
+  check_options(proportional, locals())
   log = SearchLog(problem, budgets, evaluate)
   parameters = np.array([row.parameters for row in problem.table], np.float64)
   bits = np.array(problem.bits, np.float64)

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -31,7 +30,6 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from dr_jax.allocate.problem import integer
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.runtime import tree
@@ -56,9 +54,6 @@ class Options:
     temperature, final_temperature: at the first and at the last step.
     drawn: whether probabilities are drawn by Gumbel noise, and weights and
       logits learn from separate batches.
-
-  Raises:
-    ValueError: naming the option.
   """
 
   seed: int
@@ -70,28 +65,6 @@ class Options:
   temperature: float = 1.0
   final_temperature: float = 1.0
   drawn: bool = False
-
-  def __post_init__(self):
-    integer("seed", self.seed)
-    for name in ("steps", "checkpoint_every"):
-      integer(name, getattr(self, name), at_least=1)
-    if not (_is_finite(self.strength) and self.strength >= 0):
-      raise ValueError(
-        f"strength must be finite and >= 0, got {self.strength!r}"
-      )
-    for name in (
-      "learning_rate",
-      "logit_learning_rate",
-      "temperature",
-      "final_temperature",
-    ):
-      value = getattr(self, name)
-      if not (_is_finite(value) and value > 0):
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
-
-
-def _is_finite(value):
-  return isinstance(value, int | float) and math.isfinite(value)
 
 
 class Hyperparams(NamedTuple):

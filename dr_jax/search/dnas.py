@@ -12,6 +12,14 @@ from collections.abc import Mapping
 from dr_jax.search.differentiable import Options, search_by_gradient
 from dr_jax.search.evaluator import Evaluator, SuperNet
 from dr_jax.search.log import Result
+from dr_jax.search.options import (
+  Count,
+  Factor,
+  Rate,
+  Seed,
+  Temperature,
+  check_options,
+)
 from dr_jax.search.problem import Problem
 
 
@@ -21,14 +29,14 @@ def dnas(
   evaluate: Evaluator,
   supernet: SuperNet,
   *,
-  seed: int = 0,
-  steps: int = 200,
-  learning_rate: float = 1e-3,
-  logit_learning_rate: float = 0.05,
-  strength: float = 0.3,
-  temperature: float = 5.0,
-  final_temperature: float = 0.5,
-  checkpoint_every: int = 50,
+  seed: Seed = 0,
+  steps: Count = 200,
+  learning_rate: Rate = 1e-3,
+  logit_learning_rate: Rate = 0.05,
+  strength: Factor = 0.3,
+  temperature: Temperature = 5.0,
+  final_temperature: Temperature = 0.5,
+  checkpoint_every: Count = 50,
 ) -> Result:
   """Searches by samples of a Gumbel-softmax with falling temperature.
 
@@ -50,6 +58,7 @@ def dnas(
   References:
     arXiv 1812.00090, section 4.
   """
+  check_options(dnas, locals())
   options = Options(
     seed=seed,
     steps=steps,

@@ -11,6 +11,13 @@ from collections.abc import Mapping
 from dr_jax.search.differentiable import Options, search_by_gradient
 from dr_jax.search.evaluator import Evaluator, SuperNet
 from dr_jax.search.log import Result
+from dr_jax.search.options import (
+  Count,
+  Factor,
+  Rate,
+  Seed,
+  check_options,
+)
 from dr_jax.search.problem import Problem
 
 
@@ -20,12 +27,12 @@ def edmips(
   evaluate: Evaluator,
   supernet: SuperNet,
   *,
-  seed: int = 0,
-  steps: int = 200,
-  learning_rate: float = 1e-3,
-  logit_learning_rate: float = 0.05,
-  strength: float = 0.3,
-  checkpoint_every: int = 50,
+  seed: Seed = 0,
+  steps: Count = 200,
+  learning_rate: Rate = 1e-3,
+  logit_learning_rate: Rate = 0.05,
+  strength: Factor = 0.3,
+  checkpoint_every: Count = 50,
 ) -> Result:
   """Searches by a softmax over bit-widths.
 
@@ -52,6 +59,7 @@ def edmips(
   References:
     arXiv 2004.05795, section 4.
   """
+  check_options(edmips, locals())
   options = Options(
     seed=seed,
     steps=steps,

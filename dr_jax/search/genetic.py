@@ -11,10 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 
-from dr_jax.allocate.problem import integer
 from dr_jax.search.assignments import Genes
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.options import (
+  Count,
+  CountFrom0,
+  Fraction,
+  Seed,
+  check_options,
+)
 from dr_jax.search.problem import Index, Problem, Trial
 
 
@@ -23,17 +29,17 @@ def genetic(
   budgets: Mapping[str, int],
   evaluate: Evaluator,
   *,
-  seed: int = 0,
-  population: int = 50,
-  parents: int = 10,
-  generations: int = 20,
-  crossover: int = 25,
-  mutation: int = 25,
-  probability: float = 0.1,
-  tries: int = 10,
+  seed: Seed = 0,
+  population: Count = 50,
+  parents: Count = 10,
+  generations: Count = 20,
+  crossover: CountFrom0 = 25,
+  mutation: CountFrom0 = 25,
+  probability: Fraction = 0.1,
+  tries: Count = 10,
   predictor: bool = False,
-  pool: int = 10,
-  scored: int = 10,
+  pool: Count = 10,
+  scored: Count = 10,
 ) -> Result:
   """Evolves assignments within the budgets; returns the best that was scored.
 
@@ -68,20 +74,8 @@ def genetic(
   References:
     Single Path One-Shot, arXiv 1904.00420, algorithm 1; MultiQuant, IJCAI 2022.
   """
+  check_options(genetic, locals())
   log = SearchLog(problem, budgets, evaluate)
-  for name, value, minimum in (
-    ("population", population, 1),
-    ("parents", parents, 1),
-    ("generations", generations, 1),
-    ("crossover", crossover, 0),
-    ("mutation", mutation, 0),
-    ("tries", tries, 1),
-    ("pool", pool, 1),
-    ("scored", scored, 1),
-  ):
-    integer(name, value, at_least=minimum)
-  if not isinstance(probability, int | float) or not 0 <= probability <= 1:
-    raise ValueError(f"probability must be in 0..1, got {probability!r}")
   breed = _Breed(
     genes=Genes(problem, budgets),
     tries=tries,

@@ -10,6 +10,7 @@ import numpy as np
 from dr_jax.search.assignments import nearest
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.options import Seed, check_options
 from dr_jax.search.problem import Problem
 
 
@@ -18,7 +19,7 @@ def greedy(
   budgets: Mapping[str, int],
   evaluate: Evaluator,
   *,
-  seed: int = 0,
+  seed: Seed = 0,
   per_cost: bool = False,
 ) -> Result:
   """Lowers layers from the highest bit-width, one at a time, to the budget.
@@ -55,6 +56,7 @@ def greedy(
   >>> found.allocation, found.loss, found.evaluations
   (Allocation({'a': 8, 'b': 4}), 0.1, 3)
   """
+  check_options(greedy, locals())
   log = SearchLog(problem, budgets, evaluate)
   if per_cost and len(budgets) > 1:
     raise ValueError(

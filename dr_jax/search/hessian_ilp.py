@@ -17,16 +17,19 @@ import jax
 import numpy as np
 
 from dr_jax.allocate import Infeasible
-from dr_jax.allocate.problem import integer
 from dr_jax.nn.kernels import computed_kernels
 from dr_jax.nn.layers import Stored, arrays_of, candidates, quantized_layers
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.options import CountOrNone, Seed, check_options
 from dr_jax.search.problem import Index, Problem
 
 if TYPE_CHECKING:
   from flax import nnx
   from numpy.typing import ArrayLike
+
+# The tables of `sensitivity_tables`.
+OBJECTIVES = ("error", "bits")
 
 
 def hessian_ilp(
@@ -35,9 +38,9 @@ def hessian_ilp(
   evaluate: Evaluator,
   sensitivity: Mapping[str, np.ndarray],
   *,
-  seed: int = 0,
+  seed: Seed = 0,
   objective: str = "error",
-  max_candidates: int | None = None,
+  max_candidates: CountOrNone = None,
 ) -> Result:
   """Solves for the objective, then scores the optimum and its neighbors.
 
@@ -61,14 +64,13 @@ def hessian_ilp(
   References:
     arXiv 2502.01199, section 3.3; arXiv 2011.10680 (HAWQ-V3), section 3.4.
   """
+  check_options(hessian_ilp, locals())
   log = SearchLog(problem, budgets, evaluate)
-  if not isinstance(objective, str) or objective not in sensitivity:
+  if objective not in sensitivity:
     raise ValueError(
       "objective must be one of the sensitivities "
       f"{', '.join(sensitivity) or '(none)'}, got {objective!r}"
     )
-  if max_candidates is not None:
-    integer("max_candidates", max_candidates, at_least=1)
   table = np.asarray(sensitivity[objective], np.float64)
   problem.check_table(f"sensitivity[{objective!r}]", table)
 

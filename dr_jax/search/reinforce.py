@@ -15,17 +15,25 @@ arXiv 1811.08886, section 3.
 from __future__ import annotations
 
 import itertools
-import numbers
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dr_jax.allocate.problem import integer
 from dr_jax.nn import LayerTable
 from dr_jax.search.assignments import nearest
 from dr_jax.search.ddpg import Ddpg, Memory, programs, steps
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog
+from dr_jax.search.options import (
+  Count,
+  CountFrom0,
+  Fraction,
+  Noise,
+  PercentOrNone,
+  Seed,
+  Size,
+  check_options,
+)
 from dr_jax.search.problem import Index, Problem
 
 # Reward per percent of accuracy.
@@ -37,20 +45,20 @@ def reinforce(
   budgets: Mapping[str, int],
   evaluate: Evaluator,
   *,
-  seed: int = 0,
-  episodes: int = 600,
-  warmup: int = 21,
-  reference: float | None = None,
-  hidden: int = 300,
-  actor_rate: float = 1e-4,
-  critic_rate: float = 1e-3,
-  tau: float = 0.01,
-  discount: float = 1.0,
-  replay: int = 128,
-  batch: int = 64,
-  noise: float = 0.5,
-  decay: float = 0.99,
-  baseline: float = 0.95,
+  seed: Seed = 0,
+  episodes: Count = 600,
+  warmup: CountFrom0 = 21,
+  reference: PercentOrNone = None,
+  hidden: Size = 300,
+  actor_rate: Fraction = 1e-4,
+  critic_rate: Fraction = 1e-3,
+  tau: Fraction = 0.01,
+  discount: Fraction = 1.0,
+  replay: Size = 128,
+  batch: Size = 64,
+  noise: Noise = 0.5,
+  decay: Fraction = 0.99,
+  baseline: Fraction = 0.95,
 ) -> Result:
   """Lets a DDPG agent assign bit-widths; returns the best that was scored.
 
@@ -88,27 +96,8 @@ def reinforce(
   References:
     HAQ, arXiv 1811.08886, section 3; DDPG, arXiv 1509.02971.
   """
+  check_options(reinforce, locals())
   log = SearchLog(problem, budgets, evaluate)
-  for name, count, minimum in (
-    ("episodes", episodes, 1),
-    ("warmup", warmup, 0),
-    ("hidden", hidden, 1),
-    ("replay", replay, 1),
-    ("batch", batch, 1),
-  ):
-    integer(name, count, at_least=minimum)
-  for name, number, maximum in (
-    ("reference", 0 if reference is None else reference, 100),
-    ("actor_rate", actor_rate, 1),
-    ("critic_rate", critic_rate, 1),
-    ("tau", tau, 1),
-    ("discount", discount, 1),
-    ("noise", noise, 10),
-    ("decay", decay, 1),
-    ("baseline", baseline, 1),
-  ):
-    if not (isinstance(number, numbers.Real) and 0 <= number <= maximum):
-      raise ValueError(f"{name} must be in 0..{maximum}, got {number!r}")
   groups = problem.groups()
   if not groups:
     return log.result(problem.start(0))

@@ -25,7 +25,7 @@ from dr_jax.config import ConfigError
     ),
     (
       {"search": {"budgets": (float("inf"),)}},
-      r"search\.budgets must be finite, got inf",
+      r"search\.budgets must be <= 64, got inf",
     ),
     (
       {"search": {"strategies": ("best",)}},
@@ -50,7 +50,7 @@ from dr_jax.config import ConfigError
     ),
     (
       {"data": {"holdout": 1.0}},
-      r"data\.holdout must be > 0 and < 1 .* got 1\.0",
+      r"data\.holdout must be < 1, got 1\.0",
     ),
     (
       {"hessian": {"rel_stderr": 0.0}},

@@ -166,7 +166,7 @@ def test_the_command_says_how_to_prepare_what_is_missing(tmp_path):
     ({"examples": 0}, "data.examples must be >= 1, got 0"),
     ({"channels": 4}, "data.channels must be one of 1, 3, got 4"),
     ({"mean": ("x",)}, "data.mean must be a tuple of int or float"),
-    ({"std": (1.0, 0.0)}, "data.std must be > 0, got 0.0"),
+    ({"std": (1.0, 0.0)}, "data.std must be >= 1e-06, got 0.0"),
     ({"name": "digits"}, "data.augment must be 'none' with"),
   ],
 )

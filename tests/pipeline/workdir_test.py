@@ -119,8 +119,8 @@ VMAP = {"schedule": "accumulate", "vectorize": "vmap"}
     ({}, {"devices": {"data": 2, "parameters": "sharded"}}),
     ({"train": VMAP}, {"train": VMAP, "devices": {"bits": 2}}),
     (
-      {"data": {"name": "synthetic"}},
-      {"data": {"name": "synthetic", "path": "elsewhere", "workers": 2}},
+      {"data": {"name": "folder"}},
+      {"data": {"name": "folder", "path": "elsewhere", "workers": 2}},
     ),
   ],
 )
@@ -181,17 +181,27 @@ def test_a_configuration_with_the_former_name_of_a_data_set_is_the_same(
 def test_a_configuration_with_the_former_names_of_fields_is_the_same(tmp_path):
   path = tmp_path / "config.json"
   for skip in ("raise", "skip"):
-    claim(tmp_path, {"data": {"on_decode_error": skip}})
+    data = {"name": "folder", "on_decode_error": skip}
+    claim(tmp_path, {"data": data})
     held = read_object(path)
     held["data"]["damaged"] = held["data"].pop("on_decode_error")
     held["search"]["judge"] = held["search"].pop("eval_split")
     held["search"]["prefer"] = held["search"].pop("metric")
     write_json(path, held)
-    claim(tmp_path, {"data": {"on_decode_error": skip}})
+    claim(tmp_path, {"data": data})
     other = {"raise": "skip", "skip": "raise"}[skip]
     with pytest.raises(ConfigError, match=f"on_decode_error is '{skip}' there"):
-      claim(tmp_path, {"data": {"on_decode_error": other}})
+      claim(tmp_path, {"data": {"name": "folder", "on_decode_error": other}})
     path.unlink()
+
+
+def test_a_configuration_with_a_field_without_effect_is_the_same(tmp_path):
+  path = tmp_path / "config.json"
+  claim(tmp_path, {"data": {"name": "folder"}})
+  held = read_object(path)
+  held["data"]["dataset"] = "imagenet2012"
+  write_json(path, held)
+  claim(tmp_path, {"data": {"name": "folder"}})
 
 
 def test_a_directory_in_use_keeps_its_configuration(tmp_path):

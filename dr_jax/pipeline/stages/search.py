@@ -48,14 +48,6 @@ def check(run: RunContext) -> None:
       problem.check(search_space.budgets(problem, config.costs, budget))
     except ValueError as error:
       raise ConfigError(f"search.budgets={budget!r}: {error}") from None
-  for strategy, options in config.options.items():
-    known = searches.options_of(strategy)
-    for option in options:
-      if option not in known:
-        raise ConfigError(
-          f"search.options.{strategy} must have only the options "
-          f"{', '.join(known) or 'none'}, got {option!r}"
-        )
 
 
 def _table_by_shapes(run):

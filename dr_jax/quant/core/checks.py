@@ -57,11 +57,12 @@ def check_bits(
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-  """Raises ValueError unless a value is one of the choices.
+  """Raises ValueError unless a value is one of the choices, of that type.
 
   >>> one_of("rounding", "floor", ROUNDINGS)
   """
-  if value not in choices:
+  # 1 equals True, and 1.0 equals 1.
+  if not any(type(value) is type(c) and value == c for c in choices):
     known = ", ".join(map(repr, choices))
     raise ValueError(f"{name} must be one of {known}, got {value!r}")
 

@@ -295,15 +295,15 @@ def test_a_layer_that_stays_float_cannot_be_pinned(tmp_path, layer):
   [
     (
       {"genetic": {"probability": "x"}},
-      "search: genetic with options.*got 'x'",
+      "options.genetic.probability must be in .*got 'x'",
     ),
     (
       {"hessian_ilp": {"objective": ["error"]}},
-      r"search: hessian_ilp with.*got \['error'\]",
+      r"options.hessian_ilp.objective must be .*got \['error'\]",
     ),
     (
       {"greedy": {"per_cost": True}},
-      "budgets must be a single one with per_cost",
+      "per_cost must be False with several search.costs",
     ),
   ],
 )

@@ -1,0 +1,300 @@
+"""Every field with every value that went wrong somewhere, in this process."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+
+import pytest
+from mixed_job import values as mixed_job
+from ml_collections import ConfigDict
+
+from dr_jax import quant, search
+from dr_jax.config import Config, ConfigError, from_dict
+
+NUMBERS = (
+  *(0, 1, -1, 2, 3, 7, 1000, 2**31, 2**32, 2**63, -(2**63) - 1, 10**21),
+  *(10**400, 10**5000, True, False, 0.0, -0.0, 0.5, 1.0, -1.0, 1.5, 3.7),
+  *(math.inf, -math.inf, math.nan, 5e-324, 1e-40, -1e-40, 1e-300, 1e30, 1e308),
+)
+STRINGS = (
+  *(
+    "",
+    " ",
+    "x",
+    "0",
+    "none",
+    "None",
+    "../../x",
+    "..",
+    ".",
+    "/",
+    "/etc/passwd",
+  ),
+  *("~", "a/b", "a\nb", "\0", "a\0b", "\udcff", "\u202e", "x" * 300, "-x"),
+  *("nan", "digits", "folder", "synthetic", "train", "error", "{0}", "%s"),
+)
+TUPLES = (
+  *((), (0,), (8,), (1, 2), (8, 4), (8, 8), (2, 8), (-1,), (True,), (8.0, 4.0)),
+  *((math.nan,), (math.inf, 1.0), (1e-40,), (10**400,), (0, 0, 0, 0), ("",)),
+  *(("x",), ("greedy", "greedy"), ("bops", "bops"), ("pretrain", "pretrain")),
+  *((None,), ((),), ((8,),), (("a", "b"), ("b", "c")), ({},), ([],)),
+  *((b"x",), tuple(range(1000)), (0.1,) * 4, (1e-300, 1), (3.0, 3.0000001)),
+)
+OTHERS = (
+  *(None, {}, [], {"x": 1}, {1: 2}, {"": None}, {"a\0": 1}, {"x": math.nan}),
+  *({"x": {"y": set()}}, {"x": object}, {"x": b""}, {"greedy": {"x": 1}}),
+  *({"greedy": None}, {"x": 10**5000}, set(), b"x", 1j, object, len, range(3)),
+  *(ConfigDict(), ConfigDict({"x": 1}), Config(), [[[[[[[[[[[]]]]]]]]]]]),
+)
+VALUES = (*NUMBERS, *STRINGS, *TUPLES, *OTHERS)
+
+
+def nested(depth):
+  """A dict so deep that recursion would not end."""
+  value = {}
+  for _ in range(depth):
+    value = {"x": value}
+  return value
+
+
+class Broken:
+  """A value that cannot even be shown."""
+
+  def __repr__(self):
+    raise RuntimeError
+
+
+UNUSUAL = (nested(9), nested(5000), Broken(), [Broken()], {"x": Broken()})
+
+
+def fields(group=Config(), prefix=""):  # noqa: B008
+  """Yields the names of all fields, "train.epochs", groups included."""
+  for field in dataclasses.fields(group):
+    name, value = f"{prefix}{field.name}", getattr(group, field.name)
+    yield name
+    if dataclasses.is_dataclass(value):
+      yield from fields(value, f"{name}.")
+
+
+def changed(values, name, value):
+  """Returns nested dicts with one field replaced."""
+  group, _, field = name.rpartition(".")
+  if not group:
+    return {**values, field: value}
+  return {**values, group: {**values.get(group, {}), field: value}}
+
+
+def outcome(values):
+  """A configuration, or the words of its error; anything else is raised."""
+  try:
+    config = from_dict(values)
+  except ConfigError as error:
+    words = str(error)
+    assert "\n" not in words and len(words) < 1000, words
+    assert " must " in words or " its options are " in words, words
+    return words
+  # What the run's directory will hold.
+  json.dumps(dataclasses.asdict(config), allow_nan=False)
+  return config
+
+
+BASES = {
+  "default": {},
+  "mixed": mixed_job(),
+  "synthetic": {
+    "data": {"name": "synthetic"},
+    "pretrain": {"optimizer": "sgd"},
+  },
+  "folder": {"data": {"name": "folder"}, "train": {"optimizer": "sgd"}},
+}
+METHODS = tuple(quant.RECIPES)
+OPTIONS = {
+  "quant.weight_options": (*quant.options_of("weight"), "x"),
+  "quant.activation_options": (*quant.options_of("activation"), "x"),
+  "model.options": ("depth", "widths", "width", "dtype", "channels", "x"),
+}
+
+
+def cases_of_fields():
+  """Yields a configuration, and the field that has an unusual value there."""
+  for base, name in itertools.product(BASES.values(), fields()):
+    for value in (*VALUES, *UNUSUAL):
+      yield changed(base, name, value), name.rpartition(".")[2]
+
+
+def cases_of_searches():
+  """The same for the options of searches."""
+  for strategy in search.SEARCHES:
+    for option in (*search.options_of(strategy), "seed", "", "x"):
+      for value in (*VALUES, *UNUSUAL):
+        options = {strategy: {option: value}}
+        yield mixed_job(search={"options": options}), option
+
+
+def cases_of_methods():
+  """The same for the options of quantizers and networks."""
+  for method, (name, options) in itertools.product(METHODS, OPTIONS.items()):
+    for option, value in itertools.product(options, (*VALUES, *UNUSUAL)):
+      yield changed({"method": method}, name, {option: value}), option
+
+
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  ("cases", "count"),
+  [
+    (cases_of_fields, 39_000),
+    (cases_of_searches, 6_600),
+    (cases_of_methods, 49_000),
+  ],
+)
+def test_every_value_of_every_field_is_accepted_or_one_line(
+  cases, count, every
+):
+  tried = list(cases())
+  assert len(tried) >= count
+  start = random.Random(13).randrange(every)
+  accepted = 0
+  for values, field in tried[start::every]:
+    found = outcome(values)
+    if isinstance(found, Config):
+      accepted += 1
+    else:
+      # A network that is quantized in nothing but its weights has no options.
+      assert field in found or "options must be empty" in found, (found, field)
+  assert accepted < 0.3 * len(tried) / every
+
+
+def random_values(rng):
+  """Returns nested dicts with a few fields of random values."""
+  values = rng.choice(list(BASES.values()))
+  for _ in range(rng.randint(2, 5)):
+    name = rng.choice(list(fields()))
+    value = rng.choice((*VALUES, *UNUSUAL))
+    if isinstance(values.get(name.partition(".")[0], {}), dict):
+      values = changed(values, name, value)
+  return values
+
+
+@pytest.mark.parametrize(
+  "cases", [500, pytest.param(10_000, marks=pytest.mark.slow)]
+)
+def test_random_values_of_several_fields_are_accepted_or_one_line(cases):
+  rng = random.Random(13)
+  for _ in range(cases):
+    outcome(random_values(rng))
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "", ".x", "x" * 61])
+def test_a_name_is_one_directory(name):
+  with pytest.raises(ConfigError, match=r"^name must be a file name of"):
+    from_dict({"name": name})
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"data": {"path": "x"}}, "data.path must be '' with data.name='digits'"),
+    (
+      {"data": {"name": "folder", "examples": 3}},
+      "data.examples must be 64 with data.name='folder', .* got 3",
+    ),
+    (
+      {"data": {"name": "synthetic", "dataset": "cifar10"}},
+      "data.dataset must be '' with data.name='synthetic'.*got 'cifar10'",
+    ),
+    (
+      {"train": {"momentum": 0.5}},
+      "train.momentum must be 0.9 with train.optimizer='adam', .* got 0.5",
+    ),
+    (
+      {"quant": {"activation": "none", "activation_options": {"signed": True}}},
+      "quant.activation_options must be empty with quant.activation='none'",
+    ),
+    (
+      {"model": {"options": {"num_classes": 3}}},
+      "model.options must not have num_classes, which the data decides, got 3",
+    ),
+  ],
+)
+def test_a_field_without_effect_is_an_error(values, message):
+  with pytest.raises(ConfigError, match=message):
+    from_dict(values)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"seed": 2**32}, "seed must be <= 4294967295, got 4294967296"),
+    ({"seed": 2**63}, "seed must be <= 4294967295, got 9223372036854775808"),
+    ({"data": {"workers": 1000}}, "data.workers must be <= 256, got 1000"),
+    (
+      {"train": {"momentum": 1.0, "optimizer": "sgd"}},
+      "train.momentum must be < 1, got 1.0",
+    ),
+    ({"train": {"learning_rate": 1e400}}, "learning_rate must be <= 1000, got"),
+    ({"train": {"learning_rate": 10**400}}, "learning_rate must be .* float"),
+    (
+      {"train": {"learning_rate": 5e-324}},
+      r"learning_rate must be finite, 0 or from 1\.2e-38 to .*, got 5e-324",
+    ),
+    (
+      {"train": {"loss_weights": (0, 0.0, 0, 0)}},
+      r"train.loss_weights must have one > 0, got \(0, 0.0, 0, 0\)",
+    ),
+    (
+      {"stages": ("pretrain", "pretrain")},
+      "stages must be different, got pretrain 2 times",
+    ),
+    ({"stages": ()}, r"stages must not be empty, got \(\)"),
+    (
+      {"data": {"name": "synthetic", "examples": 10**7}},
+      "data.examples must be such that the images take at most 8 GiB, got",
+    ),
+    (
+      {"search": {"ties": (("a", "b"), ("b", "c"))}},
+      "search.ties must be different, got b 2 times",
+    ),
+    (
+      {"search": {"pinned": {"a": 8.0}}},
+      "search.pinned.a must be a bit-width, got 8.0",
+    ),
+    (
+      {"search": {"options": {"genetic": {"population": 10**21}}}},
+      "search.options.genetic.population must be an integer of 64 bits, got 10",
+    ),
+    (
+      {"search": {"options": {"edmips": {"steps": 10**7}}}},
+      "search.options.edmips.steps must be an integer <= 1000000, got 10000000",
+    ),
+    (
+      {"search": {"options": {"edmips": {"learning_rate": math.inf}}}},
+      r"search.options.edmips.learning_rate must be finite, .* got inf",
+    ),
+    (
+      {"search": {"options": {"edmips": {"learning_rate": 1e4}}}},
+      r"edmips.learning_rate must be in 1e-12\.\.1000, got 10000.0",
+    ),
+    (
+      {"search": {"options": {"hessian_ilp": {"objective": "x"}}}},
+      "search.options.hessian_ilp.objective must be one of error, bits, got",
+    ),
+    (
+      {
+        "search": {
+          "costs": ("bops", "sum_bits"),
+          "options": {"greedy": {"per_cost": True}},
+        }
+      },
+      "greedy.per_cost must be False with several search.costs, got True",
+    ),
+    (
+      {"quant": {"weight_options": {"per_channel": 3}}},
+      "quant.weight_options.per_channel must be True or False, got 3",
+    ),
+  ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(values, message):
+  with pytest.raises(ConfigError, match=message):
+    from_dict(values)
