@@ -29,6 +29,7 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -41,7 +42,8 @@ from dr_jax.deploy.verify import (
   check_manifest,
   check_tensors,
   guarded,
-  quantizer,
+  quantizers,
+  with_sign,
 )
 from dr_jax.nn import deployed
 from dr_jax.runtime import files, schema
@@ -67,14 +69,15 @@ class Artifact:
     tensors: arrays by name, as stored.
     weight: the weight quantizer of all layers.
     activation: the input quantizer of all layers, its sign open, or None.
+    encoded: what each quantized layer stores, unpacked.
   """
 
   path: pathlib.Path
   manifest: dict[str, Any]
   tensors: dict[str, np.ndarray]
-
   weight: quant.WeightQuantizer
   activation: quant.ActivationQuantizer | None
+  encoded: dict[str, dict[str, jax.Array]]
 
   @property
   def bits(self) -> tuple[int, ...]:
@@ -118,7 +121,7 @@ class Artifact:
     """Bytes of each quantized weight: {layer: {"stored": n, 8: n, ...}}."""
     found = {}
     for layer in self.manifest["layers"]:
-      encoded = self._encoded(layer)
+      encoded = self.encoded[layer["name"]]
       sizes = {
         b: self.weight.storage.size(encoded, i) for i, b in enumerate(self.bits)
       }
@@ -150,15 +153,6 @@ class Artifact:
     name = layer["name"]
     return {key: self.tensors[f"{name}/{key}"] for key in layer["packed"]}
 
-  def _encoded(self, layer):
-    with _errors_of(self.path / TENSORS):
-      return guarded(
-        f"layer {layer['name']}",
-        self.weight.storage.unpack,
-        self._packed(layer),
-        tuple(layer["shape"]),
-      )
-
   def _architecture(self, name, options):
     with _errors_of(self.path / MANIFEST):
       check_architecture((name, options), self.manifest, self.tensors)
@@ -168,19 +162,19 @@ class Artifact:
       )
 
   def _parts(self) -> deployed.Parts:
-    activation, layers = self.activation, {}
+    layers = {}
     for layer in self.manifest["layers"]:
       name, shape = layer["name"], tuple(layer["shape"])
       layers[name] = deployed.StoredLayer(
         info=nn.layers.LayerInfo(name, layer["order"], layer["macs"]),
         shape=shape,
         weight=self.weight,
-        activation=activation and activation.with_sign(layer["signed"]),
+        activation=with_sign(self.activation, layer["signed"]),
         input_params={
           key: jnp.asarray(self.tensors[f"{name}/input/{key}"])
           for key in layer["input"]
         },
-        encoded=self._encoded(layer),
+        encoded=self.encoded[name],
       )
     norms = {
       name: deployed.StoredNorm(
@@ -209,15 +203,12 @@ def open(path: str | os.PathLike) -> Artifact:
   text = _bytes(path / MANIFEST, _LARGEST_MANIFEST)
   with _errors_of(path / MANIFEST):
     manifest = _verified_manifest(text)
-    weight = quantizer(manifest["method"], "method", quant.WeightQuantizer)
-    activation = manifest["activation"] and quantizer(
-      manifest["activation"], "activation", quant.ActivationQuantizer
-    )
+    weight, activation = quantizers(manifest)
   data = _bytes(path / TENSORS, _memory(), check_header)
   with _errors_of(path / TENSORS):
     tensors = _verified_tensors(data, manifest)
-    check_tensors(manifest, tensors, weight, activation)
-  return Artifact(path, manifest, tensors, weight, activation)
+    encoded = check_tensors(manifest, tensors, weight, activation)
+  return Artifact(path, manifest, tensors, weight, activation, encoded)
 
 
 def load(

@@ -7,7 +7,11 @@ what the method would store of a weight of that shape; no array is made before.
 
 from __future__ import annotations
 
+import collections
+import functools
+import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,14 +22,20 @@ from flax import nnx
 
 from dr_jax import models, quant
 from dr_jax.runtime import schema
-from dr_jax.runtime.schema import COUNT, NAME, Where
+from dr_jax.runtime.schema import COUNT, Where
 
+# Of layers, norms and tensors: one line, also in a message.
+_NAME = Where(
+  str,
+  lambda name: name.isprintable() and 1 <= len(name) <= 300,
+  "1 to 300 printable characters",
+)
 _SHAPE = Where(
   [COUNT],
   lambda shape: 2 <= len(shape) <= 8 and 0 not in shape,
   "a list of 2 to 8 integers >= 1",
 )
-_QUANTIZER = {"name": NAME, "options": {str: object}}
+_QUANTIZER = {"name": _NAME, "options": {str: object}}
 _DIGEST = Where(str, lambda s: len(s) == 64, "64 hexadecimal digits")
 MANIFEST_SCHEMA = {
   "format": str,
@@ -43,13 +53,13 @@ MANIFEST_SCHEMA = {
   "layers": Where(
     [
       {
-        "name": NAME,
+        "name": _NAME,
         "order": COUNT,
         "macs": COUNT,
         "shape": _SHAPE,
         "signed": (None, bool),
-        "packed": [NAME],
-        "input": [NAME],
+        "packed": [_NAME],
+        "input": [_NAME],
       }
     ],
     lambda layers: isinstance(layers, list) and len(layers) > 0,
@@ -58,7 +68,7 @@ MANIFEST_SCHEMA = {
   "norms": {
     str: Where([COUNT], lambda orders: len(orders) in (1, 2), "1 or 2")
   },
-  "bfloat16": [NAME],
+  "bfloat16": [_NAME],
   "sha256": _DIGEST,
 }
 
@@ -90,16 +100,50 @@ def guarded(
     raise Broken(f"{what}: {first}") from None
 
 
-def quantizer(spec: Mapping[str, Any], field: str, kind: type[T]) -> T:
-  """Builds a quantizer of the manifest."""
+def quantizers(
+  manifest: Mapping[str, Any],
+) -> tuple[quant.WeightQuantizer, quant.ActivationQuantizer | None]:
+  """Builds the quantizers of a manifest.
+
+  Raises:
+    ValueError: if there are no such quantizers, or not for the same bits.
+  """
+  weight = _quantizer(manifest, "method", quant.WeightQuantizer)
+  if manifest["activation"] is None:
+    return weight, None
+  activation = _quantizer(manifest, "activation", quant.ActivationQuantizer)
+  if activation.bits != weight.bits:
+    raise Broken(
+      f"activation must have the bits of the method, {weight.bits}, got "
+      f"{activation.bits}"
+    )
+  return weight, activation
+
+
+@functools.lru_cache(maxsize=64)
+def with_sign(
+  activation: quant.ActivationQuantizer | None, signed: bool | None
+) -> quant.ActivationQuantizer | None:
+  """The input quantizer of a layer: for equal signs the same one."""
+  return activation and activation.with_sign(bool(signed))
+
+
+def _quantizer(manifest: Mapping[str, Any], field: str, kind: type[T]) -> T:
+  found = guarded(field, _built, json.dumps(manifest[field]))
+  if not isinstance(found, kind):
+    raise Broken(f"{field} must name a {kind.__name__}, got {found.name!r}")
+  return found
+
+
+# The same value again, so that networks of one method share their programs.
+@functools.lru_cache(maxsize=64)
+def _built(spec):
+  spec = json.loads(spec)
   options = {
     key: tuple(value) if isinstance(value, list) else value
     for key, value in spec["options"].items()
   }
-  found = guarded(field, quant.get, spec["name"], **options)
-  if not isinstance(found, kind):
-    raise Broken(f"{field} must name a {kind.__name__}, got {spec['name']!r}")
-  return found
+  return quant.get(spec["name"], **options)
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -110,10 +154,10 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
   """
   schema.check(manifest, MANIFEST_SCHEMA)
   layers = manifest["layers"]
-  names = [layer["name"] for layer in layers]
-  for name in names:
-    if names.count(name) > 1:
-      raise Broken(f"layers must have different names, got {name!r} twice")
+  names = collections.Counter(layer["name"] for layer in layers)
+  name, times = names.most_common(1)[0]
+  if times > 1:
+    raise Broken(f"layers must have different names, got {name} twice")
   orders = sorted(layer["order"] for layer in layers)
   if orders != list(range(len(layers))):
     raise Broken(
@@ -128,11 +172,12 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         f"true or false with one, got {layer['signed']}"
       )
   for name, follows in manifest["norms"].items():
+    schema.check(name, _NAME, "norm")
     neighbors = len(follows) == 1 or follows[0] == follows[1] - 1
     if max(follows) >= len(layers) or not neighbors:
       raise Broken(
-        f"norm {name} must follow a layer, or it and the one before, got "
-        f"{follows}"
+        f"norm {name} must follow a layer, or it and the one before, "
+        f"got {follows}"
       )
 
 
@@ -166,8 +211,11 @@ def check_tensors(
   tensors: Mapping[str, np.ndarray],
   weight: quant.WeightQuantizer,
   activation: quant.ActivationQuantizer | None,
-) -> None:
+) -> dict[str, dict[str, jax.Array]]:
   """Checks every tensor against the manifest and its method.
+
+  Returns:
+    What each layer encodes, by name.
 
   Raises:
     ValueError: naming the tensor that is wrong, missing or left over.
@@ -175,13 +223,18 @@ def check_tensors(
   expected: dict[str, Any] = {}
   for layer in manifest["layers"]:
     expected |= guarded(
-      f"layer {layer['name']}", _layer_tensors, layer, weight, activation
+      f"layer {layer['name']}",
+      _layer_tensors,
+      layer,
+      weight,
+      activation,
     )
   known = set(expected)
   for name, orders in manifest["norms"].items():
     known |= {f"{name}/gain", f"{name}/offset"}
     _check_norm(name, len(orders), len(weight.bits), tensors)
   for name in tensors:
+    schema.check(name, _NAME, "tensor")
     if name not in known and not name.startswith("float/"):
       raise Broken(f"tensor {name} belongs to no layer or norm")
   for name, like in expected.items():
@@ -193,6 +246,12 @@ def check_tensors(
       )
   for name, tensor in tensors.items():
     _check_values(name, tensor)
+  return {
+    layer["name"]: guarded(
+      f"layer {layer['name']}", _encoded, layer, tensors, weight
+    )
+    for layer in manifest["layers"]
+  }
 
 
 def check_architecture(
@@ -245,22 +304,51 @@ def _layer_tensors(layer, weight, activation):
   """{tensor: what it must look like} of a layer, from its method."""
   name, shape = layer["name"], tuple(layer["shape"])
 
-  def encode(w):
-    return weight.encode(weight.init(w), w)
-
-  encoded = jax.eval_shape(encode, jax.ShapeDtypeStruct(shape, jnp.float32))
-  packed = weight.storage.layout(encoded)
+  packed = weight.storage.layout(_encoded_layout(weight, shape))
   inputs = {}
   if activation is not None:
-    init = activation.with_sign(layer["signed"]).init
-    inputs = jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.float32))
+    inputs = _input_layout(with_sign(activation, layer["signed"]))
   for field, wanted in (("packed", packed), ("input", inputs)):
     if sorted(layer[field]) != sorted(wanted):
       raise Broken(
-        f"layer {name}: {field} must be {sorted(wanted)}, got {layer[field]}"
+        f"layer {name}: {field} must be {sorted(wanted)}, got "
+        f"{reprlib.repr(layer[field])}"
       )
   tensors = {f"{name}/{key}": like for key, like in packed.items()}
   return tensors | {f"{name}/input/{key}": a for key, a in inputs.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def _encoded_layout(weight, shape):
+  """Names, shapes and dtypes of an encoded weight of that shape."""
+
+  def encode(w):
+    return weight.encode(weight.init(w), w)
+
+  return jax.eval_shape(encode, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@functools.lru_cache(maxsize=64)
+def _input_layout(activation):
+  """Names, shapes and dtypes of the parameters of a layer's inputs."""
+  x = jax.ShapeDtypeStruct((2,), jnp.float32)
+  return jax.eval_shape(activation.init, x)
+
+
+def _encoded(layer, tensors, weight):
+  """Unpacks a layer, and checks the values that its method gives bounds."""
+  packed = {key: tensors[f"{layer['name']}/{key}"] for key in layer["packed"]}
+  encoded = weight.storage.unpack(packed, tuple(layer["shape"]))
+  for name, smallest, largest in weight.storage.ranges:
+    if name not in encoded:
+      continue
+    array = np.asarray(encoded[name])
+    if not ((array >= smallest) & (array <= largest)).all():
+      raise ValueError(
+        f"{name} must be in {smallest}..{largest}, got {array.min()}.."
+        f"{array.max()}"
+      )
+  return encoded
 
 
 def _check_norm(name, follows, candidates, tensors):
@@ -282,14 +370,19 @@ def _check_norm(name, follows, candidates, tensors):
 
 
 def _check_values(name, tensor):
-  if not _is_float(tensor):
+  if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+    raise Broken(
+      f"tensor {name} must have at most 32 bits without jax_enable_x64, got "
+      f"{tensor.dtype}"
+    )
+  # Of floats only the network knows what they are: a mask can be infinite.
+  if not _is_float(tensor) or name.startswith("float/"):
     return
   # NaN fails too.
   if not bool((np.abs(tensor.astype(np.float64)) <= _LARGEST).all()):
     raise Broken(f"tensor {name} must be finite, and at most 2^60 in size")
-  if name.endswith("/scale") and not name.startswith("float/"):
-    if not bool((tensor >= 0).all()):
-      raise Broken(f"tensor {name} must not be negative")
+  if name.endswith("/scale") and not bool((tensor >= 0).all()):
+    raise Broken(f"tensor {name} must not be negative")
 
 
 def _tensor(tensors, name):

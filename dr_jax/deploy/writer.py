@@ -21,6 +21,7 @@ from dr_jax.deploy.artifact import (
   manifest_digest,
 )
 from dr_jax.deploy.verify import check_manifest, check_tensors
+from dr_jax.quant.core.grid import SCALE_MIN
 from dr_jax.runtime import files
 
 
@@ -95,7 +96,9 @@ def _arrays(parts, packed):
     for key, value in packed[name].items():
       tensors[f"{name}/{key}"] = value
     for key, value in layer.input_params.items():
-      tensors[f"{name}/input/{key}"] = value
+      # Whatever an optimizer made of a scale, it is read as a positive one.
+      read = jnp.maximum(value, SCALE_MIN) if key == "scale" else value
+      tensors[f"{name}/input/{key}"] = read
   for name, norm in parts.norms.items():
     tensors[f"{name}/gain"], tensors[f"{name}/offset"] = norm.gain, norm.offset
   for name, value in parts.floats.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn import layers
@@ -103,8 +104,8 @@ def parts_of(model: nnx.Module) -> Parts:
     for part in ("kernel", "mask", "weight_params/", "input_params/")
   )
   floats = {
-    name: value
-    for name, value in _variables(model).items()
+    name: _finite(name, leaf, value_of(leaf))
+    for name, leaf in _leaves(model).items()
     if not name.startswith(inside)
   }
   return Parts(stored, norms, floats)
@@ -147,10 +148,11 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
   for name, part in parts.norms.items():
     norm: Any = modules.get(name)
     wanted = part.gain.shape[-1:]
-    if type(norm) is not nnx.BatchNorm or norm.mean.shape != wanted:
+    fits = type(norm) is nnx.BatchNorm and norm.mean.shape == wanted
+    if not fits or norm.var.dtype != part.gain.dtype:
       raise ValueError(
-        f"norm {name} {wanted} is not in this network; pass the network that "
-        "was quantized"
+        f"norm {name} {part.gain.dtype} {wanted} is not in this network; pass "
+        "the network that was quantized"
       )
     replacements[id(norm)] = FoldedNorm(
       norm, part.gain, part.offset, orders=part.orders
@@ -174,13 +176,23 @@ def _check_kernels(model, found, paths):
           )
 
 
-def _variables(model) -> dict[str, Any]:
+def _leaves(model) -> dict[str, Any]:
   left_out = nnx.Any(Bits, nnx.RngState)
   _, (_, kept) = split_leaves(model, left_out, ...)
-  return {name_of(path): value_of(leaf) for path, leaf in kept}
+  return {name_of(path): leaf for path, leaf in kept}
+
+
+def _finite(name, leaf, value):
+  """The value; a parameter must be finite, other arrays (a mask) need not."""
+  learned = isinstance(leaf, nnx.Param | nnx.BatchStat)
+  floating = jnp.issubdtype(value.dtype, jnp.floating)
+  if learned and floating and not bool(jnp.isfinite(value).all()):
+    raise ValueError(f"{name} must be finite, but has NaN or infinite values")
+  return value
 
 
 def _write(model, floats):
+  floats = dict(floats)
   left_out = nnx.Any(Bits, nnx.RngState, layers.Encoded, Scale, Offset)
   _, (_, kept) = split_leaves(model, left_out, ...)
   writes = []
@@ -188,11 +200,17 @@ def _write(model, floats):
     name = name_of(path)
     if isinstance(leaf, nnx.BatchStat) and path[-1] in ("gain", "offset"):
       continue
-    value = floats.get(name)
-    if value is None or value.shape != leaf.shape:
+    value = floats.pop(name, None)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if value is None or (value.shape, value.dtype) != (leaf.shape, dtype):
       raise ValueError(
-        f"{name} {leaf.shape} is not among what was stored; pass the network "
-        "that was quantized"
+        f"{name} {dtype} {leaf.shape} is not among what was stored; pass the "
+        "network that was quantized"
       )
-    writes.append((path, with_value(leaf, value)))
+    writes.append((path, with_value(leaf, _finite(name, leaf, value))))
+  for name, value in floats.items():
+    raise ValueError(
+      f"{name} {value.dtype} {value.shape} was stored and is not in this "
+      "network; pass the network that was quantized"
+    )
   nnx.update(model, nnx.from_flat_state(writes))

@@ -15,6 +15,8 @@ import os
 import pathlib
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,8 +98,9 @@ def partial_path(path: Path) -> pathlib.Path:
 def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   """A directory that appears at `path` when the block ends without an error.
 
-  A process that is killed inside the block leaves a hidden draft beside it,
-  which the next call for the same path removes.
+  SIGTERM and SIGHUP, where nothing handles them, end the process as ever, but
+  only after the draft is removed. What SIGKILL leaves, a hidden directory
+  `.name.XXXXXXXX.partial`, is removed by the next call for the same path.
 
   Yields:
     Where to write its files until then.
@@ -112,14 +115,47 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
     _remove_abandoned(left)
   draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-  draft.mkdir()
-  with _held(draft):
+  with _signals_raise():
     try:
-      yield draft
-      _rename(draft, path)
+      draft.mkdir()
+      with _held(draft):
+        yield draft
+        _rename(draft, path)
     except BaseException:
       shutil.rmtree(draft, ignore_errors=True)
       raise
+
+
+class _Killed(BaseException):
+  """A signal arrived that ends the process."""
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+  """Delays signals that end the process until an exception has unwound."""
+  numbers = []
+  if threading.current_thread() is threading.main_thread():
+    numbers = [
+      number
+      for number in (signal.SIGTERM, signal.SIGHUP)
+      if signal.getsignal(number) is signal.SIG_DFL
+    ]
+
+  def stop(number, _):
+    for other in numbers:
+      signal.signal(other, signal.SIG_IGN)
+    raise _Killed(number)
+
+  for number in numbers:
+    signal.signal(number, stop)
+  try:
+    yield
+  except _Killed as killed:
+    signal.signal(killed.args[0], signal.SIG_DFL)
+    os.kill(os.getpid(), killed.args[0])
+  finally:
+    for number in numbers:
+      signal.signal(number, signal.SIG_DFL)
 
 
 def _rename(draft: pathlib.Path, path: pathlib.Path) -> None:

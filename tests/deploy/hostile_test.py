@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,7 +148,6 @@ def test_a_shape_is_bounded_by_the_bytes_that_are_there(path):
   [
     (np.nan, "must be finite"),
     (np.inf, "must be finite"),
-    (-1.0, "must not be negative"),
   ],
 )
 def test_scales_that_no_network_has_are_neither_stored_nor_loaded(
@@ -159,6 +159,25 @@ def test_scales_that_no_network_has_are_neither_stored_nor_loaded(
   with pytest.raises(ValueError, match=f"conv1/input/scale {message}"):
     deploy.save(tmp_path / "wrong", wrong)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_learned_scale_below_zero_is_stored_as_it_is_read(network, tmp_path):
+  wrong = nnx.clone(network)
+  scale = wrong.stage1.block0.conv1.input_params["scale"]
+  scale[...] = -scale[...]
+  deploy.save(tmp_path / "model", wrong, architecture=("resnet", OPTIONS))
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+  wrong.eval()
+  np.testing.assert_allclose(
+    deploy.load(tmp_path / "model")(x), wrong(x), rtol=1e-5, atol=1e-5
+  )
+
+
+def test_a_parameter_that_is_nan_is_named_and_not_stored(network, tmp_path):
+  wrong = nnx.clone(network)
+  wrong.head.bias[...] = jnp.full(3, jnp.nan)
+  with pytest.raises(ValueError, match="head/bias must be finite, but has NaN"):
+    deploy.save(tmp_path / "model", wrong)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
@@ -199,25 +218,37 @@ for number in range(10**6):
 """
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+)
 def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path, kind):
-  for moment in (0.0, 0.003, 0.01, 0.017, 0.03):
+  for number, moment in enumerate((0.0, 0.003, 0.01, 0.017, 0.03)):
+    (tmp_path / str(number)).mkdir()
     with subprocess.Popen(
-      [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
+      [sys.executable, "-c", WRITER, str(tmp_path / str(number))],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
     ) as process:
       process.stdout.readline()
       time.sleep(moment)
       process.send_signal(kind)
-  left = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+    assert process.returncode == -kind
+    check_what_is_left(tmp_path / str(number), drafts=kind == signal.SIGKILL)
+
+
+def check_what_is_left(directory, drafts):
+  names = {path.name for path in directory.iterdir()}
+  left = {name for name in names if not name.startswith(".")}
+  assert drafts or left == names
   for name in left:  # Complete, but for one that was being removed.
     assert name in ("model0", "model1")
-    for file in (tmp_path / name).iterdir():
+    for file in (directory / name).iterdir():
       assert file.stat().st_size == 10**6
   for name in ("model0", "model1"):
-    shutil.rmtree(tmp_path / name, ignore_errors=True)
-    with files.atomic_directory(tmp_path / name):
+    shutil.rmtree(directory / name, ignore_errors=True)
+    with files.atomic_directory(directory / name):
       pass
-  assert {p.name for p in tmp_path.iterdir()} == {"model0", "model1"}
+  assert {path.name for path in directory.iterdir()} == {"model0", "model1"}
 
 
 def test_of_two_writers_at_once_the_first_to_end_wins(tmp_path):

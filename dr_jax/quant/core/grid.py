@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 # of two, so that code * step * scale cannot overflow or turn denormal.
 SCALE_MIN = 2.0**-30
 SCALE_MAX = 2.0**30
+SCALE_RANGE = SCALE_MIN, SCALE_MAX
+
+# Of floats that are above 0, and of those that may be 0.
+POSITIVE = float(np.finfo(np.float32).smallest_subnormal), 2.0**127
+NOT_NEGATIVE = 0.0, 2.0**127
 
 # A number that depends on the position in the candidate bit-widths.
 Number: TypeAlias = float | jax.Array

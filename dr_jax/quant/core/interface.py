@@ -38,12 +38,15 @@ class Storage(NamedTuple):
     layout: `layout(encoded) -> packed`, both dicts of jax.ShapeDtypeStruct:
       what `pack` returns for arrays of these shapes. A stream whose length
       depends on the values has the shape (None,).
+    ranges: (name, smallest, largest) of encoded arrays with bounds that their
+      dtype does not have: what comes from a file is checked against them.
   """
 
   pack: Callable[[Encoded], dict[str, np.ndarray]]
   unpack: Callable[[dict[str, np.ndarray], tuple[int, ...]], Encoded]
   size: Callable[[Encoded, int], int]
   layout: Callable[[dict[str, Any]], dict[str, Any]]
+  ranges: tuple[tuple[str, float, float], ...] = ()
 
 
 class WeightQuantizer(NamedTuple):

@@ -8,6 +8,7 @@ is wasted at odd bit-widths; only the last byte is padded, with zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -105,7 +106,11 @@ def unpack(
 
 
 def storage(
-  bits: tuple[int, ...], stored_bits: int, *, signed: bool = True
+  bits: tuple[int, ...],
+  stored_bits: int,
+  *,
+  signed: bool = True,
+  ranges: Mapping[str, tuple[float, float]] = {},
 ) -> Storage:
   """Builds the storage of one array of the weight's shape, and small ones.
 
@@ -117,6 +122,8 @@ def storage(
     bits: candidate bit-widths of the quantizer.
     stored_bits: bits of a code, 1..16; 32 for floats.
     signed: whether codes are signed.
+    ranges: {array: (smallest, largest value)} of what is encoded, where bits
+      or floats could say more than the method's codes and scales do.
 
   >>> files = storage((8, 4), 8)
   >>> encoded = {"codes": jnp.array([3, -4], jnp.int8)}
@@ -153,7 +160,8 @@ def storage(
     others = sum(v.nbytes for name, v in encoded.items() if name != main)
     return packed_size(encoded[main].size, bits[index]) + others
 
-  return Storage(pack_all, unpack_all, size, layout)
+  bounds = tuple((name, *ends) for name, ends in ranges.items())
+  return Storage(pack_all, unpack_all, size, layout, bounds)
 
 
 def _code_dtype(bits, signed):

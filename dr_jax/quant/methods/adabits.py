@@ -166,7 +166,11 @@ def adabits(
     encode=encode,
     decode=decode,
     stored_bits=stored_bits,
-    storage=storage(bits, stored_bits),
+    storage=storage(
+      bits,
+      stored_bits,
+      ranges={"gain": grid.POSITIVE, "weight": (-1, 1)},
+    ),
   )
 
 

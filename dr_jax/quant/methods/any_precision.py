@@ -103,7 +103,9 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
     encode=encode,
     decode=decode,
     stored_bits=32,
-    storage=storage(bits, 32),
+    storage=storage(
+      bits, 32, ranges={"weight": (-1, 1), "size": grid.NOT_NEGATIVE}
+    ),
   )
 
 

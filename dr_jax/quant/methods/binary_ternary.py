@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from dr_jax.quant.core import checks, exact_mean
+from dr_jax.quant.core import checks, exact_mean, grid
 from dr_jax.quant.core.interface import Encoded, Params, WeightQuantizer
 from dr_jax.quant.core.packing import storage
 from dr_jax.quant.core.straight_through import straight_through
@@ -156,7 +156,12 @@ def _fixed(
     encode=encode,
     decode=decode,
     stored_bits=bits[0],
-    storage=storage(bits, bits[0], signed=signed),
+    storage=storage(
+      bits,
+      bits[0],
+      signed=signed,
+      ranges={"codes": (-1, 1), "scale": grid.NOT_NEGATIVE},
+    ),
   )
 
 

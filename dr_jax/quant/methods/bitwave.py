@@ -308,7 +308,11 @@ def _storage(bits, group):
     packed = pack({**encoded, "codes": codes})
     return sum(array.nbytes for array in packed.values())
 
-  return Storage(pack, unpack, size, layout)
+  ranges = (
+    ("codes", -_HIGH, _HIGH),
+    ("scale", *grid.SCALE_RANGE),
+  )
+  return Storage(pack, unpack, size, layout, ranges)
 
 
 def _bits(stream, shape):

@@ -150,7 +150,11 @@ def nested(
     encode=encode,
     decode=decode,
     stored_bits=bits[0],
-    storage=storage(bits, bits[0]),
+    storage=storage(
+      bits,
+      bits[0],
+      ranges={"codes": (low, high), "scale": grid.SCALE_RANGE},
+    ),
     from_range=from_range,
   )
 
@@ -252,7 +256,7 @@ def _unshared(bits, grids, rounding, scale_of):
     encode=encode,
     decode=decode,
     stored_bits=32,
-    storage=storage(bits, 32),
+    storage=storage(bits, 32, ranges={"scale": grid.SCALE_RANGE}),
     from_range=from_range,
   )
 

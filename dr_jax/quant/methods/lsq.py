@@ -196,7 +196,7 @@ def scale_per_bit_width(
     encode=encode,
     decode=decode,
     stored_bits=stored_bits,
-    storage=storage(bits, stored_bits),
+    storage=storage(bits, stored_bits, ranges={"scale": grid.SCALE_RANGE}),
     from_range=_covering(grids),
   )
 

@@ -122,7 +122,11 @@ def multi_resolution(
     encode=encode,
     decode=decode,
     stored_bits=magnitude_bits + 1,
-    storage=storage((magnitude_bits + 1,) * len(bits), magnitude_bits + 1),
+    storage=storage(
+      (magnitude_bits + 1,) * len(bits),
+      magnitude_bits + 1,
+      ranges={"codes": (-top, top), "scale": grid.SCALE_RANGE},
+    ),
     options=(("budgets", budgets),),
   )
 

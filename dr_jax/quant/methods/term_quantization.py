@@ -120,7 +120,11 @@ def term_quantization(
     encode=encode,
     decode=decode,
     stored_bits=weight_bits + 1,
-    storage=storage((weight_bits + 1,) * len(bits), weight_bits + 1),
+    storage=storage(
+      (weight_bits + 1,) * len(bits),
+      weight_bits + 1,
+      ranges={"codes": (-top, top), "scale": grid.SCALE_RANGE},
+    ),
     options=(("budgets", budgets),),
   )
 

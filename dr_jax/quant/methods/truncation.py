@@ -178,7 +178,15 @@ def _matquant(bits, per_channel, extra_precision):
     encode=encode,
     decode=decode,
     stored_bits=bits[0],
-    storage=storage(bits, bits[0], signed=False)._replace(size=size),
+    storage=storage(
+      bits,
+      bits[0],
+      signed=False,
+      ranges={
+        "scale": (_SCALE_MIN, _SCALE_MAX),
+        "zero_point": (-2 * _ZERO_POINT_MAX, 2 * _ZERO_POINT_MAX),
+      },
+    )._replace(size=size),
   )
 
 
