@@ -126,16 +126,20 @@ def _run(values):
     if jax.process_count() > 1:
       raise ValueError("methods: a comparison must run in one process")
     compared = comparison.from_values(values)
-    workdir = _WORKDIR.value or os.path.join("runs", compared.base.name)
+    workdir = _workdir(compared.base.name)
     results = comparison.run(compared, workdir, interrupted=_on_signals())
     return [report.comparison_table(results)], workdir
   config = from_dict(values)
-  workdir = _WORKDIR.value or os.path.join("runs", config.name)
+  workdir = _workdir(config.name)
   summary = pipeline.run(config, workdir, interrupted=_on_signals())
   tables = [report.summary_table(summary)]
   if search := summary["stages"].get("search"):
     tables.append(report.search_table(search["rows"], title="searches"))
   return tables, workdir
+
+
+def _workdir(name):
+  return os.path.expanduser(_WORKDIR.value or os.path.join("runs", name))
 
 
 def _leave(code):

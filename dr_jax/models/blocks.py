@@ -45,6 +45,19 @@ def norm(features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
   )
 
 
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+  """Raises ValueError unless a size of a network is an integer in a range.
+
+  Before any layer is built: a depth of 10^9 would take forever.
+  """
+  if isinstance(value, bool) or not (
+    isinstance(value, int) and low <= value <= high
+  ):
+    raise ValueError(
+      f"{name} must be an integer in {low}..{high}, got {value!r}"
+    )
+
+
 class Stage(nnx.Module):
   """Blocks in a row, named block0, block1, ..."""
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dr_jax.models.blocks import Stage, conv, norm
+from dr_jax.models.blocks import Stage, check_integer, conv, norm
 
 # Blocks of each stage, and whether they are bottlenecks.
 _DEPTHS = {
@@ -50,7 +50,7 @@ class ImageNetResNet(nnx.Module):
     rngs: source of initial weights.
 
   Raises:
-    ValueError: for another depth.
+    ValueError: for another depth, or a width outside of 1..16384.
   """
 
   def __init__(
@@ -64,9 +64,14 @@ class ImageNetResNet(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if depth not in _DEPTHS:
+    if not isinstance(depth, int) or depth not in _DEPTHS:
       raise ValueError(
-        f"depth must be one of {', '.join(map(str, _DEPTHS))}, got {depth}"
+        f"depth must be one of {', '.join(map(str, _DEPTHS))}, got {depth!r}"
+      )
+    check_integer("width", width, 1, 2**14)
+    if not isinstance(preactivation, bool):
+      raise ValueError(
+        f"preactivation must be True or False, got {preactivation!r}"
       )
     blocks, bottleneck = _DEPTHS[depth]
     self.preactivation = preactivation

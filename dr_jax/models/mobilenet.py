@@ -44,7 +44,7 @@ class MobileNetV2(nnx.Module):
     rngs: source of initial weights.
 
   Raises:
-    ValueError: if width is not above 0.
+    ValueError: if width is not in 0.01..100.
   """
 
   def __init__(
@@ -56,8 +56,9 @@ class MobileNetV2(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if not width > 0:
-      raise ValueError(f"width must be > 0, got {width}")
+    number = isinstance(width, int | float) and not isinstance(width, bool)
+    if not (number and 0.01 <= width <= 100):
+      raise ValueError(f"width must be in 0.01..100, got {width!r}")
     c_in = _multiple_of_8(_STEM * width)
     self.stem = conv(channels, c_in, 3, 2, dtype=dtype, rngs=rngs)
     self.stem_norm = norm(c_in, dtype=dtype, rngs=rngs)

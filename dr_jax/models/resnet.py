@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dr_jax.models.blocks import Stage, conv, norm
+from dr_jax.models.blocks import Stage, check_integer, conv, norm
 
 
 class Block(nnx.Module):
@@ -59,7 +59,8 @@ class ResNet(nnx.Module):
     rngs: source of initial weights.
 
   Raises:
-    ValueError: if depth is not 6 n + 2 with n >= 1, or widths are not three.
+    ValueError: if depth is not 6 n + 2 in 8..1202, or widths are not three
+      in 1..16384.
   """
 
   def __init__(
@@ -72,13 +73,15 @@ class ResNet(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    blocks, rest = divmod(depth - 2, 6)
-    if rest or blocks < 1:
-      raise ValueError(f"depth must be 6 n + 2, as 8, 14, 20, 32, got {depth}")
-    if len(widths) != 3:
+    if not isinstance(depth, int) or depth not in range(8, 1203, 6):
       raise ValueError(
-        f"widths must be three, as 16, 32, 64, got {tuple(widths)}"
+        f"depth must be 6 n + 2 in 8..1202, as 8, 14, 20, got {depth!r}"
       )
+    blocks = (depth - 2) // 6
+    if not isinstance(widths, list | tuple) or len(widths) != 3:
+      raise ValueError(f"widths must be three, as 16, 32, 64, got {widths!r}")
+    for width in widths:
+      check_integer("widths", width, 1, 2**14)
     self.stem = _conv(channels, widths[0], 3, 1, dtype, rngs)
     c_in = widths[0]
     stages = []

@@ -39,13 +39,14 @@ def load_torchvision(model: nnx.Module, weights: str | os.PathLike) -> None:
   Args:
     model: `MobileNetV2`, or `ImageNetResNet` with `preactivation=False`;
       changed in place, or not at all if something is wrong.
-    weights: path of a safetensors file.
+    weights: path of a safetensors file; a leading "~" is expanded.
 
   Raises:
     ValueError: if torchvision has no such network, or the file is missing,
       damaged, or of another network; one line names the tensors.
   """
   shown = f"weights={os.fspath(weights)!r}"
+  weights = os.path.expanduser(weights)
   targets = _targets(model, shown)
   head = model.head  # pyrefly: ignore[missing-attribute]  # As _targets checks.
   tensors = _read(weights, shown)

@@ -10,8 +10,8 @@ finished ones are not repeated.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-import pathlib
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from dr_jax.pipeline import pipeline
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
 from dr_jax.pipeline.summary import environment
+from dr_jax.pipeline.workdir import Workdir
+from dr_jax.runtime import files
 from dr_jax.runtime.files import write_json, write_text
 
 
@@ -130,7 +132,13 @@ def run(
   Raises:
     As `pipeline.run`.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = files.expand(workdir)
+  for seed, (name, entry) in itertools.product(
+    comparison.seeds, comparison.entries.items()
+  ):
+    # Before hours of training, whether the last directory is another run's.
+    config = dataclasses.replace(entry.config, seed=seed)
+    Workdir(workdir / f"seed{seed}" / name).check(config, {})
   rows: dict[str, list[dict[str, Any]]] = {}
   for seed in comparison.seeds:
     directory = workdir / f"seed{seed}"
@@ -166,7 +174,6 @@ def _float_run(config, workdir, interrupted):
   context = RunContext(config, workdir, interrupted)
   pipeline.check(context)
   with context.workdir.claim(config):
-    pipeline.check_space(context)
     network = float_network(context)
     size = context.float_bytes()
     row = context.workdir.finished("pretrain")

@@ -8,6 +8,7 @@ process does everything else, on its own devices.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,7 @@ class RunContext:
     self.layout, self.local = _layouts(config)
     try:
       self.data, self.held_out = _datasets(config)
+      _check_size(config, self.data)
       self.sample = self.batches()[0]["image"]
     except ValueError as error:
       raise prefixed("data", error) from error
@@ -75,6 +77,7 @@ class RunContext:
       self.shape = nn.functional(nnx.eval_shape(self.model))
     except ValueError as error:
       raise ConfigError(f"model.options: {error}") from None
+    _check_memory("model.options", "its parameters", self.float_bytes())
 
   def model(self) -> nnx.Module:
     """The float network with random parameters."""
@@ -150,6 +153,29 @@ def _datasets(config):
     return dataset, None
   kept, held_out = data.hold_out(dataset.train, config.data.holdout)
   return dataset._replace(train=kept), held_out
+
+
+def _check_size(config, dataset):
+  """Counts of steps fit an int32, and a batch fits in memory."""
+  batch = 4 * config.data.batch_size * math.prod(dataset.image_shape)
+  _check_memory("data.batch_size", "its images", batch)
+  for name in ("pretrain", "train", "supernet"):
+    epochs = getattr(config, name).epochs
+    steps = epochs * len(dataset.train) // config.data.batch_size
+    if steps >= 2**31:
+      raise ConfigError(
+        f"{name}.epochs must make less than 2^31 steps, got {epochs}, which "
+        f"makes {steps:,}"
+      )
+
+
+def _check_memory(field, what, size):
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if size > memory:
+    raise ConfigError(
+      f"{field} must be such that {what} fit in {memory / 2**30:,.1f} GiB of "
+      f"memory, got {size / 2**30:,.1f} GiB"
+    )
 
 
 def _layouts(config):

@@ -50,7 +50,6 @@ def run(
   context = RunContext(config, workdir, interrupted, start=start)
   check(context)
   with context.workdir.claim(config):
-    check_space(context)
     for stage in _stages(config):
       run_stage(context, stage)
       for name in stage.result_names(context):
@@ -81,32 +80,27 @@ def check_stages(config: Config) -> None:
 
 
 def check(context: RunContext) -> None:
-  """Checks the configuration against files and model; writes nothing.
+  """Checks the configuration against files, model and disk; writes nothing.
 
   Raises:
-    ConfigError: if the model's weights cannot be read or do not fit it, or
-      for what a stage cannot do.
+    ConfigError: if the model's weights cannot be read or do not fit it, for
+      what a stage cannot do, if the directory belongs to another configuration,
+      or if its disk has too little room.
   """
   if context.config.model.weights:
     context.untrained()
   for stage in _stages(context.config):
     stage.check(context)
+  context.workdir.check(context.config, disk_bytes(context))
 
 
-def check_space(context: RunContext) -> None:
-  """Checks that the disk has room, before anything is trained.
-
-  Raises:
-    ConfigError: if it has too little room for the checkpoints of all stages
-      and the artifact.
-  """
-  context.workdir.check_space(
-    {
-      stage.name: stage.disk_bytes(context)
-      for stage in _stages(context.config)
-      if stage.disk_bytes is not None
-    }
-  )
+def disk_bytes(context: RunContext) -> dict[str, int]:
+  """Returns what the checkpoints of each stage, and the artifact, may take."""
+  return {
+    stage.name: stage.disk_bytes(context)
+    for stage in _stages(context.config)
+    if stage.disk_bytes is not None
+  }
 
 
 def run_stage(context: RunContext, stage: Stage) -> None:

@@ -32,8 +32,30 @@ class Workdir:
   """
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
+    self.path = files.expand(path)
     self.metrics = self.path / "metrics.jsonl"
+
+  def check(self, config: Config, stages: Mapping[str, int]) -> None:
+    """Checks what a claim would meet, and the room; writes nothing.
+
+    Args:
+      config: of the run.
+      stages: as for `check_space`.
+
+    Raises:
+      ConfigError: as `claim` and `check_space`.
+    """
+
+    def check():
+      try:
+        self._check(config)
+        self._check_space(stages)
+      except OSError as error:
+        raise ConfigError(
+          f"workdir {self.path} cannot be read: {error}"
+        ) from None
+
+    on_first(check)
 
   @contextlib.contextmanager
   def claim(self, config: Config) -> Iterator[None]:
@@ -95,7 +117,9 @@ class Workdir:
       if self.result(stage) is None
     }
     needed = sum(missing.values())
-    free = shutil.disk_usage(self.path).free
+    path = self.path.absolute()
+    above = next(p for p in (path, *path.parents) if p.exists())
+    free = shutil.disk_usage(above).free
     if free < needed:
       raise ConfigError(
         f"workdir {self.path}: its disk has {free / 2**20:,.1f} MiB free, but "

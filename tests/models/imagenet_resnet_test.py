@@ -4,6 +4,8 @@ The post-activation kind is compared with torchvision's definition in
 torchvision_test.py.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,10 +62,21 @@ def test_preactivation_moves_norms_and_nothing_else(cost):
   )
 
 
-@pytest.mark.parametrize("depth", [-1, 0, 17, 20, 56])
+@pytest.mark.parametrize("width", [0, -1, 64.0, True, 10**21])
+def test_a_width_that_is_no_number_of_channels_is_an_error(width):
+  with pytest.raises(ValueError, match=rf"width must be .*, got {width!r}"):
+    build(18, width=width)
+
+
+def test_preactivation_must_be_true_or_false():
+  with pytest.raises(ValueError, match="preactivation must be .* got 'no'"):
+    build(18, preactivation="no")
+
+
+@pytest.mark.parametrize("depth", [-1, 0, 17, 20, 56, (18,), [18], 18.0])
 def test_a_depth_that_is_not_in_the_table_is_an_error(depth):
   with pytest.raises(
-    ValueError, match=f"depth must be one of 18, 34.* {depth}"
+    ValueError, match=f"depth must be one of 18, 34.* {re.escape(repr(depth))}"
   ):
     build(depth)
 

@@ -39,9 +39,12 @@ def test_widths_are_rounded_to_multiples_of_8(width, stem, last):
   assert model.last.out_features == model.head.in_features == last
 
 
-@pytest.mark.parametrize("width", [0, -1.0, float("nan")])
-def test_a_width_that_is_not_positive_is_an_error(width):
-  with pytest.raises(ValueError, match=f"width must be > 0, got {width}"):
+@pytest.mark.parametrize(
+  "width", [0, -1.0, float("nan"), float("inf"), 1e-3, 101, True, "1"]
+)
+def test_a_width_out_of_range_is_an_error(width):
+  message = rf"width must be in 0\.01\.\.100, got {width!r}"
+  with pytest.raises(ValueError, match=message):
     build(width=width)
 
 

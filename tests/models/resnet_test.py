@@ -61,12 +61,22 @@ def test_logits_have_one_row_per_image_at_any_size(channels, size):
   assert logits.shape == (2, 4) and logits.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("depth", [-4, 2, 7, 10, 18, 19, 21, 51])
+@pytest.mark.parametrize("depth", [-4, 2, 7, 10, 18, 19, 51, 8.0, 10**21])
 def test_a_depth_that_is_not_6n_plus_2_raises_an_error(depth):
   with pytest.raises(
     ValueError, match=f"depth must be 6 n \\+ 2.* got {depth}"
   ):
     models.ResNet(depth, num_classes=10, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  "widths", [(0, 4, 8), (4, 8, 2**15), (4.0, 8, 16), (True, 4, 8), (4, 8, "8")]
+)
+def test_a_width_that_is_no_number_of_channels_raises_an_error(widths):
+  with pytest.raises(ValueError, match=r"widths must be an integer in 1\.\.16"):
+    models.build("resnet20", widths=widths, num_classes=2, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="widths must be three, as .* got 3"):
+    models.build("resnet20", widths=3, num_classes=2, rngs=nnx.Rngs(0))
 
 
 def test_costs_of_resnet20_are_those_counted_by_hand():

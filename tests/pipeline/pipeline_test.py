@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 import shutil
 import types
 
@@ -13,7 +14,7 @@ from dr_jax import pipeline
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.deploy import ArtifactError
 from dr_jax.pipeline.context import RunContext
-from dr_jax.pipeline.pipeline import check_space, check_stages
+from dr_jax.pipeline.pipeline import check_stages, disk_bytes
 from dr_jax.pipeline.workdir import Workdir
 
 _STAGES = ("pretrain", "multi_precision", "separate", "export")
@@ -103,10 +104,11 @@ def test_a_full_disk_is_an_error_before_anything_is_trained(
     "its disk has 0.1 MiB free, but pretrain, multi_precision, separate, "
     "export may take"
   )
+  workdir = tmp_path / "a" / "run"
   with pytest.raises(ConfigError, match=message):
-    pipeline.run(_config(), tmp_path)
-  files = {path.name for path in tmp_path.iterdir()}
-  assert files == {"config.json", "lock"}
+    pipeline.run(_config(), workdir)
+  # Nothing is in the way of another configuration, that needs less.
+  assert not workdir.parent.exists()
 
 
 def test_a_disk_that_was_filled_since_is_an_error_before_a_stage_is_trained(
@@ -121,25 +123,46 @@ def test_a_disk_that_was_filled_since_is_an_error_before_a_stage_is_trained(
   assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.fixture
-def asked(monkeypatch):
-  """Bytes that were asked for, by stage."""
-  sizes = {}
-  monkeypatch.setattr(
-    Workdir, "check_space", lambda self, wanted: sizes.update(wanted)
-  )
-  return sizes
+def test_a_run_of_too_many_steps_is_an_error_before_it_starts(tmp_path):
+  config = from_dict({"data": {"batch_size": 1}, "devices": {"data": 1}})
+  recipe = dataclasses.replace(config.train, epochs=10**7)
+  with pytest.raises(
+    ConfigError, match=r"train.epochs must make less than 2\^31 steps, got 10"
+  ):
+    pipeline.run(dataclasses.replace(config, train=recipe), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
-def test_space_is_estimated_for_every_phase_and_separate_network(
-  asked, tmp_path
+def test_what_does_not_fit_in_memory_is_an_error_before_it_is_made(
+  tmp_path, monkeypatch
 ):
+  pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 100_000}
+  monkeypatch.setattr(os, "sysconf", pages.get)
+  config = from_dict({"devices": {"data": 1}})
+  with pytest.raises(ConfigError, match="model.options must .* memory, got"):
+    RunContext(config, tmp_path)
+  pages["SC_PHYS_PAGES"] = 500
+  with pytest.raises(ConfigError, match="data.batch_size must .* memory, got"):
+    RunContext(config, tmp_path)
+
+
+def test_the_users_directory_is_meant_by_a_tilde(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  assert Workdir("~/run").path == tmp_path / "run"
+  model = dataclasses.replace(_config().model, weights="~/w.safetensors")
+  config = dataclasses.replace(_config(), model=model)
+  with pytest.raises(ConfigError, match="model.weights='~/w.safetensors'"):
+    pipeline.run(config, "~/run")
+  assert not list(tmp_path.iterdir())
+
+
+def test_space_is_estimated_for_every_phase_and_separate_network(tmp_path):
   def sizes(**train):
     config = _config()
     recipe = dataclasses.replace(config.train, **train)
     config = dataclasses.replace(config, train=recipe)
-    check_space(RunContext(config, tmp_path))
-    return dict(asked)
+    return disk_bytes(RunContext(config, tmp_path))
 
   plain = sizes()
   assert plain["separate"] == 2 * plain["multi_precision"]
@@ -151,9 +174,9 @@ def test_space_is_estimated_for_every_phase_and_separate_network(
   assert untrained["multi_precision"] == 0
 
 
-def test_a_run_writes_less_than_its_estimate(finished, asked):
+def test_a_run_writes_less_than_its_estimate(finished):
   workdir, _ = finished
-  check_space(RunContext(_config(), workdir))
+  asked = disk_bytes(RunContext(_config(), workdir))
   assert set(asked) == {"pretrain", "multi_precision", "separate", "export"}
   for stage, size in asked.items():
     files = (workdir / stage).rglob("*")

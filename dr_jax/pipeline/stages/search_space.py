@@ -6,15 +6,14 @@ A budget is given as a mean bit-width, layers by name. Searches
 
 from __future__ import annotations
 
-import json
 import math
-import pathlib
 from collections.abc import Sequence
 from fractions import Fraction
 
 from dr_jax import allocate, nn
 from dr_jax import search as searches
 from dr_jax.config import ConfigError, SearchConfig
+from dr_jax.runtime import files
 
 
 def problem(
@@ -65,7 +64,7 @@ def latency_table(path: str) -> dict[str, dict[int, float]]:
     ConfigError: if the file is missing or holds something else.
   """
   try:
-    measured = json.loads(pathlib.Path(path).read_text())
+    measured = files.read_json(path)
     return {
       layer: {int(b): float(s) for b, s in row.items()}
       for layer, row in measured.items()
