@@ -1,10 +1,13 @@
 """Plain Flax NNX networks; they know nothing of quantization."""
 
+import inspect
+import typing
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from dr_jax.models.blocks import check_integer
 from dr_jax.models.imagenet_resnet import (
   ImageNetResNet,
   resnet18,
@@ -58,15 +61,46 @@ def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
 
   Raises:
     ValueError: for an unknown name, an option that the network does not have,
-      or a dtype in which it cannot compute.
+      a value that it does not allow, or a dtype in which it cannot compute.
+
+  >>> build("resnet20", rngs=nnx.Rngs(0), depth=8)
+  Traceback (most recent call last):
+  ValueError: options of model 'resnet20' must be of num_classes, ...
   """
   if name not in _FACTORIES:
     known = ", ".join(NAMES)
     raise ValueError(f"name must be one of {known}, got {name!r}")
+  known = _options(_FACTORIES[name])
+  for option in options:
+    if option not in known:
+      raise ValueError(
+        f"options of model {name!r} must be of {', '.join(known)}, got "
+        f"{option!r}"
+      )
+  for option, most in (("num_classes", 10**6), ("channels", 1024)):
+    if option in options:
+      check_integer(option, options[option], 1, most)
+  _check_dtype(options.get("dtype", jnp.float32))
   try:
-    dtype = jnp.dtype(options.get("dtype", jnp.float32)).name
-    if dtype not in _DTYPES:
-      raise TypeError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
     return _FACTORIES[name](rngs=rngs, **options)
   except TypeError as error:
     raise ValueError(f"options of model {name!r}: {error}") from None
+
+
+def _options(factory: Any) -> list[str]:
+  """The options of a network; its depth is one unless its name says it."""
+  network, taken = factory, ("self", "rngs")
+  if not isinstance(factory, type):
+    network = typing.get_type_hints(factory)["return"]
+    taken = ("self", "rngs", "depth")
+  names = inspect.signature(network.__init__).parameters
+  return [name for name in names if name not in taken]
+
+
+def _check_dtype(dtype: Any) -> None:
+  try:
+    known = jnp.dtype(dtype).name in _DTYPES
+  except (TypeError, ValueError):
+    known = False
+  if not known:
+    raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype}")

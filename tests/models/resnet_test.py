@@ -163,5 +163,24 @@ def test_running_statistics_move_by_a_tenth():
 
 @pytest.mark.parametrize("dtype", ["int8", "complex64", "float8_e4m3fn", "x"])
 def test_a_dtype_that_networks_do_not_compute_in_raises_an_error(dtype):
-  with pytest.raises(ValueError, match="options of model 'resnet20': "):
+  with pytest.raises(ValueError, match="dtype must be one of bfloat16"):
     models.build("resnet20", num_classes=2, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    *({"num_classes": value} for value in (0, -1, 2**33, 2.0, "2", True)),
+    *({"channels": value} for value in (0, -1, 2**33, 3.0, (3,), None)),
+    *({"dtype": value} for value in ("int8", "x", ("a",), 3, object())),
+    {"depth": 8},
+    {"x": 1},
+  ],
+)
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenetv2"])
+def test_an_option_of_a_network_is_an_error_with_what_is_allowed(name, options):
+  (option,) = options
+  with pytest.raises(
+    ValueError, match=rf"{option}.* must be|must be.*{option}"
+  ):
+    models.build(name, rngs=nnx.Rngs(0), **options)
