@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import pathlib
-import reprlib
 import stat
 from collections.abc import Mapping
 from typing import Any
@@ -261,8 +260,8 @@ def _verified_manifest(text):
   if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
     raise ValueError(
       f"must have format {FORMAT!r} version {VERSION}, got "
-      f"{reprlib.repr(manifest.get('format'))} version "
-      f"{reprlib.repr(manifest.get('version'))}"
+      f"{schema.shown(manifest.get('format'))} version "
+      f"{schema.shown(manifest.get('version'))}"
     )
   expected = manifest.pop("manifest_sha256", None)
   if manifest_digest(manifest) != expected:

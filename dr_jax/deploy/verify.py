@@ -11,7 +11,6 @@ import collections
 import functools
 import json
 import math
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeVar
 
@@ -21,6 +20,8 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import models, quant
+from dr_jax.nn import deployed
+from dr_jax.nn.deployed import LARGEST
 from dr_jax.runtime import schema
 from dr_jax.runtime.schema import COUNT, Where
 
@@ -76,8 +77,8 @@ _OFFSETS = Where([COUNT], lambda pair: len(pair) == 2, "two offsets")
 _TENSOR = {"dtype": str, "shape": [COUNT], "data_offsets": _OFFSETS}
 _LARGEST_HEADER = 100 * 10**6  # as in the safetensors library
 
-# Floats of a trained network are nowhere near; the product of two is finite.
-_LARGEST = 2.0**60
+# Of what another error says: it can quote the file.
+_LONGEST = 200
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ def guarded(
   # Methods and networks, also those that users register, raise what they like.
   except Exception as error:
     first = (str(error) or type(error).__name__).splitlines()[0]
-    raise Broken(f"{what}: {first}") from None
+    raise Broken(f"{what}: {first[:_LONGEST]}") from None
 
 
 def quantizers(
@@ -312,7 +313,7 @@ def _layer_tensors(layer, weight, activation):
     if sorted(layer[field]) != sorted(wanted):
       raise Broken(
         f"layer {name}: {field} must be {sorted(wanted)}, got "
-        f"{reprlib.repr(layer[field])}"
+        f"{schema.shown(layer[field])}"
       )
   tensors = {f"{name}/{key}": like for key, like in packed.items()}
   return tensors | {f"{name}/input/{key}": a for key, a in inputs.items()}
@@ -343,7 +344,7 @@ def _encoded(layer, tensors, weight):
     if name not in encoded:
       continue
     array = np.asarray(encoded[name])
-    if not ((array >= smallest) & (array <= largest)).all():
+    if not deployed.is_within(array, smallest, largest):
       raise ValueError(
         f"{name} must be in {smallest}..{largest}, got {array.min()}.."
         f"{array.max()}"
@@ -378,8 +379,7 @@ def _check_values(name, tensor):
   # Of floats only the network knows what they are: a mask can be infinite.
   if not _is_float(tensor) or name.startswith("float/"):
     return
-  # NaN fails too.
-  if not bool((np.abs(tensor.astype(np.float64)) <= _LARGEST).all()):
+  if not deployed.is_within(tensor, -LARGEST, LARGEST):
     raise Broken(f"tensor {name} must be finite, and at most 2^60 in size")
   if name.endswith("/scale") and not bool((tensor >= 0).all()):
     raise Broken(f"tensor {name} must not be negative")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dr_jax.nn import layers
@@ -22,6 +23,9 @@ from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+
+# Parameters of a trained network are nowhere near; products stay finite.
+LARGEST = 2.0**60
 
 
 class StoredLayer(NamedTuple):
@@ -182,12 +186,22 @@ def _leaves(model) -> dict[str, Any]:
   return {name_of(path): leaf for path, leaf in kept}
 
 
+def is_within(array: np.ndarray, smallest: float, largest: float) -> bool:
+  """Whether all values of an array are in a range, and none is NaN."""
+  if not array.size:
+    return True
+  with np.errstate(invalid="ignore"):
+    low, high = float(array.min()), float(array.max())
+  return smallest <= low and high <= largest
+
+
 def _finite(name, leaf, value):
   """The value; a parameter must be finite, other arrays (a mask) need not."""
   learned = isinstance(leaf, nnx.Param | nnx.BatchStat)
   floating = jnp.issubdtype(value.dtype, jnp.floating)
-  if learned and floating and not bool(jnp.isfinite(value).all()):
-    raise ValueError(f"{name} must be finite, but has NaN or infinite values")
+  if learned and floating:
+    if not is_within(np.asarray(value), -LARGEST, LARGEST):
+      raise ValueError(f"{name} must be finite, and at most 2^60 in size")
   return value
 
 

@@ -14,11 +14,16 @@ A schema is built of Python values:
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 2, 4, 2
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 24
 
 # Deeper than whatever the library writes, and far from Python's own limit.
 _DEPTH = 32
@@ -76,7 +81,7 @@ def check(value: Any, schema: Any, name: str = "") -> None:
   """
   if not _matches_shallowly(value, schema):
     raise ValueError(
-      f"{name or 'it'} must be {describe(schema)}, got {reprlib.repr(value)}"
+      f"{name or 'it'} must be {describe(schema)}, got {shown(value)}"
     )
   if isinstance(schema, Where):
     check(value, schema.schema, name)
@@ -111,6 +116,17 @@ def describe(schema: Any) -> str:
   return words.get(schema, "null" if schema is None else "true or false")
 
 
+def shown(value: Any) -> str:
+  """Shows a value from a file in at most a hundred characters.
+
+  >>> shown({"a": 1, "b": [2] * 100})
+  "an object with ['a', 'b']"
+  """
+  if isinstance(value, dict):
+    return f"an object with {_SHORT.repr(list(value))}"
+  return _SHORT.repr(value)
+
+
 def _matches_shallowly(value, schema):
   if isinstance(schema, Where):
     return _matches_shallowly(value, schema.schema) and schema.holds(value)
@@ -142,9 +158,8 @@ def _no_constant(name):
 def _object(pairs):
   value = dict(pairs)
   if len(value) < len(pairs):
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
-    raise ValueError(f"it has {reprlib.repr(twice)} twice")
+    counts = collections.Counter(key for key, _ in pairs)
+    raise ValueError(f"it has {shown(counts.most_common(1)[0][0])} twice")
   return value
 
 

@@ -176,7 +176,7 @@ def test_a_learned_scale_below_zero_is_stored_as_it_is_read(network, tmp_path):
 def test_a_parameter_that_is_nan_is_named_and_not_stored(network, tmp_path):
   wrong = nnx.clone(network)
   wrong.head.bias[...] = jnp.full(3, jnp.nan)
-  with pytest.raises(ValueError, match="head/bias must be finite, but has NaN"):
+  with pytest.raises(ValueError, match="head/bias must be finite"):
     deploy.save(tmp_path / "model", wrong)
 
 
