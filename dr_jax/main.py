@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     if _CONFIG.value is None:
       raise ValueError("--config must name a configuration file")
     processes.initialize(detect=_DISTRIBUTED.value)
-    tables, workdir = _run(_CONFIG.value.to_dict())
+    tables, workdir = _run(config_flags.values(_CONFIG.value))
   except (Exception, KeyboardInterrupt) as error:
     return _end(error)
   if not processes.is_first():

@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import RequiredValueError
 from ml_collections.config_flags import tuple_parser
 
 from dr_jax.config.fields import ConfigError
@@ -101,6 +102,24 @@ def load(argument: str) -> ConfigDict:
       f"{type(config).__name__}"
     )
   return config
+
+
+def values(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """Returns a configuration as nested dicts.
+
+  Raises:
+    ConfigError: for a required placeholder that has no value.
+  """
+  found = {}
+  for name in config:
+    try:
+      value = config[name]
+    except RequiredValueError:
+      raise ConfigError(f"{prefix}{name} must be set, got None") from None
+    if isinstance(value, ConfigDict):
+      value = values(value, f"{prefix}{name}.")
+    found[name] = value
+  return found
 
 
 class _FileParser(flags.ArgumentParser):

@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+from ml_collections import ConfigDict, config_dict
 
 from dr_jax.config import ConfigError, flags
 
@@ -123,3 +124,12 @@ def test_a_file_may_define_dataclasses(tmp_path):
     "def get_config():\n  return ConfigDict(dataclasses.asdict(A()))"
   )
   assert flags.load(str(path)).x == 3
+
+
+def test_a_required_field_without_a_value_is_named():
+  config = ConfigDict({"data": {"name": "digits"}})
+  config.data.path = config_dict.required_placeholder(str)
+  with pytest.raises(ConfigError, match="data.path must be set, got None"):
+    flags.values(config)
+  config.data.path = "x"
+  assert flags.values(config) == {"data": {"name": "digits", "path": "x"}}
