@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dr_jax.allocate.problem import integer
-from dr_jax.runtime import files
+from dr_jax.runtime import files, schema
+
+# A thousand times that of a network of a thousand layers.
+_LARGEST = 2**26
 
 
 class Allocation(Mapping[str, int]):
@@ -83,19 +85,12 @@ class Allocation(Mapping[str, int]):
         layer that appears twice.
     """
     try:
-      values = json.loads(text, object_pairs_hook=_unique)
-    except RecursionError:
-      raise ValueError(
-        "allocation must be {layer: bits}, got deep nesting"
-      ) from None
-    except json.JSONDecodeError as error:
+      values = schema.parse(text)
+      schema.check(values, {...: int})
+    except ValueError as error:
       raise ValueError(
         f"allocation must be a JSON object {{layer: bits}}: {error}"
       ) from None
-    if not isinstance(values, dict):
-      raise ValueError(
-        f"allocation must be a JSON object {{layer: bits}}, got {text[:40]!r}"
-      )
     return cls(values)
 
   @classmethod
@@ -106,8 +101,9 @@ class Allocation(Mapping[str, int]):
       FileNotFoundError: if there is none.
       ValueError: if it holds anything else, naming the file.
     """
+    content = files.read_bytes(path, limit=_LARGEST)
     try:
-      return cls.from_json(pathlib.Path(path).read_bytes().decode())
+      return cls.from_json(content.decode())
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None
 
@@ -197,14 +193,3 @@ class Allocation(Mapping[str, int]):
 
   def __str__(self) -> str:
     return self.table()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  values = dict(pairs)
-  if len(values) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(
-      f"allocation must have each layer once, got {twice!r} twice"
-    )
-  return values

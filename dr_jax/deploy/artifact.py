@@ -16,7 +16,6 @@ whoever changes a file can change those too, that all parts fit (`verify`).
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import dataclasses
 import functools
@@ -25,6 +24,7 @@ import json
 import os
 import pathlib
 import stat
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -256,7 +256,7 @@ def _errors_of(path):
 
 def _verified_manifest(text):
   manifest = schema.parse(text)
-  schema.check(manifest, {str: object})
+  schema.check(manifest, {...: object})
   if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
     raise ValueError(
       f"must have format {FORMAT!r} version {VERSION}, got "
@@ -287,26 +287,16 @@ def _bytes(path, limit, check=None):
   `check(file, size)` may look into the file before all of it is read.
   """
   try:
-    # Opening a FIFO would wait for a writer.
-    with builtins.open(path, "rb", opener=_without_waiting) as file:
-      found = os.fstat(file.fileno())
-      if not stat.S_ISREG(found.st_mode):
-        raise ArtifactError(f"{path} must be a regular file")
-      if found.st_size > limit:
-        raise ArtifactError(
-          f"{path} must have at most {limit} bytes, got {found.st_size}"
-        )
+    with _errors_of(path), files.open_regular(path, os.O_RDONLY) as file:
+      size = os.fstat(file.fileno()).st_size
+      if size > limit:
+        raise ValueError(f"must have at most {limit} bytes, got {size}")
       if check is not None:
-        with _errors_of(path):
-          check(file, found.st_size)
+        check(file, size)
         file.seek(0)
-      return file.read(found.st_size)
+      return file.read(size)
   except OSError as error:
     raise ArtifactError(f"{path}: {error.strerror or error}") from None
-
-
-def _without_waiting(path, flags):
-  return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _memory():

@@ -36,7 +36,7 @@ _SHAPE = Where(
   lambda shape: 2 <= len(shape) <= 8 and 0 not in shape,
   "a list of 2 to 8 integers >= 1",
 )
-_QUANTIZER = {"name": _NAME, "options": {str: object}}
+_QUANTIZER = {"name": _NAME, "options": {...: object}}
 _DIGEST = Where(str, lambda s: len(s) == 64, "64 hexadecimal digits")
 MANIFEST_SCHEMA = {
   "format": str,
@@ -67,7 +67,7 @@ MANIFEST_SCHEMA = {
     "a list of layers, not empty",
   ),
   "norms": {
-    str: Where([COUNT], lambda orders: len(orders) in (1, 2), "1 or 2")
+    ...: Where([COUNT], lambda orders: len(orders) in (1, 2), "1 or 2")
   },
   "bfloat16": [_NAME],
   "sha256": _DIGEST,
@@ -193,9 +193,9 @@ def check_header(file: BinaryIO, size: int) -> None:
     raise Broken("is damaged: it is no safetensors file")
   try:
     header = schema.parse(file.read(length))
-    schema.check(header, {str: object})
+    schema.check(header, {...: object})
     header.pop("__metadata__", None)
-    schema.check(header, {str: _TENSOR})
+    schema.check(header, {...: _TENSOR})
   except ValueError as error:
     raise Broken(f"is damaged: its header: {error}") from None
   end = max(

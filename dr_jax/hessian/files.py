@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 
 from dr_jax.hessian.trace import TraceEstimate
 from dr_jax.runtime import files
+from dr_jax.runtime.schema import COUNT
+
+_SCHEMA = {
+  "fingerprint": str,
+  "traces": {...: {"mean": float, "stderr": float, "probes": COUNT}},
+}
 
 
 def save(
@@ -54,27 +59,15 @@ def load(
     ValueError: if the file is damaged, or of another network.
     FileNotFoundError: if there is no file.
   """
-  text = pathlib.Path(path).read_bytes()
-  try:
-    content = json.loads(text, parse_constant=_refuse)
-    found = content["fingerprint"]
-    estimates = {
-      name: TraceEstimate(
-        float(t["mean"]), float(t["stderr"]), int(t["probes"])
-      )
-      for name, t in content["traces"].items()
-    }
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ValueError(
-      f"{path} is damaged, not a file of hessian.save: {error!r}"
-    ) from error
+  content = files.read_json(path, _SCHEMA)
+  found = content["fingerprint"]
+  estimates = {
+    name: TraceEstimate(float(t["mean"]), float(t["stderr"]), t["probes"])
+    for name, t in content["traces"].items()
+  }
   if fingerprint is not None and fingerprint != found:
     raise ValueError(
       f"{path} must have traces of this network, {fingerprint[:12]}, got those "
       f"of {str(found)[:12]}"
     )
   return estimates
-
-
-def _refuse(constant):
-  raise ValueError(f"{constant} is not a finite number")

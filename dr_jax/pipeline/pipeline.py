@@ -51,6 +51,10 @@ def run(
   check(context)
   with context.workdir.claim(config):
     for stage in _stages(config):
+      # A damaged result ends the run now, and not after its training.
+      for name in stage.result_names(context):
+        context.workdir.result(name)
+    for stage in _stages(config):
       run_stage(context, stage)
       for name in stage.result_names(context):
         # None if a network was given in place of the stage.

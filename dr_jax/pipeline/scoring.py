@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,16 +82,12 @@ def finish_stage(
 
   def finish():
     found = scores(run, as_deployed(run, model), bits)
-    with MetricsWriter(run.workdir.metrics) as metrics:
-      # A process that was killed here has written some of them already.
-      metrics.resume(stage, steps, names=("loss", "images_per_second"))
-      for key, score in found.items():
-        named = {f"test_{name}": value for name, value in score.items()}
-        bits_or_none = None if key == "float" else int(key)
-        metrics.write(stage, steps, named, bits=bits_or_none)
-      seconds = metrics.training_seconds(
-        stage, images_per_step=run.config.data.batch_size
-      )
+    try:
+      seconds = _log_scores(run, stage, found, steps)
+    except ValueError as error:
+      # The network is trained: a damaged log is no reason to fail.
+      warnings.warn(str(error), stacklevel=2)
+      seconds = math.nan
     run.workdir.finish(
       stage,
       started,
@@ -99,3 +97,17 @@ def finish_stage(
     )
 
   processes.on_first(finish)
+
+
+def _log_scores(run, stage, found, steps):
+  """Writes scores to the metrics; returns the seconds of training."""
+  with MetricsWriter(run.workdir.metrics) as metrics:
+    # A process that was killed here has written some of them already.
+    metrics.resume(stage, steps, names=("loss", "images_per_second"))
+    for key, score in found.items():
+      named = {f"test_{name}": value for name, value in score.items()}
+      bits_or_none = None if key == "float" else int(key)
+      metrics.write(stage, steps, named, bits=bits_or_none)
+    return metrics.training_seconds(
+      stage, images_per_step=run.config.data.batch_size
+    )

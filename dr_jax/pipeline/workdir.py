@@ -19,8 +19,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dr_jax.config import Config, ConfigError, DataConfig
+from dr_jax.pipeline.results import schema_of
 from dr_jax.runtime import files
 from dr_jax.runtime.processes import on_first
+
+_GROUPS = tuple(
+  field.name
+  for field in dataclasses.fields(Config)
+  if dataclasses.is_dataclass(field.default)
+)
 
 
 class Workdir:
@@ -79,7 +86,7 @@ class Workdir:
     try:
       self._check(config)
       self.path.mkdir(parents=True, exist_ok=True)
-      lock = held.enter_context((self.path / "lock").open("w"))
+      lock = held.enter_context(files.open_append(self.path / "lock"))
       self._lock(lock)
       # Another process may have come and gone since.
       self._check(config)
@@ -129,7 +136,7 @@ class Workdir:
   def _check(self, config):
     path = self.path / "config.json"
     if path.exists():
-      theirs = _renamed(read_object(path, advice="use a new directory"))
+      theirs = _renamed(_read_config(path))
       mine = json.loads(json.dumps(dataclasses.asdict(config)))
       for field in ("search", "checkpoint_every", "log_every"):
         mine[field] = theirs.get(field, mine[field])
@@ -169,7 +176,9 @@ class Workdir:
     path = self.path / stage / "network.json"
     if not path.exists():
       files.write_json(path, network)
-    elif (theirs := read_object(path, advice="use a new directory")) != network:
+      return
+    theirs = read_object(path, advice="use a new directory")
+    if theirs != network:
       raise ConfigError(
         f"{path}: checkpoints of another network "
         f"({_first_difference(theirs, network)}); use a new directory"
@@ -181,7 +190,10 @@ class Workdir:
     Every process must call this: the first one reads the file for all.
     """
     path = self.path / stage / "result.json"
-    return on_first(lambda: read_object(path) if path.exists() else None)
+    schema = schema_of(stage)
+    return on_first(
+      lambda: read_object(path, schema) if path.exists() else None
+    )
 
   def finished(self, stage: str) -> dict[str, Any]:
     """Returns the result of a stage that is done.
@@ -203,20 +215,30 @@ class Workdir:
 
 
 def read_object(
-  path: pathlib.Path, *, advice: str = "delete it and run again"
+  path: pathlib.Path,
+  schema: Any = {...: object},  # noqa: B006
+  *,
+  advice: str = "delete it and run again",
 ) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
-    ConfigError: if the file holds anything else.
+    ConfigError: if the file cannot be read or holds anything else.
   """
   try:
-    value = files.read_json(path)
-  except ValueError:
-    value = None
-  if not isinstance(value, dict):
-    raise ConfigError(f"{path} is damaged, not a JSON object; {advice}")
-  return value
+    return files.read_json(path, schema)
+  except OSError as error:
+    raise ConfigError(f"{path}: {error.strerror}; {advice}") from None
+  except ValueError as error:
+    raise ConfigError(f"{error}; {advice}") from None
+
+
+def _read_config(path):
+  """Reads config.json, also of a version that had fewer groups of fields."""
+  advice = "use a new directory"
+  found = read_object(path, advice=advice)
+  groups = {name: {...: object} for name in _GROUPS if name in found}
+  return read_object(path, {**groups, ...: object}, advice=advice)
 
 
 def _written(directory):

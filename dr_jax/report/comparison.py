@@ -13,14 +13,25 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from dr_jax.report.figure import new_figure, save_figure
 from dr_jax.runtime.files import read_json
+from dr_jax.runtime.schema import COUNT
 
 Results = dict[str, Any]
+
+_SPREAD = {"mean": float, "std": float, "seeds": [float]}
+_ROW = {
+  "scores": {...: {"accuracy": _SPREAD, "loss": _SPREAD}},
+  "bytes_at": {...: COUNT},
+  "tensor_bytes": COUNT,
+  "train_seconds": float,
+}
+_RESULTS = {"rows": {"float": _ROW, ...: _ROW}, ...: object}
 
 
 def comparison_table(results: Results) -> Table:
@@ -127,5 +138,17 @@ def plot_comparison(path: str | os.PathLike, results: Results) -> None:
   save_figure(figure, path)
 
 
+def main(arguments: Sequence[str]) -> None:
+  """Draws the figure of a comparison's results."""
+  if len(arguments) != 2:
+    sys.exit(
+      "usage: python -m dr_jax.report.comparison COMPARE.json FIGURE.svg"
+    )
+  try:
+    plot_comparison(arguments[1], read_json(arguments[0], _RESULTS))
+  except (OSError, ValueError) as error:
+    sys.exit(str(error))
+
+
 if __name__ == "__main__":
-  plot_comparison(sys.argv[2], read_json(sys.argv[1]))
+  main(sys.argv[1:])

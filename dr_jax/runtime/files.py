@@ -16,14 +16,19 @@ import pathlib
 import secrets
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
+
+from dr_jax.runtime import schema as schemas
 
 Path = str | os.PathLike
 
 # Suffix of a file that is being written; a kill can leave one behind.
 PARTIAL = ".partial"
+# Of a file that is read as a whole.
+_LARGEST = 2**30
 
 
 def expand(path: Path) -> pathlib.Path:
@@ -47,8 +52,11 @@ def write_bytes(path: Path, content: bytes) -> None:
   path = expand(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = partial_path(path)
+  # What a killed process left, or a link that someone put there.
+  partial.unlink(missing_ok=True)
   try:
-    partial.write_bytes(content)
+    with partial.open("xb") as file:
+      file.write(content)
     partial.replace(path)
   except BaseException:
     partial.unlink(missing_ok=True)
@@ -69,8 +77,110 @@ def write_json(path: Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-  """Reads a JSON file.
+def read_bytes(path: Path, *, limit: int) -> bytes:
+  """Reads a regular file that has at most `limit` bytes.
+
+  Raises:
+    OSError: if it cannot be opened.
+    ValueError: if it is something else, such as a FIFO or a device, or larger;
+      nothing is read then.
+  """
+  with open_regular(path, os.O_RDONLY) as file:
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+      raise ValueError(f"must have at most {limit} bytes, got {size}")
+    return file.read(size)
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, flags: int) -> Iterator[IO[bytes]]:
+  """Opens a regular file, without waiting for anyone.
+
+  Raises:
+    OSError: if it cannot be opened.
+    ValueError: if it is not a regular file.
+  """
+  # Opening a FIFO would wait for its other end.
+  descriptor = os.open(
+    expand(path), flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+  )
+  mode = "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "r+b"
+  with os.fdopen(descriptor, mode) as file:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+      raise ValueError("must be a regular file")
+    yield file
+
+
+def open_lines(path: Path, schema: Any) -> tuple[IO[str], list[Any]]:
+  """Opens a file of JSON lines for appending, and reads what it has.
+
+  The file and its directories are created if they are missing. An incomplete
+  last line, of a process that was killed, is cut off, once all others proved
+  to be what they must be: no file of someone else is changed.
+
+  Args:
+    path: the file.
+    schema: of every line; see `runtime.schema`.
+
+  Returns:
+    The open file, and the values of its lines.
+
+  Raises:
+    OSError: if it cannot be opened, or is a link.
+    ValueError: if it holds anything else, naming file and line.
+  """
+  path = expand(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+  advice = "; delete it and run again"
+  with _naming(path, advice), open_regular(path, flags) as file:
+    content = file.read()
+    complete = content.rfind(b"\n") + 1
+    values = _parse_lines(path, content[:complete], schema)
+    file.truncate(complete)
+  return open_append(path), values
+
+
+def open_append(path: Path) -> IO[str]:
+  """Opens a text file for appending; it and its directories may be missing.
+
+  Raises:
+    OSError: if it cannot be opened, or is a link.
+  """
+  path = expand(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+  return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
+
+
+def read_lines(path: Path, schema: Any) -> list[Any]:
+  """Reads a file of JSON lines.
+
+  Raises:
+    OSError: if it cannot be opened.
+    ValueError: if a line is not what it must be, naming file and line.
+  """
+  with _naming(path):
+    return _parse_lines(path, read_bytes(path, limit=_LARGEST), schema)
+
+
+def _parse_lines(path, content, schema):
+  values = []
+  for number, line in enumerate(content.splitlines(), start=1):
+    try:
+      values.append(schemas.parse(line))
+      schemas.check(values[-1], schema)
+    except ValueError as error:
+      raise ValueError(f"line {number}: {error}") from None
+  return values
+
+
+def read_json(path: Path, schema: Any = object) -> Any:
+  """Reads a JSON file, which nobody vouches for.
+
+  Args:
+    path: the file.
+    schema: what it must hold; see `runtime.schema`.
 
   >>> import tempfile
   >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.json"
@@ -79,13 +189,22 @@ def read_json(path: Path) -> Any:
   {'bits': [8, 4]}
 
   Raises:
-    ValueError: if it does not hold JSON, naming the file.
-    FileNotFoundError: if there is no file.
+    ValueError: if it is not such JSON, naming the file and the entry.
+    OSError: if it cannot be opened.
   """
+  with _naming(path):
+    value = schemas.parse(read_bytes(path, limit=_LARGEST))
+    schemas.check(value, schema)
+  return value
+
+
+@contextlib.contextmanager
+def _naming(path, advice=""):
+  """Names the file in errors about what it holds."""
   try:
-    return json.loads(expand(path).read_bytes())
+    yield
   except ValueError as error:
-    raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
+    raise ValueError(f"{path} is damaged: {error}{advice}") from None
 
 
 def partial_path(path: Path) -> pathlib.Path:

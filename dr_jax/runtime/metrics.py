@@ -15,8 +15,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
-import pathlib
 import statistics
 from collections.abc import Collection, Mapping
 from typing import Any, Self
@@ -24,6 +22,16 @@ from typing import Any, Self
 import numpy as np
 
 from dr_jax.runtime import files
+from dr_jax.runtime.schema import Where
+
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+RECORD = {
+  "stage": str,
+  "step": int,
+  "bits": (None, int, str),
+  "name": str,
+  "value": (float, Where(str, _NOT_FINITE.__contains__, "NaN or Infinity")),
+}
 
 
 class MetricsWriter:
@@ -33,7 +41,7 @@ class MetricsWriter:
   that is incomplete. Each `write` reaches the operating system before it
   returns.
 
-  >>> import tempfile
+  >>> import pathlib, tempfile
   >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
   >>> with MetricsWriter(path) as writer:
   ...   writer.write("train", 3, {"loss": 0.5}, bits=4)
@@ -42,13 +50,14 @@ class MetricsWriter:
   """
 
   def __init__(self, path: files.Path):
-    """Opens `path` for appending, creating it and its directories."""
-    self._path = pathlib.Path(path)
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    self._path.touch()
-    complete = self._path.read_bytes().rfind(b"\n") + 1
-    os.truncate(self._path, complete)
-    self._file = self._path.open("a", encoding="utf-8")
+    """Opens `path` for appending, creating it and its directories.
+
+    Raises:
+      OSError: if it cannot be opened, or is a link.
+      ValueError: if it holds anything but such numbers; it is unchanged then.
+    """
+    self._path = files.expand(path)
+    self._file, self._records = files.open_lines(self._path, RECORD)
 
   def resume(
     self, stage: str, step: int, *, names: Collection[str] | None = None
@@ -57,15 +66,16 @@ class MetricsWriter:
 
     With `names` it keeps only these numbers of the stage.
     """
-    kept = [
-      line
-      for line in self._path.read_text(encoding="utf-8").splitlines(True)
-      if (record := json.loads(line))["stage"] != stage
+    self._records = [
+      record
+      for record in self._records
+      if record["stage"] != stage
       or (record["step"] <= step and (not names or record["name"] in names))
     ]
     self._file.close()
-    files.write_text(self._path, "".join(kept))
-    self._file = self._path.open("a", encoding="utf-8")
+    lines = [json.dumps(record) + "\n" for record in self._records]
+    files.write_text(self._path, "".join(lines))
+    self._file, _ = files.open_lines(self._path, RECORD)
 
   def write(
     self,
@@ -83,19 +93,18 @@ class MetricsWriter:
       values: {name: number}, Python, numpy or JAX scalars.
       bits: the bit-width they belong to, if to one.
     """
-    lines = [
-      json.dumps(
-        {
-          "stage": stage,
-          "step": int(step),
-          "bits": bits,
-          "name": name,
-          "value": _as_json(value),
-        },
-        allow_nan=False,
-      )
+    records = [
+      {
+        "stage": stage,
+        "step": int(step),
+        "bits": bits,
+        "name": name,
+        "value": _as_json(value),
+      }
       for name, value in values.items()
     ]
+    self._records += records
+    lines = [json.dumps(record, allow_nan=False) for record in records]
     self._file.write("".join(line + "\n" for line in lines))
     self._file.flush()
 
@@ -107,8 +116,7 @@ class MetricsWriter:
     three entries or more.
     """
     steps, speeds = {}, collections.defaultdict(list)
-    for line in self._path.read_text(encoding="utf-8").splitlines():
-      record = json.loads(line)
+    for record in self._records:
       phase = record["stage"]
       if record["name"] == "images_per_second" and f"{phase}/".startswith(
         f"{stage}/"

@@ -8,7 +8,7 @@ A schema is built of Python values:
   (a, b)                    either
   [a]                       a list of a
   {"x": a, "y": b}          an object with exactly these keys
-  {str: a}                  an object with any keys
+  {"x": a, ...: b}          an object with these keys and any others
   Where(a, test, words)     a, for which the test holds
 """
 
@@ -38,23 +38,29 @@ class Where(NamedTuple):
 
 
 NAME = Where(str, bool, "a string that is not empty")
-COUNT = Where(int, lambda n: 0 <= n < 2**63, "an integer >= 0 below 2^63")
+COUNT = Where(
+  int,
+  lambda n: type(n) is int and 0 <= n < 2**63,
+  "an integer >= 0 and < 2^63",
+)
+
+
+# Also NaN and infinities, as scores can be.
+NUMBER = Where(object, lambda x: type(x) in (int, float), "a number")
 
 
 def parse(text: bytes | str) -> Any:
   """Parses JSON that nobody vouches for.
 
   Raises:
-    ValueError: if it is not JSON, has NaN or an infinity, an object has a key
-      twice, or it is nested more than 32 deep.
+    ValueError: if it is not JSON, an object has a key twice, or it is nested
+      more than 32 deep.
 
   >>> parse('{"bits": [8, 4]}')
   {'bits': [8, 4]}
   """
   try:
-    value = json.loads(
-      text, parse_constant=_no_constant, object_pairs_hook=_object
-    )
+    value = json.loads(text, object_pairs_hook=_object)
   except RecursionError:
     raise ValueError("it is nested too deep") from None
   if _too_deep(value, _DEPTH):
@@ -93,7 +99,7 @@ def check(value: Any, schema: Any, name: str = "") -> None:
       check(entry, schema[0], f"{name}[{number}]")
   elif isinstance(schema, dict):
     for key, entry in value.items():
-      inner = schema[str] if str in schema else schema[key]
+      inner = schema[key] if key in schema else schema[...]
       check(entry, inner, f"{name}.{key}" if name else key)
 
 
@@ -110,7 +116,7 @@ def describe(schema: Any) -> str:
   if isinstance(schema, list):
     return "a list"
   if isinstance(schema, dict):
-    keys = [key for key in schema if key is not str]
+    keys = [key for key in schema if key is not ...]
     return f"an object with {', '.join(keys)}" if keys else "an object"
   words = {int: "an integer", float: "a finite number", str: "a string"}
   return words.get(schema, "null" if schema is None else "true or false")
@@ -135,9 +141,10 @@ def _matches_shallowly(value, schema):
   if isinstance(schema, list):
     return isinstance(value, list)
   if isinstance(schema, dict):
-    return isinstance(value, dict) and (
-      str in schema or set(value) == {*schema}
-    )
+    if not isinstance(value, dict):
+      return False
+    known = {key for key in schema if key is not ...}
+    return known == {*value} or (... in schema and known <= {*value})
   if schema is object:
     return True
   if schema is float:
@@ -149,10 +156,6 @@ def _is_finite_number(value):
   if type(value) is int:
     return abs(value) < 2**1023
   return type(value) is float and math.isfinite(value)
-
-
-def _no_constant(name):
-  raise ValueError(f"it has the number {name}")
 
 
 def _object(pairs):

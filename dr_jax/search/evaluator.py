@@ -17,8 +17,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dr_jax.nn import Functional
+from dr_jax.runtime import files
+from dr_jax.runtime.schema import COUNT, NUMBER, Where
 from dr_jax.search.problem import Index, Trial
 from dr_jax.train import InterruptedRun, Score
+
+
+def _is_trial(values):
+  if len(values) != 4 or not isinstance(values[0], list):
+    return False
+  positions, *scores = values
+  return all(map(COUNT.holds, positions)) and all(map(NUMBER.holds, scores))
+
+
+_TRIAL = Where([object], _is_trial, "[positions, accuracy, loss, seconds]")
 
 
 class Evaluator:
@@ -45,13 +57,18 @@ class Evaluator:
       interrupted: returns the name of a signal that asks to stop, else None.
 
     Raises:
-      ValueError: if the file holds anything but trials.
+      OSError: if the file cannot be opened, or is a link.
+      ValueError: if it holds anything but trials; it is unchanged then.
     """
-    self.path = None if path is None else pathlib.Path(path)
+    self.path = None if path is None else files.expand(path)
     self._score, self._interrupted = score, interrupted
     self._known: dict[Index, Trial] = {}
-    if self.path is not None and self.path.exists():
-      self._read(self.path)
+    if self.path is not None and os.path.lexists(self.path):
+      file, known = files.open_lines(self.path, _TRIAL)
+      file.close()
+      for index, accuracy, loss, seconds in known:
+        key = tuple(index)
+        self._known[key] = Trial(key, accuracy, loss, seconds)
 
   def __call__(self, index: Sequence[int] | np.ndarray) -> Trial:
     """Returns the trial of an assignment, scored now or read back.
@@ -72,25 +89,9 @@ class Evaluator:
     return self._known[key]
 
   def _write(self, trial):
-    if self.path is None:
-      return
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    with self.path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(trial) + "\n")
-
-  def _read(self, path):
-    whole = path.read_bytes().rfind(b"\n") + 1
-    os.truncate(path, whole)
-    for line in path.read_text(encoding="utf-8").splitlines():
-      try:
-        index, accuracy, loss, seconds = json.loads(line)
-        key = tuple(map(int, index))
-      except (ValueError, TypeError):
-        raise ValueError(
-          f"{path} must be a file that an Evaluator wrote, but "
-          f"{line[:40]!r} is not a trial"
-        ) from None
-      self._known[key] = Trial(key, accuracy, loss, seconds)
+    if self.path is not None:
+      with files.open_append(self.path) as file:
+        file.write(json.dumps(trial) + "\n")
 
 
 class SuperNet(NamedTuple):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dr_jax.allocate import Allocation
+from tests.support import disk
 
 LAYERS = ["stem", "block0/conv1", "head"]
 
@@ -69,17 +70,10 @@ def test_a_file_keeps_entries_and_order(tmp_path):
   assert path.read_text(encoding="utf-8") == allocation.to_json()
 
 
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
   path = tmp_path / "allocation.json"
   Allocation({"a": 8}).save(path)
-
-  def fail(partial, content):
-    with partial.open("wb") as file:
-      file.write(content[:1])
-    raise OSError("disk full")
-
-  monkeypatch.setattr("pathlib.Path.write_bytes", fail)
-  with pytest.raises(OSError, match="disk full"):
+  with disk.full_after(1), pytest.raises(OSError, match="File too large"):
     Allocation({"a": 2}).save(path)
   assert Allocation.load(path) == {"a": 8}
 
@@ -89,15 +83,15 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
   [
     (b"", "must be a JSON object"),
     (b'{"a": 8', "must be a JSON object"),
-    (b"[8, 4]", r"must be a JSON object .* got '\[8, 4\]'"),
-    (b'{"a": 8, "a": 4}', "must have each layer once, got 'a' twice"),
-    (b'{"a": "8"}', r"bits\['a'\] must be an integer >= 1, got '8'"),
-    (b'{"a": 8.0}', r"bits\['a'\] must be an integer >= 1, got 8\.0"),
-    (b'{"a": true}', r"bits\['a'\] must be an integer >= 1, got True"),
+    (b"[8, 4]", r"must be a JSON object .* got \[8, 4\]"),
+    (b'{"a": 8, "a": 4}', "must be a JSON object .* it has 'a' twice"),
+    (b'{"a": "8"}', r"a must be an integer, got '8'"),
+    (b'{"a": 8.0}', r"a must be an integer, got 8\.0"),
+    (b'{"a": true}', "a must be an integer, got True"),
     (b'{"a": 0}', r"bits\['a'\] must be an integer >= 1, got 0"),
     (b'{"": 8}', "layer must be a non-empty string, got ''"),
     (b"\xff\xfe", "utf-8"),
-    (b"[" * 100_000, "deep nesting|must be a JSON object"),
+    (b"[" * 100_000, "nested too deep"),
   ],
 )
 def test_a_damaged_file_is_named(tmp_path, content, message):

@@ -7,6 +7,7 @@ import pytest
 
 from dr_jax import hessian
 from dr_jax.runtime.tree import fingerprint
+from tests.support import disk
 
 ESTIMATES = {
   "stage1/conv1/kernel": hessian.TraceEstimate(1 / 3, 1e-17, 8),
@@ -37,7 +38,7 @@ def test_traces_of_another_network_raise_an_error(tmp_path):
   assert "\n" not in message
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_old_file(tmp_path):
   path = tmp_path / "traces.json"
   hessian.save(path, ESTIMATES, fingerprint="a")
   before = path.read_bytes()
@@ -46,13 +47,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     hessian.save(path, unknown, fingerprint="b")
   assert path.read_bytes() == before
 
-  def interrupted(partial, content):
-    with partial.open("wb") as file:
-      file.write(content[:1])
-    raise OSError("disk full")
-
-  monkeypatch.setattr("pathlib.Path.write_bytes", interrupted)
-  with pytest.raises(OSError, match="disk full"):
+  with disk.full_after(1), pytest.raises(OSError, match="File too large"):
     hessian.save(path, ESTIMATES, fingerprint="c")
   assert path.read_bytes() == before
 
@@ -69,7 +64,7 @@ def test_a_damaged_file_is_named(tmp_path):
     damaged.append(content.replace(b"-2.5", number.encode()))
   for text in damaged:
     path.write_bytes(text)
-    with pytest.raises(ValueError, match="damaged.*hessian.save") as error:
+    with pytest.raises(ValueError, match="is damaged: ") as error:
       hessian.load(path)
     assert str(error.value).startswith(f"{path} is damaged")
   with pytest.raises(FileNotFoundError):

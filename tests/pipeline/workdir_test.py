@@ -48,7 +48,7 @@ def test_a_directory_that_cannot_be_written_to_raises_an_error(
   def refuse(path, *args, **options):
     raise OSError(code, os.strerror(code), str(path))
 
-  monkeypatch.setattr(pathlib.Path, "write_bytes", refuse)
+  monkeypatch.setattr(pathlib.Path, "open", refuse)
   with pytest.raises(ConfigError, match=rf"written to: .*{os.strerror(code)}"):
     with Workdir(tmp_path).claim(Config()):
       raise AssertionError("nothing may start")
@@ -63,6 +63,9 @@ def test_an_error_inside_a_claim_is_not_reported_as_one_of_the_directory(
   # And the directory is free again.
   with Workdir(tmp_path).claim(Config()):
     pass
+
+
+RESULT = {"scores": {}, "train_seconds": 1.0}
 
 
 def _with_free(monkeypatch, megabytes):
@@ -91,7 +94,7 @@ def test_finished_stages_and_files_already_written_need_no_more_room(
 ):
   _with_free(monkeypatch, 5)
   workdir = Workdir(tmp_path)
-  write_json(tmp_path / "pretrain" / "result.json", {})
+  write_json(tmp_path / "pretrain" / "result.json", RESULT)
   workdir.check_space({"pretrain": 90 * 2**20, "export": 5 * 2**20})
   with pytest.raises(ConfigError, match="take 6.0 MiB more"):
     workdir.check_space({"export": 6 * 2**20})
@@ -257,28 +260,12 @@ def test_a_directory_with_other_files_is_left_as_it_is(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path, monkeypatch):
-  path = tmp_path / "result.json"
-  write_json(path, {"old": 1})
-
-  def torn(self, content):
-    with self.open("wb") as file:
-      file.write(content[: len(content) // 2])
-    raise OSError(errno.ENOSPC, "full")
-
-  monkeypatch.setattr(pathlib.Path, "write_bytes", torn)
-  with pytest.raises(OSError, match="full"):
-    write_json(path, {"new": 2})
-  assert read_object(path) == {"old": 1}
-
-
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_a_file_that_is_not_a_json_object_raises_an_error(tmp_path, content):
   path = tmp_path / "result.json"
   path.write_text(content)
-  with pytest.raises(
-    ConfigError, match="result.json is damaged, not a JSON ob"
-  ):
+  message = "result.json is damaged: .*; delete it and run again$"
+  with pytest.raises(ConfigError, match=message):
     read_object(path)
 
 

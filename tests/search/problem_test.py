@@ -63,9 +63,7 @@ def test_a_file_that_is_not_of_trials_raises_an_error_that_names_it(
 ):
   path = tmp_path / "trials.jsonl"
   path.write_text(line + "\n")
-  with pytest.raises(
-    ValueError, match="trials.jsonl must be a file .* is not a trial"
-  ):
+  with pytest.raises(ValueError, match="trials.jsonl is damaged: line 1: "):
     search.Evaluator(lambda index: Score(1, 1), path=path)
 
 

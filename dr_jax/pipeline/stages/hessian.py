@@ -25,8 +25,8 @@ def traces(run: RunContext) -> Traces:
   """Traces by layer name: read if the stage is done, else estimated.
 
   Raises:
-    ConfigError: if the file has traces of other layers.
-    ValueError: if the file is damaged, or of another float network.
+    ConfigError: if the file is damaged, or has traces of other layers or of
+      another float network.
   """
   network = nn.functional(float_network(run))
   fingerprint = tree.fingerprint((network.params, network.batch_stats))
@@ -60,7 +60,10 @@ def _per_parameter(run, estimates):
 
 
 def _load(path, fingerprint, layers):
-  estimates = hessian.load(path, fingerprint=fingerprint)
+  try:
+    estimates = hessian.load(path, fingerprint=fingerprint)
+  except ValueError as error:
+    raise ConfigError(f"{error}; delete it and run again") from None
   if list(estimates) != layers:
     raise ConfigError(
       f"{path} must have traces of layers {layers}, got {list(estimates)}"

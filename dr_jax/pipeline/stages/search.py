@@ -25,6 +25,7 @@ from dr_jax import search as searches
 from dr_jax.config import ConfigError
 from dr_jax.pipeline import scoring
 from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.results import ROW
 from dr_jax.pipeline.stages import search_space
 from dr_jax.pipeline.stages.hessian import traces
 from dr_jax.pipeline.stages.stage import Stage
@@ -79,7 +80,7 @@ def search(run: RunContext) -> None:
         found = _search(run, study, strategy, budgets)
         test = study.score_on_test(found.allocation)
         write_json(path, _row(strategy, budget, budgets, found, test))
-      rows.append(read_object(path))
+      rows.append(read_object(path, ROW))
   directory = run.workdir.path / STAGE.name
   write_json(directory / "pareto.json", report.search_summary(rows))
   # The result last: a stage with a result is not looked at again.

@@ -64,17 +64,17 @@ def latency_table(path: str) -> dict[str, dict[int, float]]:
     ConfigError: if the file is missing or holds something else.
   """
   try:
-    measured = files.read_json(path)
+    measured = files.read_json(path, {...: {...: float}})
     return {
       layer: {int(b): float(s) for b, s in row.items()}
       for layer, row in measured.items()
     }
   except OSError as error:
     raise ConfigError(f"search.latency={path!r}: {error.strerror}") from None
-  except (ValueError, AttributeError, TypeError):
+  except ValueError as error:
     raise ConfigError(
-      "search.latency must be a JSON file of {layer: {bits: seconds}}, but "
-      f"{path!r} is damaged"
+      f"search.latency must be a JSON file of {{layer: {{bits: seconds}}}}: "
+      f"{error}"
     ) from None
 
 
