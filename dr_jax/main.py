@@ -13,6 +13,26 @@ from __future__ import annotations
 import os
 import signal
 import sys
+
+_AT_ONCE = "stopped at once; rerun the same command to resume\n"
+
+
+def _stop_at_once(number, frame):
+  """Ends the process on Ctrl-C, wherever it is, without a traceback."""
+  os.write(2, _AT_ONCE.encode())
+  os._exit(128 + number)
+
+
+# The imports below take seconds, and some would swallow a KeyboardInterrupt.
+# Files that are being written appear whole or not at all.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not (
+  signal.SIG_IGN
+):
+  signal.signal(signal.SIGINT, _stop_at_once)
+
+import contextlib
+import errno
+import io
 import time
 import traceback
 import warnings
@@ -20,6 +40,7 @@ import warnings
 import jax
 from absl import app, flags, logging
 from rich.console import Console
+from rich.measure import Measurement
 
 from dr_jax import pipeline, report
 from dr_jax.config import ConfigError, from_dict
@@ -45,7 +66,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code",
   0,
-  "Exit code after SIGTERM, once the state is saved: 0, or what makes a "
+  "Exit code after SIGTERM or SIGHUP, once the state is saved: 0, or what "
+  "makes a "
   "scheduler start the command again.",
   lower_bound=0,
   upper_bound=255,
@@ -55,11 +77,12 @@ _PREEMPTED = flags.DEFINE_integer(
 def main(argv: list[str]) -> int:
   """Runs the configuration; returns the exit code.
 
-  0: finished, or stopped by SIGTERM after saving (another code with
+  0: finished, or stopped by SIGTERM or SIGHUP after saving (another code with
   --preempted_exit_code). 1: training diverged. 2: bad input, or files that
-  cannot be read or written. 3: another process has ended. 130: stopped by
-  Ctrl-C, after saving unless it came twice. Whatever the code, the same command
-  resumes from the last checkpoint.
+  cannot be read or written, standard output among them. 3: another process has
+  ended. 130: stopped by Ctrl-C, after saving unless it came twice. 141:
+  finished, but whoever read standard output closed it. Whatever the code, the
+  same command resumes from the last checkpoint.
   """
   # Orbax logs every file at INFO, and at ERROR, with a traceback, what it
   # raises as well.
@@ -79,12 +102,44 @@ def main(argv: list[str]) -> int:
     return _end(error)
   if not processes.is_first():
     return 0
-  # A file has no width; a table must not be cut there.
-  console = Console(width=None if sys.stdout.isatty() else 160)
-  for shown in tables:
-    console.print(shown)
-  print(f"workdir: {workdir}")
+  return _show(tables, workdir)
+
+
+def _show(tables, workdir):
+  """Prints what a run found; returns the exit code."""
+  if sys.stdout is None:  # Its descriptor was closed.
+    return 0
+  # An encoding without a sign that a table has is no reason to fail.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")
+  try:
+    for shown in tables:
+      # A table that is wider than the terminal wraps; cells are not cut.
+      console = _Console(width=160)
+      wide = Measurement.get(console, console.options, shown).maximum
+      if sys.stdout.isatty():
+        wide = max(wide, Console().width)
+      _Console(width=max(wide, 1)).print(shown, soft_wrap=True)
+    print(f"workdir: {workdir}")
+    sys.stdout.flush()
+  except OSError as error:
+    _drop_output()
+    if error.errno == errno.EPIPE:
+      return 128 + signal.SIGPIPE
+    _report(f"standard output: {error.strerror}; see {workdir}")
+    return 2
   return 0
+
+
+def _drop_output():
+  """Sends what is left of standard output, and its buffer, nowhere."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Console(Console):
+  def on_broken_pipe(self) -> None:
+    """Leaves the error to the caller, where rich would end the process."""
+    raise
 
 
 def _end(error: BaseException) -> int:
@@ -95,11 +150,11 @@ def _end(error: BaseException) -> int:
   several = jax.process_count() > 1
   code = processes.exit_code(error)
   if isinstance(error, KeyboardInterrupt):
-    print("stopped at once; rerun the same command to resume", file=sys.stderr)
+    _say(_AT_ONCE.strip())
     return _leave(128 + signal.SIGINT)
   if number := getattr(error, "signal", None):
-    print(f"{error}; rerun the same command to resume", file=sys.stderr)
-    preempted = number == signal.SIGTERM
+    _say(f"{error}; rerun the same command to resume")
+    preempted = number in (signal.SIGTERM, signal.SIGHUP)
     return _PREEMPTED.value if preempted else 128 + number
   if processes.is_lost_peer(error):
     _report(f"another process has ended, or cannot be reached: {error}")
@@ -159,11 +214,17 @@ def _leave(code):
 
 
 def _report(error):
-  print(f"error: {_one_line(error)}", file=sys.stderr)
+  _say(f"error: {_one_line(error)}")
+
+
+def _say(line):
+  """Prints a line on standard error, if anyone can read it."""
+  with contextlib.suppress(OSError, ValueError):
+    print(line, file=sys.stderr, flush=True)
 
 
 def _warn(message, category, filename, lineno, file=None, line=None):
-  print(f"warning: {_one_line(message)}", file=file or sys.stderr)
+  _say(f"warning: {_one_line(message)}")
 
 
 def _unraisable(unraisable):
@@ -183,7 +244,8 @@ def _on_signals():
   """Installs handlers; returns a function that names a signal received.
 
   A second Ctrl-C does not wait. A second SIGTERM does: some schedulers send
-  several, and the state is being saved already.
+  several, and the state is being saved already. What whoever started the
+  process has it ignore, as nohup does SIGHUP, stays ignored.
   """
   received: list[str] = []
 
@@ -192,8 +254,9 @@ def _on_signals():
       raise KeyboardInterrupt
     received.append(signal.Signals(number).name)
 
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, handle)
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is not signal.SIG_IGN:
+      signal.signal(number, handle)
   return lambda: received[0] if received else None
 
 
@@ -206,5 +269,28 @@ def _parse(argv):
     sys.exit(2)
 
 
+def _open_standard_streams():
+  """Opens closed ones, lest a file gets their number and the output."""
+  for descriptor in (0, 1, 2):
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)
+
+
+def _command():
+  _open_standard_streams()
+  try:
+    app.run(lambda argv: sys.exit(main(argv)), flags_parser=_parse)
+  except BrokenPipeError:  # Of the text of --help.
+    sys.exit(128 + signal.SIGPIPE)
+  finally:
+    try:
+      if sys.stdout is not None:
+        sys.stdout.flush()
+    except OSError:
+      _drop_output()
+
+
 if __name__ == "__main__":
-  app.run(lambda argv: sys.exit(main(argv)), flags_parser=_parse)
+  _command()

@@ -50,6 +50,8 @@ def parse(argv: list[str], name: str = "config") -> list[str]:
   """
   try:
     return flags.FLAGS(argv)
+  except BrokenPipeError:  # Whoever read --help has seen enough.
+    raise
   # Parsing sees nothing but what the user wrote: any error is about that.
   except Exception as error:
     if isinstance(error.__context__, ConfigError):

@@ -23,8 +23,6 @@ import hashlib
 import json
 import os
 import pathlib
-import stat
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 

@@ -77,6 +77,15 @@ class MetricsWriter:
     files.write_text(self._path, "".join(lines))
     self._file, _ = files.open_lines(self._path, RECORD)
 
+  def values(self, stage: str, step: int, name: str) -> dict[Any, float]:
+    """Returns {bits: number} of what was written at a step of a stage."""
+    return {
+      record["bits"]: float(record["value"])
+      for record in self._records
+      if (record["stage"], record["step"], record["name"])
+      == (stage, step, name)
+    }
+
   def write(
     self,
     stage: str,

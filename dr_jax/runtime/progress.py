@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import io
+import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TextIO
 
 import rich.console
 import rich.progress
@@ -15,6 +18,38 @@ import rich.text
 _WINDOW_S = 30
 # Between two updates of a bar.
 _BAR_INTERVAL_S = 0.1
+
+
+# A terminal with fewer columns has no room for a bar beside the numbers.
+_NARROW = 80
+
+
+class Lossy:
+  """A text stream whose reader may go away: what it cannot take is dropped.
+
+  A run must not end because nobody reads how far it is.
+  """
+
+  def __init__(self, stream: TextIO | None):
+    """Wraps a stream; None, as of a closed descriptor, takes nothing."""
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    # A stream that was closed raises ValueError.
+    with contextlib.suppress(OSError, ValueError):
+      if self._stream is not None:
+        self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError, ValueError):
+      if self._stream is not None:
+        self._stream.flush()
+
+  def __getattr__(self, name: str) -> Any:
+    if self._stream is None:
+      return getattr(io.StringIO(), name)
+    return getattr(self._stream, name)
 
 
 class _Past(NamedTuple):
@@ -54,7 +89,8 @@ class Progress:
       console: where to print, standard error by default.
       clock: returns the time in seconds.
     """
-    self._console = console or rich.console.Console(stderr=True)
+    stream: Any = Lossy(sys.stderr)
+    self._console = console or rich.console.Console(file=stream)
     self._stage, self._total, self._step = stage, total_steps, start
     self._clock, self._images = clock, 0
     self._loss: Any = None
@@ -62,11 +98,11 @@ class Progress:
     self._shown_at, self._shown_step = clock(), start
     self._interval = interval
     self._bar: rich.progress.Progress | None = None
-    if self._console.is_terminal:
+    if self._console.is_terminal and self._console.width >= _NARROW:
       self._interval = _BAR_INTERVAL_S
       self._bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(),
+        rich.progress.BarColumn(bar_width=None),
         rich.progress.TextColumn("{task.fields[status]}", markup=False),
         console=self._console,
       )

@@ -97,7 +97,7 @@ class Loop:
       InterruptedRun: after saving a checkpoint of the step reached.
     """
     start = int(state.step)
-    watch = _Losses(self)
+    watch = _Losses(self, start)
     console = None if self.show_progress else rich.console.Console(quiet=True)
     with (
       contextlib.closing(_stream(self.batches, start)) as stream,
@@ -192,12 +192,20 @@ class _Losses:
   Checks, averages and reports them; saves the copy when they are all seen.
   """
 
-  def __init__(self, loop: Loop):
+  def __init__(self, loop: Loop, start: int):
     self._loop = loop
     self._pending: collections.deque = collections.deque()
     self._copy: _Copy | None = None
     self._sum = np.zeros(len(loop.labels))
     self._count, self._images, self._since = 0, 0, time.monotonic()
+    if loop.metrics is not None:
+      # A checkpoint between two entries: the next one is the mean of all steps
+      # since the last, also of those before the checkpoint.
+      counts = loop.metrics.values(loop.stage, start, "losses")
+      sums = loop.metrics.values(loop.stage, start, "loss_sum")
+      if None in counts and set(loop.labels) <= set(sums):
+        self._count = int(counts[None])
+        self._sum[:] = [sums[label] for label in loop.labels]
 
   def add(self, step, losses, images, progress):
     self._pending.append((step, losses, images))
@@ -233,6 +241,7 @@ class _Losses:
     if step % self._loop.log_every == 0 or step == self._loop.steps:
       self._log(step)
     if self._copy is not None and self._copy.step == step:
+      self._log_open_window(step)
       self._save(self._copy)
       self._copy = None
 
@@ -244,6 +253,15 @@ class _Losses:
       )
     if copy.snapshot is not None and self._loop.checkpoints is not None:
       self._loop.checkpoints.save(copy.step, copy.snapshot)
+
+  def _log_open_window(self, step):
+    """Writes down what the next entry of losses has to know of."""
+    metrics, stage = self._loop.metrics, self._loop.stage
+    resumes = self._loop.checkpoints is not None
+    if metrics is not None and resumes and self._count:
+      for label, total in zip(self._loop.labels, self._sum, strict=True):
+        metrics.write(stage, step, {"loss_sum": total}, bits=label)
+      metrics.write(stage, step, {"losses": self._count})
 
   def _log(self, step):
     if self._loop.metrics is not None:

@@ -61,13 +61,13 @@ def test_what_is_not_a_regular_file_is_refused_at_once(path, name):
   file = path / name
   file.unlink()
   os.mkfifo(file)
-  refused(path, f"{name} must be a regular file")
+  refused(path, f"{name}: must be a regular file")
   file.unlink()
   file.symlink_to("/dev/zero")
-  refused(path, f"{name} must be a regular file")
+  refused(path, f"{name}: must be a regular file")
   file.unlink()
   file.mkdir()
-  refused(path, f"{name}: Is a directory|{name} must be a regular file")
+  refused(path, f"{name}: Is a directory|{name}: must be a regular file")
 
 
 def test_a_sparse_file_is_not_read(path):
@@ -79,7 +79,7 @@ def test_a_sparse_file_is_not_read(path):
   os.truncate(path / "model.safetensors", 2**30)
   refused(path, "model.safetensors: is damaged: it is no safetensors file")
   os.truncate(path / "manifest.json", 2**30)
-  refused(path, r"manifest.json must have at most \d+ bytes, got")
+  refused(path, r"manifest.json: must have at most \d+ bytes, got")
 
 
 def test_a_link_to_a_file_is_read(path, tmp_path):

@@ -47,6 +47,8 @@ def in_process(monkeypatch):
   [
     (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 0, 0),
     (InterruptedRun("SIGTERM at step 3", "SIGTERM"), 143, 143),
+    (InterruptedRun("SIGHUP at step 3", "SIGHUP"), 0, 0),
+    (InterruptedRun("SIGHUP at step 3", "SIGHUP"), 143, 143),
     (InterruptedRun("SIGINT at step 3", "SIGINT"), 0, 130),
     (KeyboardInterrupt(), 0, 130),
     (CheckpointError("a checkpoint could\n not be saved"), 0, 2),
@@ -217,9 +219,13 @@ def test_abandoned_writes_are_silent_and_other_unraisable_errors_are_not(
 
 
 def test_a_second_ctrl_c_does_not_wait_but_a_second_sigterm_does():
-  before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+  before = {n: signal.getsignal(n) for n in numbers}
   try:
+    # As nohup starts a process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     received = main._on_signals()
+    signal.raise_signal(signal.SIGHUP)
     assert received() is None
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
@@ -234,3 +240,58 @@ def test_a_second_ctrl_c_does_not_wait_but_a_second_sigterm_does():
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+@pytest.fixture
+def standard_output(monkeypatch):
+  """Puts another stream in the place of standard output."""
+  opened = []
+
+  def put(path, **options):
+    opened.append(open(path, "w", **options))
+    monkeypatch.setattr(sys, "stdout", opened[-1])
+
+  yield put
+  for file in opened:
+    file.close()
+
+
+def test_a_full_device_for_the_results_is_one_line(standard_output, capsys):
+  standard_output("/dev/full")
+  assert main._show(["a table"], "runs/x") == 2
+  assert capsys.readouterr().err == (
+    "error: standard output: No space left on device; see runs/x\n"
+  )
+
+
+def test_results_that_nobody_reads_any_more_have_a_code(
+  standard_output, tmp_path, capsys
+):
+  os.mkfifo(tmp_path / "pipe")
+  reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+  standard_output(tmp_path / "pipe")
+  os.close(reader)
+  assert main._show(["a table"], "runs/x") == 128 + signal.SIGPIPE
+  assert capsys.readouterr().err == ""
+
+
+def test_results_without_a_standard_output_are_not_shown(monkeypatch):
+  monkeypatch.setattr(sys, "stdout", None)
+  assert main._show(["a table"], "runs/x") == 0
+
+
+def test_an_encoding_without_a_sign_shows_another(standard_output, tmp_path):
+  standard_output(tmp_path / "out", encoding="ascii")
+  assert main._show(["90.00 ± 0.10"], "runs/x") == 0
+  text = (tmp_path / "out").read_text(encoding="ascii")
+  assert text == "90.00 ? 0.10\nworkdir: runs/x\n"
+
+
+def test_errors_that_nobody_reads_do_not_end_with_another(monkeypatch):
+  class Gone:
+    def write(self, text):
+      raise BrokenPipeError
+
+  monkeypatch.setattr(sys, "stderr", Gone())
+  main._report("something")
+  main._warn("something", UserWarning, "file.py", 3)

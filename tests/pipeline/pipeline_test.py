@@ -229,7 +229,7 @@ def test_a_kill_while_the_configuration_is_written_leaves_a_usable_directory(
 def test_a_damaged_configuration_is_named_in_the_error(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(
-    ConfigError, match="config.json is damaged, not a JSON obj"
+    ConfigError, match="config.json is damaged: .*; use a new directory"
   ):
     pipeline.run(_config(), tmp_path)
 

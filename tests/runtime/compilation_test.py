@@ -46,3 +46,26 @@ def test_a_cache_directory_that_the_user_set_is_kept(told):
   assert jax.config.jax_compilation_cache_dir is not None  # by conftest
   compilation.cache_on_disk()
   assert told == {}
+
+
+@pytest.mark.parametrize("cache", ["", "relative/cache"])
+def test_a_cache_that_is_not_absolute_is_that_of_the_home_directory(
+  nothing_known, told, monkeypatch, cache
+):
+  monkeypatch.setenv("XDG_CACHE_HOME", cache)
+  monkeypatch.setenv("HOME", "/home/someone")
+  compilation.cache_on_disk()
+  known = told["jax_compilation_cache_dir"]
+  assert known == "/home/someone/.cache/dr_jax/jax"
+
+
+def test_a_user_without_a_home_has_no_cache(nothing_known, told, monkeypatch):
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.delenv("HOME")
+
+  def unknown(uid):
+    raise KeyError(uid)
+
+  monkeypatch.setattr("pwd.getpwuid", unknown)
+  compilation.cache_on_disk()
+  assert "jax_compilation_cache_dir" not in told

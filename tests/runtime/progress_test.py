@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 import rich.console
 
-from dr_jax.runtime.progress import Progress
+from dr_jax.runtime.progress import Lossy, Progress
 
 
 class Clock:
@@ -17,11 +17,11 @@ class Clock:
     return self.now
 
 
-def run(stage, total, seconds, *, start=0, terminal=False, texts=()):
+def run(stage, total, seconds, *, start=0, terminal=False, texts=(), width=100):
   """Returns what a stage of one step per `seconds` shows."""
   file, clock = io.StringIO(), Clock()
   console = rich.console.Console(
-    file=file, force_terminal=terminal, width=100, color_system=None
+    file=file, force_terminal=terminal, width=width, color_system=None
   )
   progress = Progress(
     stage, total, start=start, interval=5.0, console=console, clock=clock
@@ -103,3 +103,44 @@ def test_printed_text_gets_its_own_line(terminal):
 def test_a_stage_name_is_shown_as_it_is():
   for terminal in (False, True):
     assert "[bold]x[/bold]" in run("[bold]x[/bold]", 1, 1.0, terminal=terminal)
+
+
+@pytest.mark.parametrize("width", [1, 20, 79])
+def test_a_narrow_terminal_has_lines_with_all_numbers(width):
+  file, clock = io.StringIO(), Clock()
+  console = rich.console.Console(
+    file=file, force_terminal=True, width=width, color_system=None
+  )
+  with Progress("train", 12, console=console, clock=clock) as progress:
+    for step in range(1, 13):
+      clock.now += 1
+      progress.update(step, images=128, loss=jnp.float32(1 / step))
+  assert file.getvalue().splitlines()[0] == (
+    "train  step 5/12  loss 0.2  128 images/s  0:07 left"
+  )
+
+
+def test_the_numbers_beside_a_bar_are_whole():
+  shown = run("multi_precision", 12, 1.0, terminal=True, width=80)
+  assert "step 12/12  loss 0.08333  128 images/s  0:00 left" in shown
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_reader_that_went_away_does_not_end_a_stage(terminal):
+  class Gone(io.StringIO):
+    def write(self, text):
+      raise BrokenPipeError
+
+    def flush(self):
+      raise OSError(28, "No space left on device")
+
+  for stream in (Gone(), None):
+    console = rich.console.Console(
+      file=Lossy(stream), force_terminal=terminal, width=100
+    )
+    clock = Clock()
+    with Progress("train", 9, console=console, clock=clock) as progress:
+      for step in range(1, 10):
+        clock.now += 3
+        progress.update(step, images=1, loss=1.0)
+      progress.print("a line")

@@ -391,3 +391,42 @@ def test_a_resumed_stage_reports_its_step(tmp_path, capsys):
   assert "resumes" not in capsys.readouterr().err
   _loop(tmp_path, None).run(state)
   assert "joint  resumes from step 6 of 10\n" in capsys.readouterr().err
+
+
+def test_a_resumed_run_logs_the_losses_of_one_that_was_not_stopped(tmp_path):
+  """Stopped at each step in turn, which is seldom one that is logged."""
+
+  def step(state, batch):
+    number = batch["label"][0] + 1
+    losses = jnp.array([0.1, 0.7], jnp.float32) / number.astype(jnp.float32)
+    return state._replace(step=state.step + 1), losses
+
+  def _after(count):
+    asked = itertools.count(1)
+    return lambda: "SIGTERM" if next(asked) == count else None
+
+  def logged(path, stops):
+    state = _state()
+    with Checkpoints(path / "c") as checkpoints:
+      for stop in (*stops, None):
+        with MetricsWriter(path / "m.jsonl") as metrics:
+          metrics.resume("joint", int(state.step))
+          loop = _loop(
+            tmp_path,
+            checkpoints,
+            metrics,
+            step=step,
+            interrupted=_after(stop),
+          )
+          try:
+            loop.run(state)
+          except InterruptedRun:
+            state = checkpoints.restore(like=_state())
+    records = map(json.loads, (path / "m.jsonl").read_text().splitlines())
+    return [r for r in records if r["name"] == "loss"]
+
+  whole = logged(tmp_path / "whole", ())
+  assert [r["step"] for r in whole] == [5, 5, 10, 10]
+  for number in range(1, 10):
+    assert logged(tmp_path / str(number), (number,)) == whole
+  assert logged(tmp_path / "often", (2, 1, 3, 1)) == whole
