@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from dr_jax import deploy, models, nn, quant
@@ -48,10 +49,19 @@ def resign(path, **changes):
   (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def refused(path, message):
+def rewrite(path, **arrays):
+  """Changes tensors, and the checksums with them; None removes one."""
+  file = path / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file) | arrays
+  kept = {name: a for name, a in tensors.items() if a is not None}
+  safetensors.numpy.save_file(kept, file)
+  resign(path)
+
+
+def refused(path, message, model=None):
   started = time.monotonic()
   with pytest.raises(deploy.ArtifactError, match=message) as error:
-    deploy.load(path)
+    deploy.load(path, model=model)
   assert "\n" not in str(error.value) and str(path) in str(error.value)
   assert time.monotonic() - started < 5
 
@@ -159,6 +169,59 @@ def test_scales_that_no_network_has_are_neither_stored_nor_loaded(
   with pytest.raises(ValueError, match=f"conv1/input/scale {message}"):
     deploy.save(tmp_path / "wrong", wrong)
   assert not list(tmp_path.iterdir())
+
+
+def test_tensors_have_the_dtypes_of_the_network_and_none_is_left_over(path):
+  rewrite(path, **{"float/x": np.zeros(1, np.float32)})
+  refused(path, r"x float32 \(1,\) was stored and is not in this network")
+  rewrite(path, **{"float/x": None, "float/head/bias": np.zeros(3, np.int32)})
+  refused(path, r"head/bias float32 \(3,\) is not among what was stored")
+  rewrite(path, **{"float/head/bias": np.zeros(3, np.float64)})
+  refused(path, "float/head/bias must have at most 32 bits")
+  rewrite(path, **{"float/head/bias": np.full(3, np.nan, np.float32)})
+  refused(path, "head/bias must be finite")
+  rewrite(path, **{"float/head/bias": None, "a\nb": np.zeros(1)})
+  refused(path, r"tensor must be 1 to 300 printable characters, got 'a\\nb'")
+
+
+def test_a_norm_has_the_dtype_of_the_network(path):
+  norm = {
+    f"norm/{name}": np.ones((2, 2), np.float16) for name in ("gain", "offset")
+  }
+  rewrite(path, **norm)
+  refused(path, r"norm norm float16 \(2,\) is not in this network")
+
+
+def test_both_quantizers_have_the_same_bits(path):
+  activation = {"name": "lsq_activation", "options": {"bits": [8, 2]}}
+  resign(path, activation=activation)
+  refused(path, r"activation must have the bits of the method, \(8, 4\), got")
+
+
+@pytest.mark.parametrize(
+  ("weight", "arrays", "message"),
+  [
+    (quant.lsq((8, 4)), {"scale": np.zeros((2, 1, 3))}, "scale must be in 9.3"),
+    (
+      quant.double_rounding((8,)),
+      {"scale": np.full((1, 3), 1e18)},
+      r"got 9.9\d+e\+17",
+    ),
+    # -2 in two bits, -128 where -127 is the lowest code.
+    (quant.ternary(), {"codes": [2] * 5}, r"codes must be in -1\.\.1, got -2"),
+    (quant.bit_mixer((8, 4)), {"codes": [128] * 18}, "codes must be in -127"),
+  ],
+)
+def test_codes_and_scales_are_those_of_the_method(
+  tmp_path, weight, arrays, message
+):
+  layer = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+  model = nn.quantize(layer, weight=weight, sample=jnp.ones((1, 6)), skip=())
+  deploy.save(tmp_path / "model", model)
+  for name, values in arrays.items():
+    dtype = np.uint8 if name == "codes" else np.float32
+    rewrite(tmp_path / "model", **{f"linear/{name}": np.array(values, dtype)})
+  refused(tmp_path / "model", f"layer linear: .*{message}", layer)
 
 
 def test_a_learned_scale_below_zero_is_stored_as_it_is_read(network, tmp_path):
