@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from dr_jax import report
 from dr_jax.config import Config, ConfigError, from_dict
 from dr_jax.config.checks import check_fields, check_value
-from dr_jax.config.fields import FILE_NAME
+from dr_jax.config.fields import FILE_NAME, shown
 from dr_jax.pipeline import pipeline
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
@@ -61,10 +61,12 @@ def from_values(values: Mapping[str, Any]) -> Comparison:
   base = from_dict({**shared, "stages": ("pretrain",)})
   if not isinstance(methods, Mapping) or not methods:
     raise ConfigError(
-      f"methods must be {{name: fields}}, at least one, got {methods!r}"
+      f"methods must be {{name: fields}}, at least one, got {shown(methods)}"
     )
   if not _are_seeds(seeds):
-    raise ConfigError(f"seeds must be different integers >= 0, got {seeds!r}")
+    raise ConfigError(
+      f"seeds must be different integers >= 0, got {shown(seeds)}"
+    )
   for seed in seeds:
     check_fields(dataclasses.replace(base, seed=seed))
   entries = {
@@ -84,23 +86,25 @@ def from_values(values: Mapping[str, Any]) -> Comparison:
 
 def _entry(name, given, shared):
   """Builds and checks the entry of one method."""
+  if not isinstance(name, str):
+    raise ConfigError(f"methods must have names as keys, got {shown(name)}")
   where = f"methods.{name}"
   if not isinstance(given, Mapping):
-    raise ConfigError(f"{where} must be a group of fields, got {given!r}")
-  unknown = set(given) - {"row", "method", "quant", "train"}
-  if unknown:
-    raise ConfigError(
-      f"{where}.{min(unknown)} is not a field; it must be one of row, method, "
-      "quant, train"
-    )
+    raise ConfigError(f"{where} must be a group of fields, got {shown(given)}")
+  known = ("row", "method", "quant", "train")
+  for field in given:
+    if field not in known:
+      raise ConfigError(
+        f"{where}.{field} is not a field; it must be one of {', '.join(known)}"
+      )
   row = given.get("row", name)
   for field, value in (("", name), (".row", row)):
     if not isinstance(value, str) or value == "float" or "/" in value:
       raise ConfigError(
         f"{where}{field} must be a name other than 'float', without slashes, "
-        f"got {value!r}"
+        f"got {shown(value)}"
       )
-  check_value(where, name, {"pattern": FILE_NAME})
+    check_value(f"{where}{field}", value, {"pattern": FILE_NAME})
   fields = {key: value for key, value in given.items() if key != "row"}
   fields["stages"] = ("multi_precision", "export")
   try:

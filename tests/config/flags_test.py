@@ -1,13 +1,17 @@
 """Tests of configuration files as the command loads them, and of its flags."""
 
 import os
+import pathlib
+import random
 import re
 
 import pytest
 from ml_collections import ConfigDict, config_dict
 
-from dr_jax.config import ConfigError, flags
+from dr_jax.config import ConfigError, flags, from_dict
+from dr_jax.pipeline import comparison
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 GOOD = "from ml_collections import ConfigDict\n"
 
 # What a file holds, and what the error says behind the file's name.
@@ -133,3 +137,52 @@ def test_a_required_field_without_a_value_is_named():
     flags.values(config)
   config.data.path = "x"
   assert flags.values(config) == {"data": {"name": "digits", "path": "x"}}
+
+
+def mutant(text, rng):
+  """Returns the bytes of a file with a few of them changed."""
+  code = bytearray(text)
+  for _ in range(rng.randint(1, 3)):
+    at = rng.randrange(len(code))
+    match rng.randrange(4):
+      case 0:
+        del code[at : at + rng.randint(1, 20)]
+      case 1:
+        code[at] = rng.randrange(256)
+      case 2:
+        code[at:at] = rng.choice(PIECES)
+      case 3:
+        start = rng.randrange(len(code))
+        code[at:at] = code[start : start + rng.randint(1, 30)]
+  return bytes(code)
+
+
+PIECES = (
+  *(b"(", b")", b"'", b"\n", b" ", b"=", b",", b"-", b"\x00", b"**", b"[]"),
+  *(b"1e400", b"None", b"9" * 30, b"lambda: 0", b"{1: 2}", b"\n  return 3\n"),
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+  "cases", [200, pytest.param(3000, marks=pytest.mark.slow)]
+)
+def test_a_damaged_file_is_a_configuration_or_one_line(tmp_path, cases):
+  rng = random.Random(13)
+  texts = [path.read_bytes() for path in sorted(CONFIGS.glob("*.py"))]
+  # Behind the docstring.
+  texts = [(text, text.index(b"from ml_")) for text in texts]
+  path, wrong = tmp_path / "config.py", 0
+  for _ in range(cases):
+    text, start = rng.choice(texts)
+    path.write_bytes(text[:start] + mutant(text[start:], rng))
+    try:
+      values = flags.values(flags.load(str(path)))
+      if "methods" in values:
+        comparison.from_values(values)
+      else:
+        from_dict(values)
+    except ConfigError as error:
+      assert "\n" not in str(error)
+      wrong += 1
+  assert cases / 2 < wrong < cases

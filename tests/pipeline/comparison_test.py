@@ -5,6 +5,7 @@ import shutil
 import types
 
 import pytest
+import unusual
 
 from dr_jax import report
 from dr_jax.config import ConfigError
@@ -158,3 +159,20 @@ def test_the_table_is_written_and_a_second_run_repeats_nothing(finished):
 def test_an_error_names_method_and_field(values, message):
   with pytest.raises(ConfigError, match=message):
     comparison.from_values(values)
+
+
+def test_every_value_of_its_own_fields_is_accepted_or_one_line():
+  accepted = cases = 0
+  for value in (*unusual.VALUES, *unusual.UNUSUAL):
+    tried = [{"seeds": value}, {"seeds": (value,)}, {"methods": value}]
+    tried += [{"methods": {"a": value}}, {"methods": {"a": {"row": value}}}]
+    if isinstance(value, int | float | str):
+      tried.append({"methods": {value: {}}})
+    for changes in tried:
+      cases += 1
+      try:
+        comparison.from_values({"methods": {"a": {}}, **changes})
+        accepted += 1
+      except ConfigError as error:
+        assert "\n" not in str(error) and " must " in str(error), error
+  assert cases > 600 and 20 < accepted < 60
