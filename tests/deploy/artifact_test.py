@@ -34,7 +34,7 @@ def _images(seed=1, size=6):
 
 
 # Another option of the same method.
-SLOW = ("floor", "per_tensor", "four_bits", "lsq", "lsq_single")
+SLOW = ("bit_mixer", "floor", "per_tensor", "four_bits", "lsq", "lsq_single")
 
 
 @pytest.fixture(

@@ -51,6 +51,7 @@ def test_a_full_disk_is_an_error_before_the_float_network_is_trained(
   assert not place.parent.exists()
 
 
+@pytest.mark.slow
 def test_every_method_runs_once_per_seed_from_the_same_float_network(finished):
   workdir, results = finished
   assert list(results["rows"]) == ["float", "joint", "alone"]
@@ -67,6 +68,7 @@ def test_every_method_runs_once_per_seed_from_the_same_float_network(finished):
       assert config["seed"] == seed
 
 
+@pytest.mark.slow
 def test_entries_of_one_row_add_their_costs_and_keep_their_bit_widths(finished):
   workdir, results = finished
   alone = results["rows"]["alone"]
@@ -89,6 +91,7 @@ def test_entries_of_one_row_add_their_costs_and_keep_their_bit_widths(finished):
   assert joint["tensor_bytes"] == joint["bytes_at"]["8"]
 
 
+@pytest.mark.slow
 def test_means_and_deviations_are_those_of_the_seeds(finished):
   workdir, results = finished
   seen = [
@@ -106,6 +109,7 @@ def test_means_and_deviations_are_those_of_the_seeds(finished):
   assert accuracy["std"] == pytest.approx(abs(seen[0] - seen[1]) / 2**0.5)
 
 
+@pytest.mark.slow
 def test_the_table_is_written_and_a_second_run_repeats_nothing(finished):
   workdir, results = finished
   written = json.loads((workdir / "compare.json").read_text())

@@ -23,6 +23,13 @@ BITS = (8, 6, 4, 2)
 SHARE = np.array([0.4, 0.3, 0.2, 0.1])
 EQUAL = np.full(4, 0.25)
 
+# All but the one they are compared with.
+OTHER_MODES = [
+  ("alternate", "sequential"),
+  pytest.param("accumulate", "sequential", marks=pytest.mark.slow),
+  ("accumulate", "vmap"),
+]
+
 
 @pytest.mark.parametrize(
   ("bits", "share"),
@@ -345,14 +352,7 @@ def test_a_step_moves_the_rows_of_the_bits_it_drew_and_no_others(vectorize):
     assert moved(start[0], state.params, *path) == own
 
 
-@pytest.mark.parametrize(
-  ("schedule", "vectorize"),
-  [
-    ("alternate", "sequential"),
-    ("accumulate", "sequential"),
-    ("accumulate", "vmap"),
-  ],
-)
+@pytest.mark.parametrize(("schedule", "vectorize"), OTHER_MODES)
 def test_assignments_are_the_same_in_every_mode(schedule, vectorize):
   results = []
   for mode in ("unroll", vectorize):

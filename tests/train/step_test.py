@@ -24,6 +24,13 @@ from dr_jax.train import (
   schedules,
 )
 
+# All but the one they are compared with.
+OTHER_MODES = [
+  ("alternate", "sequential"),
+  pytest.param("accumulate", "sequential", marks=pytest.mark.slow),
+  ("accumulate", "vmap"),
+]
+
 
 @functools.cache
 def _network(norm="switchable"):
@@ -132,14 +139,7 @@ def test_accumulate_updates_once_with_the_sum_of_gradients(vectorize):
 
 
 @pytest.mark.parametrize("mode", ["none", "relative"])
-@pytest.mark.parametrize(
-  ("schedule", "vectorize"),
-  [
-    ("alternate", "sequential"),
-    ("accumulate", "sequential"),
-    ("accumulate", "vmap"),
-  ],
-)
+@pytest.mark.parametrize(("schedule", "vectorize"), OTHER_MODES)
 def test_vectorize_modes_reach_the_same_numbers(schedule, vectorize, mode):
   expected, losses = _run(schedule=schedule, vectorize="unroll", mode=mode)
   state, got = _run(schedule=schedule, vectorize=vectorize, mode=mode)
@@ -171,7 +171,9 @@ def test_statistics_of_vectorized_passes_are_means_of_those_that_changed():
   assert counts.dtype == jnp.int32 and counts == 4
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(
+  "optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("mode", ["eta", "paper", "relative"])
 def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
   """One update at 4 of (8, 4) bits, whose eta is 0.01, against plain."""
@@ -390,14 +392,7 @@ def _unrolled(**options):
     "mixed",
   ],
 )
-@pytest.mark.parametrize(
-  ("schedule", "vectorize"),
-  [
-    ("alternate", "sequential"),
-    ("accumulate", "sequential"),
-    ("accumulate", "vmap"),
-  ],
-)
+@pytest.mark.parametrize(("schedule", "vectorize"), OTHER_MODES)
 def test_drawn_bit_widths_are_the_same_in_every_mode(
   sampling, schedule, vectorize
 ):
@@ -578,14 +573,7 @@ def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode, index):
     "online_label_class_means",
   ],
 )
-@pytest.mark.parametrize(
-  ("schedule", "vectorize"),
-  [
-    ("alternate", "sequential"),
-    ("accumulate", "sequential"),
-    ("accumulate", "vmap"),
-  ],
-)
+@pytest.mark.parametrize(("schedule", "vectorize"), OTHER_MODES)
 def test_teachers_and_memory_are_the_same_in_every_mode(
   distillation, schedule, vectorize
 ):
