@@ -48,8 +48,10 @@ from dr_jax.runtime import files, schema
 FORMAT = "dr_jax"
 VERSION = 2
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
-# A network of a thousand layers has 0.3 MB.
-_LARGEST_MANIFEST = 2**26
+# Of ten thousand layers; JSON takes a second.
+_LARGEST_MANIFEST = 2**22
+# A file of this size or more must not consist of holes, which read as zeros.
+_SPARSE = 2**26
 
 
 class ArtifactError(ValueError):
@@ -289,12 +291,30 @@ def _bytes(path, limit, check=None):
       size = os.fstat(file.fileno()).st_size
       if size > limit:
         raise ValueError(f"must have at most {limit} bytes, got {size}")
+      if size >= _SPARSE and _present(file, size) < size // 8:
+        raise ValueError("must not be a sparse file")
       if check is not None:
         check(file, size)
         file.seek(0)
       return file.read(size)
   except OSError as error:
     raise ArtifactError(f"{path}: {error.strerror or error}") from None
+
+
+def _present(file, size):
+  """Bytes of a file that are stored: all but its holes."""
+  if not hasattr(os, "SEEK_DATA"):
+    return size
+  end = present = 0
+  while end < size:
+    try:
+      start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+    except OSError:  # Only a hole is left.
+      break
+    end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+    present += end - start
+  file.seek(0)
+  return present
 
 
 def _memory():

@@ -75,7 +75,7 @@ MANIFEST_SCHEMA = {
 
 _OFFSETS = Where([COUNT], lambda pair: len(pair) == 2, "two offsets")
 _TENSOR = {"dtype": str, "shape": [COUNT], "data_offsets": _OFFSETS}
-_LARGEST_HEADER = 100 * 10**6  # as in the safetensors library
+_LARGEST_HEADER = 2**22  # of forty thousand tensors
 
 # Of what another error says: it can quote the file.
 _LONGEST = 200

@@ -84,12 +84,38 @@ def test_a_sparse_file_is_not_read(path):
   size = (path / "model.safetensors").stat().st_size
   for larger in (40 * 2**30, 2**30, size + 1):
     os.truncate(path / "model.safetensors", larger)
-    refused(path, r"model\.safetensors.* must have (at most )?\d+ bytes, got")
+    refused(
+      path, r"safetensors.* must (not be a sparse|have (at most )?\d+ bytes)"
+    )
   (path / "model.safetensors").write_bytes(b"")
   os.truncate(path / "model.safetensors", 2**30)
-  refused(path, "model.safetensors: is damaged: it is no safetensors file")
+  refused(path, "model.safetensors: must not be a sparse file")
   os.truncate(path / "manifest.json", 2**30)
   refused(path, r"manifest.json: must have at most \d+ bytes, got")
+
+
+def test_a_sparse_file_whose_header_fits_is_not_read(path):
+  file = path / "model.safetensors"
+  data = file.read_bytes()
+  length = int.from_bytes(data[:8], "little")
+  header = json.loads(data[8 : 8 + length])
+  end = len(data) - 8 - length + 2**32
+  header["float/x"] = {
+    "dtype": "F32",
+    "shape": [2**30],
+    "data_offsets": [end - 2**32, end],
+  }
+  text = json.dumps(header).encode()
+  file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+  os.truncate(file, 8 + len(text) + end)
+  refused(path, r"model\.safetensors: must (not be a sparse|have at most)")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a":1}', "1", '"a"'])
+def test_a_manifest_of_many_parts_is_refused_at_once(path, text):
+  repeated = ",".join([text] * (2**22 // (len(text) + 1) - 1))
+  (path / "manifest.json").write_text(f"[{repeated}]")
+  refused(path, "manifest.json: it must be an object, got")
 
 
 def test_a_link_to_a_file_is_read(path, tmp_path):

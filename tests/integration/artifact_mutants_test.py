@@ -158,7 +158,9 @@ def signed(manifest, data):
 def outcome(case, path, files):
   """None if refused, else whether the outputs are the same ones."""
   for name, content in files.items():
-    (path / name).write_bytes(content)
+    file = path / name
+    if not file.exists() or file.read_bytes() != content:
+      file.write_bytes(content)
   started = time.process_time()
   try:
     artifact = deploy.open(path)
@@ -431,19 +433,21 @@ def check_unsigned(cases, path, names, count, seed=0):
 def test_change_with_new_checksums_is_refused_or_changes_nothing(
   cases, tmp_path
 ):
-  check_signed(cases, tmp_path, DEFAULT, 200)
+  check_signed(cases, tmp_path, DEFAULT, 150)
 
 
 def test_change_without_new_checksums_is_refused(cases, tmp_path):
-  check_unsigned(cases, tmp_path, DEFAULT, 1000)
+  check_unsigned(cases, tmp_path, DEFAULT, 500)
+
+
+# 2500 of each of the eight methods, and some of a network that is named.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*METHODS, "resnet"])
+def test_many_changes_with_new_checksums(cases, tmp_path, name):
+  check_signed(cases, tmp_path, (name,), 2500 if name in METHODS else 500, 1)
 
 
 @pytest.mark.slow
-def test_20000_changes_with_new_checksums(cases, tmp_path):
-  check_signed(cases, tmp_path, tuple(METHODS), 20_000, seed=1)
-  check_signed(cases, tmp_path, ("resnet",), 500, seed=1)
-
-
-@pytest.mark.slow
-def test_20000_changes_without_new_checksums(cases, tmp_path):
-  check_unsigned(cases, tmp_path, tuple(METHODS), 20_000, seed=1)
+@pytest.mark.parametrize("name", METHODS)
+def test_many_changes_without_new_checksums(cases, tmp_path, name):
+  check_unsigned(cases, tmp_path, (name,), 2500, 1)
