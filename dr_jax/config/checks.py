@@ -79,14 +79,12 @@ def check_fields(group: Any, prefix: str = "") -> None:
 
 def _check_effect(group, field, prefix):
   """A field that has no effect keeps its default."""
-  (other, values), value = (
-    field.metadata["only_with"],
-    getattr(group, field.name),
-  )
-  if getattr(group, other) not in values and value != field.default:
+  other, values = field.metadata["only_with"]
+  chosen, value = getattr(group, other), getattr(group, field.name)
+  if chosen not in values and value != field.default:
     raise ConfigError(
       f"{prefix}{field.name} must be {field.default!r} with {prefix}{other}="
-      f"{getattr(group, other)!r}, where it has no effect, got {shown(value)}"
+      f"{chosen!r}, where it has no effect, got {shown(value)}"
     )
 
 
@@ -116,10 +114,7 @@ def _check_plain(name, value, depth=0):
   elif isinstance(value, int):
     allowed, words = -(2**63) <= value < 2**63, "an integer of 64 bits"
   else:
-    allowed, words = (
-      value is None,
-      "a number, a string, or a tuple or dict of them",
-    )
+    allowed, words = value is None, "of numbers, strings, tuples and dicts"
   if not allowed:
     raise ConfigError(f"{name} must be {words}, got {shown(value)}")
 
