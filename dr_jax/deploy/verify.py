@@ -241,9 +241,9 @@ def check_tensors(
   for name, like in expected.items():
     found = _tensor(tensors, name)
     if not _fits(found, like):
+      wanted = "uint8 [bytes]" if like is None else f"{like.dtype} {like.shape}"
       raise Broken(
-        f"tensor {name} must be {like.dtype} {like.shape}, got {found.dtype} "
-        f"{found.shape}"
+        f"tensor {name} must be {wanted}, got {found.dtype} {found.shape}"
       )
   for name, tensor in tensors.items():
     _check_values(name, tensor)
@@ -392,8 +392,8 @@ def _tensor(tensors, name):
 
 
 def _fits(tensor, like):
-  if like.shape == (None,):
-    return tensor.dtype == like.dtype and tensor.ndim == 1
+  if like is None:
+    return tensor.dtype == np.uint8 and tensor.ndim == 1
   same = tensor.dtype == like.dtype or (_is_wide(tensor) and _is_wide(like))
   return same and tensor.shape == like.shape
 

@@ -260,21 +260,33 @@ def _signals_raise() -> Iterator[None]:
       if signal.getsignal(number) is signal.SIG_DFL
     ]
 
-  def stop(number, _):
-    for other in numbers:
-      signal.signal(other, signal.SIG_IGN)
-    raise _Killed(number)
+  inside = False
 
-  for number in numbers:
-    signal.signal(number, stop)
+  def stop(number, _):
+    if inside:
+      for other in numbers:
+        signal.signal(other, signal.SIG_IGN)
+      raise _Killed(number)
+    _die(number)
+
   try:
+    for number in numbers:
+      signal.signal(number, stop)
+    inside = True
     yield
+    inside = False
   except _Killed as killed:
-    signal.signal(killed.args[0], signal.SIG_DFL)
-    os.kill(os.getpid(), killed.args[0])
+    _die(killed.args[0])
   finally:
+    inside = False
     for number in numbers:
       signal.signal(number, signal.SIG_DFL)
+
+
+def _die(number: int) -> None:
+  """Ends this process as a signal does that nothing handles."""
+  signal.signal(number, signal.SIG_DFL)
+  os.kill(os.getpid(), number)
 
 
 def _rename(draft: pathlib.Path, path: pathlib.Path) -> None:

@@ -37,7 +37,7 @@ class Storage(NamedTuple):
       only the bit-width at `index`.
     layout: `layout(encoded) -> packed`, both dicts of jax.ShapeDtypeStruct:
       what `pack` returns for arrays of these shapes. A stream whose length
-      depends on the values has the shape (None,).
+      depends on the values is None: uint8 [bytes].
     ranges: (name, smallest, largest) of encoded arrays with bounds that their
       dtype does not have: what comes from a file is checked against them.
   """

@@ -294,13 +294,12 @@ def _storage(bits, group):
     lengths = {
       "signs": packed_size(math.prod(shape), 1),
       "masks": packed_size(groups * _COLUMNS, 1),
-      "columns": None,
     }
     streams = {
       name: jax.ShapeDtypeStruct((length,), jnp.uint8)
       for name, length in lengths.items()
     }
-    return {**streams, "scale": encoded["scale"]}
+    return {**streams, "columns": None, "scale": encoded["scale"]}
 
   def size(encoded, index):
     target = jnp.int32(bits[index])
