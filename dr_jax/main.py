@@ -6,6 +6,17 @@ python -m dr_jax.main --config=configs/digits.py [--workdir=DIR]
 On several machines, or with several processes on one, start the same command
 everywhere, with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
 set, or with --distributed where the cluster is one that JAX knows; see launch/.
+
+Exit codes; whatever it was, the same command resumes from the last checkpoint:
+    0: finished, or stopped by SIGTERM or SIGHUP after saving (then another
+       one with --preempted_exit_code)
+    1: training diverged, or an error that nobody expected, with its traceback
+    2: bad input, or files that cannot be read or written, standard output among
+       them
+    3: another process has ended
+  130: stopped by Ctrl-C, after saving; at once by a second one, or before
+       training
+  141: finished, but whoever read standard output closed it
 """
 
 from __future__ import annotations
@@ -48,6 +59,7 @@ from dr_jax.config import flags as config_flags
 from dr_jax.pipeline import comparison
 from dr_jax.pipeline.stages import STAGES
 from dr_jax.runtime import compilation, processes
+from dr_jax.runtime.signals import STOPPING
 from dr_jax.train import NonFiniteError
 
 _CONFIG = config_flags.define(
@@ -67,23 +79,14 @@ _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code",
   0,
   "Exit code after SIGTERM or SIGHUP, once the state is saved: 0, or what "
-  "makes a "
-  "scheduler start the command again.",
+  "makes a scheduler start the command again.",
   lower_bound=0,
   upper_bound=255,
 )
 
 
 def main(argv: list[str]) -> int:
-  """Runs the configuration; returns the exit code.
-
-  0: finished, or stopped by SIGTERM or SIGHUP after saving (another code with
-  --preempted_exit_code). 1: training diverged. 2: bad input, or files that
-  cannot be read or written, standard output among them. 3: another process has
-  ended. 130: stopped by Ctrl-C, after saving unless it came twice. 141:
-  finished, but whoever read standard output closed it. Whatever the code, the
-  same command resumes from the last checkpoint.
-  """
+  """Runs the configuration; returns the exit code (see above)."""
   # Orbax logs every file at INFO, and at ERROR, with a traceback, what it
   # raises as well.
   logging.set_verbosity(logging.FATAL)
@@ -254,7 +257,7 @@ def _on_signals():
       raise KeyboardInterrupt
     received.append(signal.Signals(number).name)
 
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+  for number in STOPPING:
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, handle)
   return lambda: received[0] if received else None
@@ -270,7 +273,7 @@ def _parse(argv):
 
 
 def _open_standard_streams():
-  """Opens closed ones, lest a file gets their number and the output."""
+  """Opens closed ones, so that no file gets their number and the output."""
   for descriptor in (0, 1, 2):
     try:
       os.fstat(descriptor)

@@ -49,7 +49,9 @@ def run(module: str, arguments: Sequence[str], count: int) -> str:
   with contextlib.ExitStack() as stack:
     files, running = [], []
     for number in range(count):
-      files.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+      files.append(
+        stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+      )
       with _bound_to(available[number % len(available)]):
         process = subprocess.Popen(
           command,

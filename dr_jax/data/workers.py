@@ -13,6 +13,7 @@ import grain
 from absl import flags
 
 from dr_jax.data.sources import Batch
+from dr_jax.runtime.signals import STOPPING
 
 
 class WorkerError(OSError):
@@ -75,12 +76,13 @@ def read_ahead(
 def _follow_parent(worker: int, workers: int) -> None:
   """Starts a worker that ends when its parent asks, or has ended itself.
 
-  Ctrl-C and a scheduler's SIGTERM reach every process; the parent still wants
-  the batches of the steps before its checkpoint. A parent that is killed cannot
-  ask, and would leave workers that wait forever.
+  Ctrl-C, a scheduler's SIGTERM and the SIGHUP of a terminal that closes reach
+  every process; the parent still wants the batches of the steps before its
+  checkpoint. A parent that is killed cannot ask, and would leave workers that
+  wait forever.
   """
   del worker, workers
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in STOPPING:
     signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   assert parent is not None

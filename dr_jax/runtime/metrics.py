@@ -5,7 +5,10 @@ metrics.jsonl holds one JSON object a line,
     {"stage": "multi_precision", "step": 120, "bits": 4, "name": "loss",
      "value": 0.123}
 
-with `bits` null where a number belongs to no bit-width. JSON has neither NaN
+with `bits` null where a number belongs to no bit-width. A loss is the mean of
+the steps since the entry before it. Where a checkpoint is taken in between,
+`loss_sum` and `losses`, the sum and number of those so far, are for the run
+that resumes there: its next mean is that of all steps. JSON has neither NaN
 nor infinities: they are the strings "NaN", "Infinity" and "-Infinity", which
 `float` reads back.
 """

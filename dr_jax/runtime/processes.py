@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dr_jax.runtime.signals import STOPPING
+
 # Without a heartbeat for so long a process counts as dead.
 _HEARTBEAT_TIMEOUT_S = 30
 # For all processes to connect, and at the end to disconnect.
@@ -228,7 +230,7 @@ def agreed(
   """
   if jax.process_count() == 1:
     return interrupted
-  names: list[str | None] = [None, "SIGINT", "SIGTERM"]
+  names: list[str | None] = [None, *(one.name for one in STOPPING)]
   mesh = jax.make_mesh(
     (jax.device_count(),), ("all",), axis_types=(jax.sharding.AxisType.Auto,)
   )

@@ -203,8 +203,10 @@ class _Losses:
       # since the last, also of those before the checkpoint.
       counts = loop.metrics.values(loop.stage, start, "losses")
       sums = loop.metrics.values(loop.stage, start, "loss_sum")
-      if None in counts and set(loop.labels) <= set(sums):
-        self._count = int(counts[None])
+      count = counts.get(None, 0)
+      # Nobody vouches for what a file says.
+      if 1 <= count <= start and set(loop.labels) <= set(sums):
+        self._count = int(count)
         self._sum[:] = [sums[label] for label in loop.labels]
 
   def add(self, step, losses, images, progress):

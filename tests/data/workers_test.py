@@ -135,8 +135,8 @@ def test_workers_outlive_signals_but_not_the_process_they_work_for(tmp_path):
   workers = [int(pid) for pid in process.stdout.readline().split()]
   assert len(workers) == 2
   for worker in workers:
-    os.kill(worker, signal.SIGINT)
-    os.kill(worker, signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+      os.kill(worker, number)
   process.stdin.write("\n")
   process.stdin.flush()
   assert process.stdout.readline() == "4\n"

@@ -132,6 +132,9 @@ def test_a_signal_reaches_all_processes_some_calls_later(play, monkeypatch):
     (None, "SIGINT", "SIGINT"),
     ("SIGINT", None, "SIGINT"),
     ("SIGTERM", "SIGINT", "SIGTERM"),
+    ("SIGHUP", None, "SIGHUP"),
+    ("SIGHUP", "SIGINT", "SIGHUP"),
+    ("SIGHUP", "SIGTERM", "SIGTERM"),
     ("SIGINT", "SIGTERM", "SIGTERM"),
   ],
 )
@@ -139,7 +142,7 @@ def test_of_two_signals_all_processes_receive_sigterm(
   play, monkeypatch, mine, theirs, heard
 ):
   play(0)
-  order = [None, "SIGINT", "SIGTERM"]
+  order = [None, "SIGINT", "SIGHUP", "SIGTERM"]
   with_others(monkeypatch, [order.index(theirs)])
   assert processes.agreed(lambda: mine, lag=0)() == heard
 
