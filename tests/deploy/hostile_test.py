@@ -111,7 +111,7 @@ def test_a_sparse_file_whose_header_fits_is_not_read(path):
   refused(path, r"model\.safetensors: must (not be a sparse|have at most)")
 
 
-@pytest.mark.parametrize("text", ["[]", '{"a":1}', "1", '"a"'])
+@pytest.mark.parametrize("text", ["[]", '{"a":1}'])
 def test_a_manifest_of_many_parts_is_refused_at_once(path, text):
   repeated = ",".join([text] * (2**22 // (len(text) + 1) - 1))
   (path / "manifest.json").write_text(f"[{repeated}]")
