@@ -232,7 +232,11 @@ def test_another_supernet_in_the_same_directory_is_searched_again(
 
 
 def test_a_damaged_result_of_a_search_is_named_in_the_error(copied):
-  (copied / "search" / "result.json").write_text("{}")
+  result = copied / "search" / "result.json"
+  result.write_text("{}")
+  with pytest.raises(ConfigError, match=r"result\.json is damaged"):
+    pipeline.run(config(), copied)
+  result.unlink()
   broken = next((copied / "search" / "found").iterdir())
   broken.write_text("{")
   with pytest.raises(ConfigError, match=rf"{broken.name} is damaged"):
