@@ -66,14 +66,14 @@ class Block(nnx.Module):
     self.norm1, self.norm2 = norm(c_in), norm(c_out)
     self.conv1 = nnx.Conv(c_in, c_out, (3, 3), rngs=rngs)
     self.conv2 = nnx.Conv(c_out, c_out, (3, 3), rngs=rngs)
-    self.shortcut = None
+    self.shortcut = nnx.Sequential()
     if c_in != c_out:
-      self.shortcut = nnx.Conv(c_in, c_out, (1, 1), rngs=rngs)
+      self.shortcut.layers.append(nnx.Conv(c_in, c_out, (1, 1), rngs=rngs))
 
   def __call__(self, x):
     h = self.conv1(nnx.silu(self.norm1(x)))
     h = self.conv2(nnx.silu(self.norm2(h)))
-    return h + (x if self.shortcut is None else self.shortcut(x))
+    return h + self.shortcut(x)
 
 
 class Autoencoder(nnx.Module):
