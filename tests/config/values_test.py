@@ -80,8 +80,8 @@ def test_every_value_of_every_field_is_accepted_or_one_line(
     if isinstance(found, Config):
       accepted += 1
     else:
-      # A network that is quantized in nothing but its weights has no options.
-      assert field in found or "options must be empty" in found, (found, field)
+      # Of two options that do not fit each other either may be named.
+      assert field in found or "_options" in found, (found, field)
   assert accepted < 0.3 * len(tried) / every
 
 
