@@ -21,27 +21,32 @@ Exit codes; whatever it was, the same command resumes from the last checkpoint:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 
-_AT_ONCE = "stopped at once; rerun the same command to resume\n"
-
 
 def _stop_at_once(number, frame):
-  """Ends the process on Ctrl-C, wherever it is, without a traceback."""
-  os.write(2, _AT_ONCE.encode())
+  """Ends the process on Ctrl-C, wherever it is, without a traceback.
+
+  A KeyboardInterrupt would be swallowed by some code, and others would report
+  it, or abort. Files that are being written appear whole or not at all.
+  """
+  line = b"stopped at once; rerun the same command to resume\n"
+  if os.isatty(2):  # A bar of progress hides the cursor.
+    line = b"\x1b[?25h\r" + line
+  with contextlib.suppress(OSError):
+    os.write(2, line)
   os._exit(128 + number)
 
 
-# The imports below take seconds, and some would swallow a KeyboardInterrupt.
-# Files that are being written appear whole or not at all.
+# The imports below take seconds.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not (
   signal.SIG_IGN
 ):
   signal.signal(signal.SIGINT, _stop_at_once)
 
-import contextlib
 import errno
 import io
 import time
@@ -101,7 +106,7 @@ def main(argv: list[str]) -> int:
       raise ValueError("--config must name a configuration file")
     processes.initialize(detect=_DISTRIBUTED.value)
     tables, workdir = _run(config_flags.values(_CONFIG.value))
-  except (Exception, KeyboardInterrupt) as error:
+  except Exception as error:
     return _end(error)
   if not processes.is_first():
     return 0
@@ -145,16 +150,13 @@ class _Console(Console):
     raise
 
 
-def _end(error: BaseException) -> int:
+def _end(error: Exception) -> int:
   """Reports how a run ended in one line; returns the exit code.
 
   What nobody expected has its traceback.
   """
   several = jax.process_count() > 1
   code = processes.exit_code(error)
-  if isinstance(error, KeyboardInterrupt):
-    _say(_AT_ONCE.strip())
-    return _leave(128 + signal.SIGINT)
   if number := getattr(error, "signal", None):
     _say(f"{error}; rerun the same command to resume")
     preempted = number in (signal.SIGTERM, signal.SIGHUP)
@@ -254,7 +256,7 @@ def _on_signals():
 
   def handle(number, frame):
     if received and number == signal.SIGINT:
-      raise KeyboardInterrupt
+      _stop_at_once(number, frame)
     received.append(signal.Signals(number).name)
 
   for number in STOPPING:
