@@ -13,7 +13,7 @@ layer. Means over the seeds.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -155,12 +155,15 @@ def plain(
   return weights, activation(None)
 
 
-def errors(kind: str, seed: int) -> dict[tuple[str, str], np.ndarray]:
+def errors(
+  kind: str, seed: int, inits: Sequence[str] = quant.INITS
+) -> dict[tuple[str, str], np.ndarray]:
   """Returns {(method, init): errors [bits] over those of the plain quantizer}.
 
   Args:
     kind: one of NETWORKS.
     seed: of the network.
+    inits: of quant.INITS.
   """
   keys = jax.random.split(jax.random.key(0))
   sample = jax.random.normal(keys[0], (16, 32, 32, 3))
@@ -189,7 +192,7 @@ def errors(kind: str, seed: int) -> dict[tuple[str, str], np.ndarray]:
   found = {}
   for method in METHODS:
     weight = quant.find(method)(BITS)
-    for init in quant.INITS:
+    for init in inits:
       inputs = quant.lsq_activation(BITS)
       found[method, init] = quantized(weight, inputs, init=init) / base
   return found

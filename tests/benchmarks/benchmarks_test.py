@@ -387,11 +387,10 @@ def test_bad_arguments_end_with_one_line(arguments, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", post_training.NETWORKS)
 def test_without_training_fitted_scales_are_as_good_as_max_abs(kind):
+  # The error of one network without norms is a rough number.
   seeds = 4 if kind == "vgg" else 1
-  found = [post_training.errors(kind, seed) for seed in range(seeds)]
+  found = [post_training.errors(kind, seed, ["mse"]) for seed in range(seeds)]
   for method in post_training.METHODS:
     mean = np.mean([errors[method, "mse"] for errors in found], 0)
     at = dict(zip(post_training.BITS, mean, strict=True))
     assert at[8] <= 1.1 and at[4] < 1, (method, at)
-    published = np.mean([errors[method, "published"] for errors in found], 0)
-    assert published[0] > 1.5
