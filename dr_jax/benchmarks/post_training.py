@@ -145,7 +145,7 @@ def plain(
     low, high = (-top, top) if signed else (0, 2**bits - 1)
     return quant.ActivationQuantizer(
       bits=(bits,),
-      init=lambda x: {"scale": jnp.abs(x).max().reshape(1)},
+      init=lambda x: {"scale": jnp.abs(x).max()},
       fake_quantize=lambda params, x, i: rounded(x, params["scale"], low, high),
       signed=signed,
       with_sign=activation,
