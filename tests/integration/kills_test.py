@@ -253,11 +253,11 @@ def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   job.finish(whole, LONG)
   seed = random.SystemRandom().randrange(2**32)
   hit, torn, resumed = kill_again_and_again(
-    job, killed, [LONG], kills=15, seed=seed
+    job, killed, [LONG], kills=12, seed=seed
   )
-  assert hit >= 12, "the run was over too soon"
-  assert torn >= 2, "hardly any kill hit a save"
-  assert resumed >= 5, "hardly any process came to train"
+  assert hit >= 9, "the run was over too soon"
+  assert torn >= 1, "hardly any kill hit a save"
+  assert resumed >= 4, "hardly any process came to train"
   job.finish(killed, LONG)
   assert essence(killed) == essence(whole)
 
