@@ -1,7 +1,9 @@
 """How real processes end: signals at any time, readers that go away."""
 
+import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +47,15 @@ def finished(tmp_path_factory):
   _, err = process.communicate(timeout=500)
   assert process.returncode == 0, err
   return workdir
+
+
+def wait_for(process, path):
+  """Waits until a running process has made a file or directory."""
+  deadline = time.monotonic() + 300
+  while not path.exists():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
 
 
 def closed_pipe():
@@ -113,18 +124,83 @@ def test_a_hangup_saves_and_the_same_command_resumes(tmp_path, code):
   assert list((workdir / "multi_precision" / "checkpoints").glob("[0-9]*"))
 
 
+def ctrl_c():
+  """As a terminal starts a process; a background job ignores SIGINT."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("moment", [0.3, 0.6, 1.0, 1.5, 2.2, 3.0])
 def test_ctrl_c_while_the_program_loads_is_one_line(tmp_path, moment):
-  process = run(
-    command(tmp_path / "run", epochs=60),
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-  )
+  process = run(command(tmp_path / "run", epochs=60), preexec_fn=ctrl_c)
   time.sleep(moment)
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=100)
   assert process.returncode == 130
   assert "Traceback" not in err
   assert err.splitlines()[-1].endswith("rerun the same command to resume")
+
+
+@pytest.mark.parametrize("between", [0.05, 0.3, 1.0])
+def test_a_second_ctrl_c_at_any_moment_is_one_line(tmp_path, between):
+  process = run(
+    command(tmp_path / "run", "--config.checkpoint_every=2", epochs=60),
+    preexec_fn=ctrl_c,
+  )
+  wait_for(process, tmp_path / "run" / "multi_precision" / "checkpoints")
+  process.send_signal(signal.SIGINT)
+  time.sleep(between)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=100)
+  # By the signal itself, once Python has taken down its handlers.
+  assert process.returncode in (130, -signal.SIGINT)
+  assert not [x for x in err.splitlines() if x.startswith((" ", "Traceback"))]
+  assert err.splitlines()[-1].endswith("rerun the same command to resume")
+
+
+def losses(workdir):
+  lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  return [r for r in map(json.loads, lines) if r["name"] == "loss"]
+
+
+def test_killed_runs_log_the_losses_of_one_that_was_not(tmp_path):
+  flags = ("--config.checkpoint_every=7", "--config.log_every=10")
+  whole = run(command(tmp_path / "whole", *flags, epochs=15))
+  _, err = whole.communicate(timeout=300)
+  assert whole.returncode == 0, err
+  workdir = tmp_path / "killed"
+  checkpoints = workdir / "multi_precision" / "checkpoints"
+  numbers = signal.SIGKILL, signal.SIGHUP, signal.SIGKILL
+  for number, step in zip(numbers, (14, 42, 77), strict=True):
+    process = run(command(workdir, *flags, epochs=15))
+    wait_for(process, checkpoints / str(step))
+    process.send_signal(number)
+    process.communicate(timeout=100)
+  process = run(command(workdir, *flags, epochs=15))
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  assert losses(workdir) == losses(tmp_path / "whole")
+
+
+def test_output_that_ends_while_a_run_trains_does_not_end_it(tmp_path):
+  writer = closed_pipe()
+  process = run(command(tmp_path / "run"), stdout=writer, stderr=writer)
+  os.close(writer)
+  process.communicate(timeout=300)
+  assert process.returncode == 141
+  assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="no unshare here")
+@pytest.mark.parametrize("home", [("-u", "HOME"), ("HOME=/proc/1/nothing",)])
+def test_a_user_without_a_home_runs(finished, home):
+  alone = ["unshare", "--user", "--map-user=54321"]
+  if subprocess.run([*alone, "true"], capture_output=True).returncode:
+    pytest.skip("no other user can be had here")
+  kept = ("-u", "JAX_COMPILATION_CACHE_DIR", "-u", "XDG_CACHE_HOME")
+  process = run([*alone, "env", *kept, *home, *command(finished)])
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0 and "Traceback" not in err
+  assert out.endswith(f"workdir: {finished}\n")
 
 
 def test_an_ascii_locale_writes_utf_8(finished):
