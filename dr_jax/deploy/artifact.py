@@ -33,14 +33,16 @@ import safetensors.numpy
 from flax import nnx
 
 from dr_jax import allocate, models, nn, quant
-from dr_jax.deploy.verify import (
-  check_architecture,
-  check_header,
+from dr_jax.deploy.manifest import (
   check_manifest,
-  check_tensors,
   guarded,
   quantizers,
   with_sign,
+)
+from dr_jax.deploy.verify import (
+  check_architecture,
+  check_header,
+  check_tensors,
 )
 from dr_jax.nn import deployed
 from dr_jax.runtime import files, schema

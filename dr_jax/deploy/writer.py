@@ -20,7 +20,8 @@ from dr_jax.deploy.artifact import (
   VERSION,
   manifest_digest,
 )
-from dr_jax.deploy.verify import check_manifest, check_tensors
+from dr_jax.deploy.manifest import check_manifest
+from dr_jax.deploy.verify import check_tensors
 from dr_jax.quant.core.grid import SCALE_MIN
 from dr_jax.runtime import files
 

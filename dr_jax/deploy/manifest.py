@@ -1,0 +1,169 @@
+"""What a manifest must say, and the quantizers that it names.
+
+An artifact can come from anywhere, and its checksums with it: nothing of a
+manifest is trusted.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from dr_jax import quant
+from dr_jax.runtime import schema
+from dr_jax.runtime.schema import COUNT, Where
+
+# Of layers, norms and tensors: one line, also in a message.
+NAME = Where(
+  str,
+  lambda name: name.isprintable() and 1 <= len(name) <= 300,
+  "1 to 300 printable characters",
+)
+_SHAPE = Where(
+  [COUNT],
+  lambda shape: 2 <= len(shape) <= 8 and 0 not in shape,
+  "a list of 2 to 8 integers >= 1",
+)
+_QUANTIZER = {"name": NAME, "options": {...: object}}
+_DIGEST = Where(str, lambda s: len(s) == 64, "64 hexadecimal digits")
+_MANIFEST = {
+  "format": str,
+  "version": int,
+  "method": _QUANTIZER,
+  "activation": (None, _QUANTIZER),
+  "architecture": (
+    None,
+    Where(
+      [object],
+      lambda pair: len(pair) == 2 and list(map(type, pair)) == [str, dict],
+      "a name and its options",
+    ),
+  ),
+  "layers": Where(
+    [
+      {
+        "name": NAME,
+        "order": COUNT,
+        "macs": COUNT,
+        "shape": _SHAPE,
+        "signed": (None, bool),
+        "packed": [NAME],
+        "input": [NAME],
+      }
+    ],
+    lambda layers: isinstance(layers, list) and len(layers) > 0,
+    "a list of layers, not empty",
+  ),
+  "norms": {
+    ...: Where([COUNT], lambda orders: len(orders) in (1, 2), "1 or 2")
+  },
+  "bfloat16": [NAME],
+  "sha256": _DIGEST,
+}
+
+# Of what another error says: it can quote the file.
+_LONGEST = 200
+
+T = TypeVar("T")
+
+
+class Broken(ValueError):
+  """What an artifact says contradicts itself."""
+
+
+def guarded(
+  what: str, function: Callable[..., T], *args: Any, **kwargs: Any
+) -> T:
+  """Calls a function with arguments from a file: every error is the file's."""
+  try:
+    return function(*args, **kwargs)
+  except Broken:
+    raise
+  # Methods and networks, also those that users register, raise what they like.
+  except Exception as error:
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    raise Broken(f"{what}: {first[:_LONGEST]}") from None
+
+
+def quantizers(
+  manifest: Mapping[str, Any],
+) -> tuple[quant.WeightQuantizer, quant.ActivationQuantizer | None]:
+  """Builds the quantizers of a manifest.
+
+  Raises:
+    ValueError: if there are no such quantizers, or not for the same bits.
+  """
+  weight = _quantizer(manifest, "method", quant.WeightQuantizer)
+  if manifest["activation"] is None:
+    return weight, None
+  activation = _quantizer(manifest, "activation", quant.ActivationQuantizer)
+  if activation.bits != weight.bits:
+    raise Broken(
+      f"activation must have the bits of the method, {weight.bits}, got "
+      f"{activation.bits}"
+    )
+  return weight, activation
+
+
+@functools.lru_cache(maxsize=64)
+def with_sign(
+  activation: quant.ActivationQuantizer | None, signed: bool | None
+) -> quant.ActivationQuantizer | None:
+  """The input quantizer of a layer: for equal signs the same one."""
+  return activation and activation.with_sign(bool(signed))
+
+
+def _quantizer(manifest: Mapping[str, Any], field: str, kind: type[T]) -> T:
+  found = guarded(field, _built, json.dumps(manifest[field]))
+  if not isinstance(found, kind):
+    raise Broken(f"{field} must name a {kind.__name__}, got {found.name!r}")
+  return found
+
+
+# The same value again, so that networks of one method share their programs.
+@functools.lru_cache(maxsize=64)
+def _built(spec):
+  spec = json.loads(spec)
+  options = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in spec["options"].items()
+  }
+  return quant.get(spec["name"], **options)
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+  """Checks what a manifest says on its own.
+
+  Raises:
+    ValueError: naming the field that is wrong.
+  """
+  schema.check(manifest, _MANIFEST)
+  layers = manifest["layers"]
+  names = collections.Counter(layer["name"] for layer in layers)
+  name, times = names.most_common(1)[0]
+  if times > 1:
+    raise Broken(f"layers must have different names, got {name} twice")
+  orders = sorted(layer["order"] for layer in layers)
+  if orders != list(range(len(layers))):
+    raise Broken(
+      f"layers must have the orders 0 to {len(layers) - 1}, each once, got "
+      f"{orders[:8]}"
+    )
+  for layer in layers:
+    decided = layer["signed"] is not None
+    if decided != (manifest["activation"] is not None):
+      raise Broken(
+        f"layer {layer['name']}: signed must be null without an activation, "
+        f"true or false with one, got {layer['signed']}"
+      )
+  for name, follows in manifest["norms"].items():
+    schema.check(name, NAME, "norm")
+    neighbors = len(follows) == 1 or follows[0] == follows[1] - 1
+    if max(follows) >= len(layers) or not neighbors:
+      raise Broken(
+        f"norm {name} must follow a layer, or it and the one before, "
+        f"got {follows}"
+      )
