@@ -84,7 +84,7 @@ def test_standard_output_that_is_full(finished):
   )
 
 
-@pytest.mark.parametrize("descriptors", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("descriptors", [">&-", "<&- >&- 2>&-"])
 def test_closed_descriptors_end_in_the_same_run(
   finished, tmp_path, descriptors
 ):
@@ -106,7 +106,7 @@ def test_standard_error_that_is_full_does_not_end_a_run(tmp_path):
   assert process.returncode == 0 and "workdir: " in out
 
 
-@pytest.mark.parametrize("code", [0, 75])
+@pytest.mark.parametrize("code", [75])
 def test_a_hangup_saves_and_the_same_command_resumes(tmp_path, code):
   workdir = tmp_path / "run"
   argv = command(workdir, f"--preempted_exit_code={code}", epochs=60)
@@ -129,7 +129,7 @@ def ctrl_c():
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.mark.parametrize("moment", [0.3, 0.6, 1.0, 1.5, 2.2, 3.0])
+@pytest.mark.parametrize("moment", [0.3, 1.0, 2.2])
 def test_ctrl_c_while_the_program_loads_is_one_line(tmp_path, moment):
   process = run(command(tmp_path / "run", epochs=60), preexec_fn=ctrl_c)
   time.sleep(moment)
@@ -140,7 +140,7 @@ def test_ctrl_c_while_the_program_loads_is_one_line(tmp_path, moment):
   assert err.splitlines()[-1].endswith("rerun the same command to resume")
 
 
-@pytest.mark.parametrize("between", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("between", [0.05, 1.0])
 def test_a_second_ctrl_c_at_any_moment_is_one_line(tmp_path, between):
   process = run(
     command(tmp_path / "run", "--config.checkpoint_every=2", epochs=60),
