@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 
 # Four CPU devices, before jax starts: sharding tests need a mesh. NPROC is the
 # size of XLA:CPU's thread pool; with as many threads as devices, collectives
@@ -55,6 +56,12 @@ OPTIMIZED = ("quant", "deploy", "integration")
 def optimize_little(config, folder=None):
   little = config.option.markexpr == "not slow" and folder not in OPTIMIZED
   jax.config.update("jax_disable_most_optimizations", little)
+
+
+# Where this run is a job in the background, which ignores Ctrl-C, the processes
+# that tests start and interrupt must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

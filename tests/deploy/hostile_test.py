@@ -307,6 +307,12 @@ for number in range(10**6):
 """
 
 
+def heed_signals():
+  """Whatever this process was started to ignore, as by nohup or in a job."""
+  for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
   "kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 )
@@ -317,6 +323,7 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path, kind):
       [sys.executable, "-c", WRITER, str(tmp_path / str(number))],
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
+      preexec_fn=heed_signals,
     ) as process:
       process.stdout.readline()
       time.sleep(moment)

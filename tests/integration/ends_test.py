@@ -110,7 +110,10 @@ def test_standard_error_that_is_full_does_not_end_a_run(tmp_path):
 def test_a_hangup_saves_and_the_same_command_resumes(tmp_path, code):
   workdir = tmp_path / "run"
   argv = command(workdir, f"--preempted_exit_code={code}", epochs=60)
-  process = run(argv)
+  # nohup has it ignored.
+  process = run(
+    argv, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  )
   log = workdir / "metrics.jsonl"
   for _ in range(3000):
     if log.exists() and "multi_precision" in log.read_text():
