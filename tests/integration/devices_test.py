@@ -162,7 +162,7 @@ def test_norms_per_device_make_another_configuration(alone, tmp_path):
     ({"data": 3}, r"data\.batch_size must be a multiple of 3"),
     ({"parameters": "split"}, r"devices\.parameters must be one of replicated"),
     ({"norm": "local"}, r"devices\.norm must be one of global, per_device"),
-    ({"data": -1}, r"devices\.data must be in 0\.\..* got -1"),
+    ({"data": -1}, r"devices.data must be >= 0, got -1"),
   ],
 )
 def test_impossible_devices_raise_an_error_that_names_the_field(
