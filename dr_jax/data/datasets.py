@@ -173,8 +173,8 @@ def _digits(seed: int) -> Dataset:
     images, labels, test_size=0.3, random_state=seed, stratify=labels
   )
   return Dataset(
-    train=ArraySource(train_images, train_labels),
-    test=ArraySource(test_images, test_labels),
+    train=ArraySource(train_images, train_labels, num_classes=10),
+    test=ArraySource(test_images, test_labels, num_classes=10),
     num_classes=10,
     image_shape=(8, 8, 1),
   )

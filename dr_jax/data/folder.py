@@ -11,12 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from dr_jax.data.transforms import UnreadableImage
+from dr_jax.runtime import files as files_lib
 
 # Of the formats that Pillow reads, those that data sets come in.
 _SUFFIXES = (
   *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
   *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
+# Bytes of a file.
+_LARGEST = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,12 @@ class Folder:
   def read(self, index: int) -> tuple[bytes, int]:
     """Returns the bytes of a file, and its label."""
     try:
-      encoded = (self.path / os.fsdecode(self.files[index])).read_bytes()
+      encoded = files_lib.read_bytes(self.name(index), limit=_LARGEST)
     except OSError as error:
       raise UnreadableImage(error.strerror or str(error)) from None
+    # A link can lead to a FIFO, which would block, or to a device.
+    except ValueError as error:
+      raise UnreadableImage(str(error)) from None
     return encoded, int(self.labels[index])
 
   def name(self, index: int) -> str:
@@ -139,12 +145,18 @@ def _list(directory: pathlib.Path) -> _Listing:
     for entry in entries:
       if entry.name.startswith("."):
         continue
-      if entry.is_dir():
-        kind = listing.directories
-      elif entry.is_file():
-        kind = listing.images if _is_image(entry.name) else listing.others
-      else:
-        kind = listing.dangling if entry.is_symlink() else listing.others
+      try:
+        if entry.is_dir():
+          kind = listing.directories
+        elif entry.is_file():
+          kind = listing.images if _is_image(entry.name) else listing.others
+        else:
+          kind = listing.dangling if entry.is_symlink() else listing.others
+      # A link to itself, through a file, or to a name that is too long.
+      except OSError:
+        if not entry.is_symlink():
+          raise
+        kind = listing.dangling
       kind.append(entry.name)
   for names in listing:
     names.sort()
@@ -184,8 +196,10 @@ def _warn_of_others(
 ) -> None:
   others = [str(directory / name) for name in top.images + top.others]
   for name, found in listed.items():
+    links = [file for file in found.dangling if not _is_image(file)]
     others += [
-      str(directory / name / file) for file in found.others + found.directories
+      str(directory / name / file)
+      for file in found.others + found.directories + links
     ]
   if others:
     warnings.warn(

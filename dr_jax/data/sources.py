@@ -101,9 +101,11 @@ class ArraySource(Source):
     images: float32 [N, H, W, C] in [0, 1].
     labels: int32 [N], none negative. (To leave an example out, leave it out of
       both: there is no label that is ignored.)
+    num_classes: labels are below it; None if it is not known.
 
   Raises:
-    ValueError: if there are not as many labels as images, or one is negative.
+    ValueError: if there are not as many labels as images, or one is no integer
+      or out of range.
 
   >>> source = ArraySource(
   ...   np.zeros((3, 8, 8, 1), np.float32), np.arange(3, dtype=np.int32)
@@ -114,6 +116,7 @@ class ArraySource(Source):
 
   images: np.ndarray
   labels: np.ndarray
+  num_classes: int | None = None
 
   def __post_init__(self):
     if self.labels.shape != (len(self.images),):
@@ -121,11 +124,16 @@ class ArraySource(Source):
         f"labels must have shape ({len(self.images)},), one for each image, "
         f"got {self.labels.shape}"
       )
-    negative = np.flatnonzero(self.labels < 0)
-    if len(negative):
-      first = negative[0]
+    if not np.issubdtype(self.labels.dtype, np.integer):
+      raise ValueError(f"labels must be integers, got {self.labels.dtype}")
+    wrong, allowed = self.labels < 0, ">= 0"
+    if self.num_classes is not None:
+      wrong = wrong | (self.labels >= self.num_classes)
+      allowed = f"in 0..{self.num_classes - 1}"
+    if wrong.any():
+      first = np.flatnonzero(wrong)[0]
       raise ValueError(
-        f"labels must be >= 0, got {self.labels[first]} at {first}"
+        f"labels must be {allowed}, got {self.labels[first]} at {first}"
       )
 
   def __len__(self) -> int:

@@ -33,6 +33,9 @@ _RATIO = (3 / 4, 4 / 3)
 # Tests resize the shorter side to 256 where 224 pixels are cropped.
 _MARGIN = 256 / 224
 _MODES = {1: "L", 3: "RGB"}
+_ORIENTATION = 0x0112
+# Of the EXIF orientations, those whose inverse is another one.
+_INVERSE = {6: 8, 8: 6}
 # How Pillow calls bytes in memory.
 _BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 
@@ -68,17 +71,29 @@ def decode(
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
       image = Image.open(io.BytesIO(encoded))
+      orientation = _orientation(image)
       image.load()
       # Pillow would clip these at 255.
       if image.mode[0] in "IF":
         raise ValueError("has more than 8 bits per channel")
       if orient:
         _orient(image)
+      elif image.format == "TIFF":
+        # Pillow has turned it.
+        image.getexif()[_ORIENTATION] = _INVERSE.get(orientation, orientation)
+        _orient(image)
       return image.convert(_MODES[channels])
   # Pillow's decoders raise a dozen types: OSError, SyntaxError, struct.error.
   except Exception as error:
     reason = _BUFFER.sub("", str(error)) or type(error).__name__
     raise UnreadableImage(reason) from None
+
+
+def _orientation(image: Image.Image) -> int:
+  """The EXIF orientation of an image that is not loaded, 1 if it has none."""
+  with contextlib.suppress(Exception):
+    return image.getexif().get(_ORIENTATION, 1)
+  return 1
 
 
 def _orient(image: Image.Image) -> None:

@@ -59,7 +59,7 @@ class RunContext:
     """
     self.config = config
     self.start = start
-    self.workdir = Workdir(workdir)
+    self.workdir = Workdir(workdir, config.quant.bits)
     self.interrupted = interrupted
     self.agreed = processes.agreed(interrupted)
     self.layout, self.local = _layouts(config)

@@ -6,18 +6,25 @@ when it is read, at the start of a run and not after its training.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from dr_jax.runtime.schema import COUNT, NUMBER
+from dr_jax import search
+from dr_jax.runtime.schema import COUNT, NUMBER, Where
 
-SCORE = {"accuracy": NUMBER, "loss": NUMBER}
-SCORES = {...: SCORE}
-BYTES = {...: COUNT}
+PERCENT = Where(
+  NUMBER, lambda x: not (x < 0 or x > 100), "a number >= 0 and <= 100"
+)
+SCORE = {"accuracy": PERCENT, "loss": NUMBER}
+SIZE = Where(COUNT, bool, "an integer > 0 and < 2^63")
 ALLOCATION = {...: COUNT}
-TRAINED = {"scores": SCORES, "train_seconds": NUMBER, ...: object}
+TRAINED = {"scores": SCORE, "train_seconds": NUMBER, ...: object}
 # What a search found under one budget: also a file in search/found.
 ROW = {
-  "strategy": str,
+  # A part of the names of files.
+  "strategy": Where(
+    str, search.SEARCHES.__contains__, f"one of {', '.join(search.SEARCHES)}"
+  ),
   "budget": float,
   "allocation": ALLOCATION,
   "cost": {"stored_bits": COUNT, "bops": COUNT, ...: COUNT},
@@ -28,6 +35,7 @@ ROW = {
   "evaluation_seconds": float,
   ...: object,
 }
+# Values of `scores` and `bytes_at` are given by label.
 _SCHEMAS: dict[str, Any] = {
   "pretrain": TRAINED,
   "multi_precision": TRAINED,
@@ -36,20 +44,30 @@ _SCHEMAS: dict[str, Any] = {
   "hessian": {"traces": {...: object}, ...: object},
   "search": {"request": object, "rows": [ROW], ...: object},
   "export": {
-    "scores": SCORES,
-    "bytes_at": BYTES,
+    "scores": SCORE,
+    "bytes_at": COUNT,
     "stored_bytes": COUNT,
     "tensor_bytes": COUNT,
-    "float_bytes": COUNT,
+    "float_bytes": SIZE,
     ...: object,
   },
 }
 
 
-def schema_of(stage: str) -> Any:
-  """The schema of a stage's result, by the name of the result.
+def schema_of(name: str, bits: Iterable[int] = ()) -> Any:
+  """The schema of a result.
 
-  >>> schema_of("separate/8") is schema_of("pretrain")
-  True
+  Args:
+    name: of the result: of a stage, or as separate/8.
+    bits: bit-widths of the run, all of which the result must have.
+
+  >>> sorted(map(str, schema_of("multi_precision", (8, 4))["scores"]))
+  ['4', '8', 'Ellipsis']
   """
-  return _SCHEMAS.get(stage.split("/")[0], {...: object})
+  stage, _, alone = name.partition("/")
+  labels = ["float"] if stage == "pretrain" else list(map(str, bits))
+  labels = [alone] if alone else labels
+  schema = dict(_SCHEMAS.get(stage, {...: object}))
+  for key in {"scores", "bytes_at"} & set(schema):
+    schema[key] = dict.fromkeys([*labels, ...], schema[key])
+  return schema

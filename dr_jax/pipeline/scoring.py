@@ -84,7 +84,7 @@ def finish_stage(
     found = scores(run, as_deployed(run, model), bits)
     try:
       seconds = _log_scores(run, stage, found, steps)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
       # The network is trained: a damaged log is no reason to fail.
       warnings.warn(str(error), stacklevel=2)
       seconds = math.nan

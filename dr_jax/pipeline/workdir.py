@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dr_jax.config import Config, ConfigError, DataConfig
@@ -38,8 +38,15 @@ class Workdir:
     metrics: its file of numbers, JSON lines.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, bits: Iterable[int] = ()):
+    """Writes nothing.
+
+    Args:
+      path: the directory.
+      bits: bit-widths that results must have.
+    """
     self.path = files.expand(path)
+    self._bits = tuple(bits)
     self.metrics = self.path / "metrics.jsonl"
 
   def check(self, config: Config, stages: Mapping[str, int]) -> None:
@@ -190,7 +197,7 @@ class Workdir:
     Every process must call this: the first one reads the file for all.
     """
     path = self.path / stage / "result.json"
-    schema = schema_of(stage)
+    schema = schema_of(stage, self._bits)
     return on_first(
       lambda: read_object(path, schema) if path.exists() else None
     )

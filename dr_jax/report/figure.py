@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import TYPE_CHECKING
+
+from dr_jax.runtime import files
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
@@ -27,8 +30,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-  """Writes a figure, as PNG or SVG by the suffix of the path."""
-  path = str(path)
+  """Writes a figure as a whole, as PNG or SVG by the suffix of the path.
+
+  Raises:
+    ValueError: for another suffix.
+  """
+  kind = files.expand(path).suffix.removeprefix(".")
   # The same figure is the same file, whenever it is drawn.
-  metadata = {"Date": None} if path.endswith(".svg") else None
-  figure.savefig(path, metadata=metadata)
+  metadata = {"Date": None} if kind == "svg" else None
+  content = io.BytesIO()
+  figure.savefig(content, format=kind, metadata=metadata)
+  files.write_bytes(path, content.getvalue())

@@ -25,12 +25,12 @@ from typing import Any, Self
 import numpy as np
 
 from dr_jax.runtime import files
-from dr_jax.runtime.schema import Where
+from dr_jax.runtime.schema import COUNT, Where
 
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 RECORD = {
   "stage": str,
-  "step": int,
+  "step": COUNT,
   "bits": (None, int, str),
   "name": str,
   "value": (float, Where(str, _NOT_FINITE.__contains__, "NaN or Infinity")),
@@ -125,13 +125,15 @@ class MetricsWriter:
 
     Steps times the median speed that was logged, so that neither compilation
     (in the first entry) nor evaluation nor a pause enters where there are
-    three entries or more.
+    three entries or more. Speeds of 0 and less were not measured.
     """
     steps, speeds = {}, collections.defaultdict(list)
     for record in self._records:
       phase = record["stage"]
-      if record["name"] == "images_per_second" and f"{phase}/".startswith(
-        f"{stage}/"
+      if (
+        record["name"] == "images_per_second"
+        and f"{phase}/".startswith(f"{stage}/")
+        and float(record["value"]) > 0
       ):
         steps[phase] = record["step"]
         speeds[phase].append(float(record["value"]))

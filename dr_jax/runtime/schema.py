@@ -45,16 +45,20 @@ COUNT = Where(
 )
 
 
-# Also NaN and infinities, as scores can be.
-NUMBER = Where(object, lambda x: type(x) in (int, float), "a number")
+# Also NaN and infinities, as scores can be; an integer that a float can hold.
+NUMBER = Where(
+  object,
+  lambda x: type(x) is float or (type(x) is int and abs(x) < 2**63),
+  "a number",
+)
 
 
 def parse(text: bytes | str) -> Any:
   """Parses JSON that nobody vouches for.
 
   Raises:
-    ValueError: if it is not JSON, an object has a key twice, or it is nested
-      more than 32 deep.
+    ValueError: if it is not JSON, an object has a key twice, text in it cannot
+      be written again, or it is nested more than 32 deep.
 
   >>> parse('{"bits": [8, 4]}')
   {'bits': [8, 4]}
@@ -65,6 +69,10 @@ def parse(text: bytes | str) -> Any:
     raise ValueError("it is nested too deep") from None
   if _too_deep(value, _DEPTH):
     raise ValueError("it is nested too deep")
+  try:
+    json.dumps(value, ensure_ascii=False).encode()
+  except UnicodeEncodeError:
+    raise ValueError("it has half of a surrogate pair") from None
   return value
 
 

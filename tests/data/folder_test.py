@@ -1,6 +1,7 @@
 """Tests of image folders, and of sources of encoded images on them."""
 
 import io
+import os
 import shutil
 import warnings
 
@@ -294,6 +295,37 @@ def test_links_that_lead_nowhere_are_counted_when_skipped(make_folder):
   ]
 
 
+@pytest.mark.parametrize("target", ["aa.png", "00.png/x", "a" * 300])
+def test_links_that_cannot_be_followed_lead_nowhere(make_folder, target):
+  path = make_folder()
+  link = path / "train" / "cat" / "aa.png"
+  link.symlink_to(target)
+  with pytest.raises(ValueError, match=f"^{link}: a link must lead to a file"):
+    data.load("folder", path=str(path))
+  loaded = data.load("folder", path=str(path), on_decode_error="skip")
+  assert len(loaded.train) == 25
+
+
+@pytest.mark.parametrize("target", ["fifo", "/dev/zero"])
+def test_links_to_what_has_no_end_are_unreadable(make_folder, target):
+  path = make_folder()
+  os.mkfifo(path / "fifo")
+  link = path / "train" / "cat" / "zz.png"
+  link.symlink_to(path / target)
+  source = data.load("folder", path=str(path), on_decode_error="skip").train
+  assert source.examples.name(12) == str(link)
+  with pytest.raises(data.UnreadableImage, match="must be a regular file"):
+    source.examples.read(12)
+
+
+def test_links_of_other_suffixes_that_lead_nowhere_are_named(make_folder):
+  path = make_folder()
+  link = path / "train" / "cat" / "list.csv"
+  link.symlink_to("/nowhere/that/is")
+  with pytest.warns(UserWarning, match=f"^{link}: left out; images are"):
+    data.load("folder", path=str(path))
+
+
 def test_links_that_lead_somewhere_are_read(make_folder):
   path = make_folder()
   (path / "train" / "cat" / "zz.png").symlink_to(path / "train/dog/00.png")
@@ -326,6 +358,24 @@ def test_images_are_turned_as_viewers_show_them(
     want = np.asarray(image) / np.float32(255)
     assert loaded.image_shape == want.shape
     np.testing.assert_array_equal(loaded.train[0]["image"], want)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_images_are_turned_only_if_asked(
+  picture, orientation, compression
+):
+  stored = Image.fromarray(picture(5))
+  file = io.BytesIO()
+  stored.save(
+    file, "tiff", tiffinfo={0x0112: orientation}, compression=compression
+  )
+  exif = stored.getexif()
+  exif[0x0112] = orientation
+  shown = ImageOps.exif_transpose(stored)
+  for orient, want in ((True, shown), (False, stored)):
+    got = transforms.decode(file.getvalue(), 3, orient=orient)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
 def test_a_reason_names_no_object_of_the_process(make_folder):
@@ -364,11 +414,19 @@ def test_a_path_may_begin_with_the_home_directory(make_folder, monkeypatch):
 @pytest.mark.parametrize(
   ("labels", "message"),
   [
-    ([0, -1, 2], "labels must be >= 0, got -1 at 1"),
+    ([0, -1, 2], r"labels must be in 0\.\.4, got -1 at 1"),
+    ([0, 5, 7], r"labels must be in 0\.\.4, got 5 at 1"),
+    ([0, 0.5, 1], "labels must be integers, got float64"),
     ([0, 1], r"labels must have shape \(3,\), .* got \(2,\)"),
   ],
 )
 def test_arrays_with_wrong_labels_are_refused(labels, message):
   images = np.zeros((3, 8, 8, 1), np.float32)
   with pytest.raises(ValueError, match=message):
-    data.ArraySource(images, np.array(labels, np.int32))
+    data.ArraySource(images, np.array(labels), num_classes=5)
+
+
+def test_a_negative_label_is_refused_whatever_the_number_of_classes():
+  images = np.zeros((2, 8, 8, 1), np.float32)
+  with pytest.raises(ValueError, match="labels must be >= 0, got -1 at 1"):
+    data.ArraySource(images, np.array([0, -1], np.int32))

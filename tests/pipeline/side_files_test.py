@@ -8,26 +8,29 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import io
 import json
 import os
 import random
 import shutil
 
 import pytest
+from rich.console import Console
 
-from dr_jax import config, hessian, pipeline, search
+from dr_jax import config, hessian, pipeline, report, search
 from dr_jax.allocate import Allocation
 from dr_jax.config import ConfigError
 from dr_jax.pipeline import results, training
 from dr_jax.pipeline.workdir import Workdir, read_object
 from dr_jax.report import comparison
-from dr_jax.runtime import files
+from dr_jax.runtime import files, schema
 from dr_jax.runtime.metrics import MetricsWriter
 from dr_jax.train import Score
 
 VALUES = (
   *(None, True, 0, -1, 2**63, 10**400, 0.5, 1e308, float("nan"), "", "x"),
   *([], [0], [[[]]], {}, {"x": 1}, {"accuracy": "x", "loss": None}),
+  *(-(10**400), "../../x", "[red]", "\ud800"),
 )
 
 
@@ -41,7 +44,7 @@ SMALL = config.from_dict(
   }
 )
 SCORE = {"accuracy": 90.0, "loss": float("inf")}
-SCORES = {"8": SCORE, "4": SCORE}
+SCORES = {"float": SCORE, "8": SCORE, "4": SCORE}
 TRAINED = {"scores": SCORES, "train_seconds": 1.5, "network": "0123456789abc"}
 ROW = {
   "strategy": "greedy",
@@ -203,6 +206,81 @@ def attack(original, workdir, count, seed):
 def test_750_damaged_files_are_read_or_named_in_one_line(written, tmp_path):
   ends = attack(written, tmp_path / "run", 750, seed=0)
   assert sum(ends.values()) == 750 and ends["error"] >= 300
+
+
+def show(stages):
+  """Writes all that a run with these results ends with."""
+  file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+  console = Console(file=file, width=160)
+  summary = {"name": "run", "bits": SMALL.quant.bits, "stages": stages}
+  console.print(report.summary_table(summary))
+  console.print(report.search_table(stages["search"]["rows"]))
+  report.search_summary(stages["search"]["rows"])
+  file.flush()
+
+
+def test_of_700_damaged_results_what_is_read_can_be_shown():
+  rng, ends = random.Random(1), collections.Counter()
+  trained = ("pretrain", "multi_precision", "supernet")
+  stages = dict.fromkeys((*trained, "separate/8", "separate/4"), TRAINED)
+  stages |= {"search": {"request": {}, "rows": [ROW]}, "export": EXPORTED}
+  show(stages)
+  for number in range(700):
+    name = list(stages)[number % len(stages)]
+    text = json.dumps(changed(stages[name], rng))
+    try:
+      value = schema.parse(text)
+      schema.check(value, results.schema_of(name, SMALL.quant.bits))
+    except ValueError:
+      ends["error"] += 1
+    else:
+      show(stages | {name: value})
+      ends["shown"] += 1
+  assert ends["shown"] >= 100 and ends["error"] >= 400
+
+
+@pytest.mark.parametrize(
+  ("stage", "change", "message"),
+  [
+    ("multi_precision", lambda r: r["scores"].pop("4"), "scores must be .*4"),
+    ("pretrain", lambda r: r.update(scores={}), "scores must be .*float"),
+    ("export", lambda r: r["bytes_at"].pop("8"), "bytes_at must be .*8"),
+    ("export", lambda r: r.update(float_bytes=0), "float_bytes must be .*> 0"),
+    (
+      "search",
+      lambda r: r["rows"][0].update(strategy="../../x"),
+      r"rows\[0\].strategy must be one of .*greedy",
+    ),
+  ],
+)
+def test_a_result_without_what_is_shown_or_with_a_path_is_an_error(
+  written, tmp_path, stage, change, message
+):
+  result = json.loads((written / stage / "result.json").read_bytes())
+  change(result)
+  files.write_json(tmp_path / stage / "result.json", result)
+  with pytest.raises(ConfigError, match=f"{stage}/result.json .*{message}"):
+    Workdir(tmp_path, SMALL.quant.bits).result(stage)
+
+
+@pytest.mark.parametrize("speed", [0, 0.0, -5.0, "NaN", "-Infinity"])
+def test_speeds_that_cannot_be_take_no_seconds(tmp_path, speed):
+  with MetricsWriter(tmp_path / "metrics.jsonl") as metrics:
+    for value in (speed, 100.0):
+      metrics.write("train", 10, {"images_per_second": float(value)})
+    metrics.write("other", 10, {"images_per_second": float(speed)})
+    assert metrics.training_seconds("train", images_per_step=8) == 0.8
+    assert metrics.training_seconds("other", images_per_step=8) == 0
+
+
+def test_a_figure_is_not_written_through_a_link(tmp_path):
+  precious = tmp_path / "precious.txt"
+  precious.write_text("all of my work")
+  for name in ("pareto.png", "pareto.png.partial"):
+    (tmp_path / name).symlink_to(precious)
+  report.plot_searches(tmp_path / "pareto.png", [ROW])
+  assert precious.read_text() == "all of my work"
+  assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_damaged_result_ends_a_run_before_it_trains(written, tmp_path):

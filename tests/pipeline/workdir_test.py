@@ -65,7 +65,10 @@ def test_an_error_inside_a_claim_is_not_reported_as_one_of_the_directory(
     pass
 
 
-RESULT = {"scores": {}, "train_seconds": 1.0}
+RESULT = {
+  "scores": {"float": {"accuracy": 1.0, "loss": 1.0}},
+  "train_seconds": 1.0,
+}
 
 
 def _with_free(monkeypatch, megabytes):
