@@ -175,9 +175,11 @@ def test_the_docstring_has_the_command_the_targets_and_an_estimated_time(name):
 @pytest.mark.parametrize(
   "name",
   [
-    # Compilation takes minutes.
+    # Compilation takes minutes. The stages of resnet50_mixed run in
+    # resnet18_mixed, its network in resnet50.
     pytest.param(name, marks=pytest.mark.slow)
     for name in PAPER
+    if name != "resnet50_mixed"
   ],
 )
 def test_a_smoke_run_ends_with_a_table_and_an_artifact(name, tmp_path):
