@@ -103,6 +103,7 @@ def test_the_fraction_of_the_peak_counts_three_passes_at_every_bit_width():
   assert fraction_of_peak(10**9, 100.0, 4, 1e13) == pytest.approx(0.24)
 
 
+@pytest.mark.slow
 def test_every_layer_counts_in_the_products_of_a_network():
   assert network.Setting("resnet20").macs() == RESNET20_MACS
 

@@ -238,6 +238,7 @@ def test_a_network_of_torchvision_itself_gives_the_same_logits(name, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_other_floating_point_types_become_float32(narrow):
   tensors, write = narrow
   model = small()

@@ -294,7 +294,9 @@ def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("vectorize", ["sequential", "unroll"])
+@pytest.mark.parametrize(
+  "vectorize", ["sequential", pytest.param("unroll", marks=pytest.mark.slow)]
+)
 def test_one_program_trains_all_assignments(vectorize):
   assert len(np.unique(assignments().reshape(-1, LAYERS), axis=0)) > 20
   step, state = prepare(vectorize=vectorize)

@@ -89,7 +89,9 @@ MODES = [
 ]
 # Unrolled passes, which compile longest, only in the slow run.
 SOME_MODES = [
-  pytest.param(*mode, marks=pytest.mark.slow) if mode[1] == "unroll" else mode
+  pytest.param(*mode, marks=pytest.mark.slow)
+  if mode[1] == "unroll" or mode == ("accumulate", "sequential")
+  else mode
   for mode in MODES
 ]
 
@@ -176,7 +178,12 @@ def test_bit_widths_over_devices_train_as_on_one(shape, parameters):
 
 
 @pytest.mark.parametrize(
-  "distillation", ["recursive", "progressive", "online_label_class_means"]
+  "distillation",
+  [
+    "recursive",
+    pytest.param("progressive", marks=pytest.mark.slow),
+    "online_label_class_means",
+  ],
 )
 def test_teachers_reach_students_on_other_devices(distillation):
   options = {

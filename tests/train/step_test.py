@@ -114,7 +114,10 @@ def test_alternate_is_forward_backward_update_for_each_bit_width_in_turn():
   _assert_close(state.batch_stats, stats, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("vectorize", ["unroll", "sequential", "vmap"])
+@pytest.mark.parametrize(
+  "vectorize",
+  ["unroll", pytest.param("sequential", marks=pytest.mark.slow), "vmap"],
+)
 def test_accumulate_updates_once_with_the_sum_of_gradients(vectorize):
   network, rate, batch = _network(), 1e-4, net.batch(0)
   stats, total = network.batch_stats, None
@@ -277,6 +280,7 @@ def test_alrs_scales_the_update_of_scales_and_nothing_else(optimizer):
     np.testing.assert_allclose(b - start, expected, rtol=1e-2, atol=4e-7)
 
 
+@pytest.mark.slow
 def test_eta_of_one_bit_width_is_plain_adam():
   network = nn.functional(net.quantized(bits=(4,)))
 
@@ -632,7 +636,10 @@ def test_a_student_learns_from_its_teacher_and_the_teacher_from_labels_alone():
     np.testing.assert_allclose(new, expected, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("vectorize", ["unroll", "sequential", "vmap"])
+@pytest.mark.parametrize(
+  "vectorize",
+  ["unroll", pytest.param("sequential", marks=pytest.mark.slow), "vmap"],
+)
 def test_memory_learns_from_the_highest_bit_width_alone(vectorize):
   network, batch = _network(), net.batch(0)
   scheme = distill.get("online_label_class_means")
@@ -654,7 +661,10 @@ def test_memory_learns_from_the_highest_bit_width_alone(vectorize):
   assert np.abs(learned[0] - learned[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize("vectorize", ["unroll", "sequential", "vmap"])
+@pytest.mark.parametrize(
+  "vectorize",
+  ["unroll", pytest.param("sequential", marks=pytest.mark.slow), "vmap"],
+)
 def test_loss_weights_multiply_gradients_and_not_reported_losses(vectorize):
   network, rate, batch = _network(), 1e-3, net.batch(0)
   stats, total = network.batch_stats, None

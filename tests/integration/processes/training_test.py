@@ -117,6 +117,7 @@ def test_others_end_with_a_message_and_a_restart_ends_the_same(
     np.testing.assert_array_equal(b, a)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_alone_ends_all(tmp_path):
   last = ("--config.seed=-1",)
   with started(2, tmp_path / "run", last=last) as running:

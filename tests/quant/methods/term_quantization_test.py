@@ -40,6 +40,7 @@ def golden_weights(arrays):
   return {case: sorted(ks, reverse=True) for case, ks in budgets.items()}
 
 
+@pytest.mark.slow
 def test_weights_match_the_reference_kernel(golden):
   arrays = golden("term_quantization.npz")
   cases = golden_weights(arrays)
