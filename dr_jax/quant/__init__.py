@@ -16,6 +16,7 @@ from dr_jax.quant.core.fit import INITS, fit
 from dr_jax.quant.core.grid import SCALE_MAX, SCALE_MIN, code_range
 from dr_jax.quant.core.interface import (
   ActivationQuantizer,
+  Integers,
   Storage,
   WeightQuantizer,
 )
@@ -62,6 +63,7 @@ __all__ = [
   "SCALE_MIN",
   "ActivationQuantizer",
   "Description",
+  "Integers",
   "Recipe",
   "Storage",
   "WeightQuantizer",

@@ -63,6 +63,16 @@ VARIANTS = {
 }
 # Scales of these are found by calibration; no gradient moves them.
 CALIBRATED = ("term_activation",)
+# Sums of terms, values with an offset, and floats.
+WITHOUT_INTEGERS = (
+  "float_weight",
+  "lsq_plus_activation",
+  "multi_resolution",
+  "multi_resolution_activation",
+  "term_activation",
+  "term_quantization",
+  "truncation",
+)
 
 
 class Case(NamedTuple):
@@ -314,6 +324,45 @@ def test_decoded_is_fake_quantized_bit_for_bit(
       decoded.astype(dtype), quantizer.fake_quantize(params, w, i)
     )
     assert np.isfinite(decoded).all()
+
+
+@every_method
+def test_integers_times_their_scale_are_what_is_decoded(case):
+  quantizer, params, w, *_ = fitted(case)
+  if quantizer.integers is None:
+    assert case.name in WITHOUT_INTEGERS
+    return
+  encoded = quantizer.encode(params, w) if is_weight(case) else None
+  for index in range(len(quantizer.bits)):
+    if is_weight(case):
+      codes, scale = quantizer.integers(encoded, index)
+      expected = quantizer.decode(encoded, index)
+    else:
+      codes, scale = quantizer.integers(params, w, index)
+      expected = quantizer.fake_quantize(params, w, index)
+    assert jnp.issubdtype(codes.dtype, jnp.integer) and codes.shape == w.shape
+    # A column of bits is one of each group of BitWave, not of the weight.
+    levels = 2 ** quantizer.bits[0 if case.name == "bitwave" else index]
+    assert len(np.unique(codes)) <= levels
+    # One rounding of the scale, one of the product.
+    np.testing.assert_allclose(
+      codes.astype(np.float32) * scale, expected, rtol=2**-22, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["double_rounding", "lsq_activation"])
+def test_integers_are_the_same_for_a_traced_index(name):
+  quantizer, params, w, *_ = fitted(Case(name))
+  if isinstance(quantizer, quant.WeightQuantizer):
+    encoded = quantizer.encode(params, w)
+    integers = functools.partial(quantizer.integers, encoded)
+  else:
+    integers = functools.partial(quantizer.integers, params, w)
+  traced = jax.jit(integers)
+  for index in range(4):
+    jax.tree.map(
+      np.testing.assert_array_equal, traced(jnp.int32(index)), integers(index)
+    )
 
 
 @every_weight

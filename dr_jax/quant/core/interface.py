@@ -49,6 +49,22 @@ class Storage(NamedTuple):
   ranges: tuple[tuple[str, float, float], ...] = ()
 
 
+class Integers(NamedTuple):
+  """An array as integers times a scale: what integer arithmetic computes with.
+
+  `codes * scale` is the array that fake quantization gives, up to one rounding
+  of the float product.
+
+  Attributes:
+    codes: int8 or uint8, in the shape of the array; int16 where the codes of
+      some bit-width do not fit.
+    scale: float32, broadcastable to the codes.
+  """
+
+  codes: jax.Array
+  scale: jax.Array
+
+
 class WeightQuantizer(NamedTuple):
   """A multi-precision weight quantizer.
 
@@ -72,6 +88,8 @@ class WeightQuantizer(NamedTuple):
     from_range: `from_range(low, high) -> params`, the parameters whose codes
       reach from `low` to `high`: floats that broadcast to w as a scale does.
       None where nothing is learned that depends on the range.
+    integers: `integers(encoded, index) -> Integers`, the weight that `decode`
+      returns. None where weights are not integers times one scale a channel.
   """
 
   bits: tuple[int, ...]
@@ -84,6 +102,7 @@ class WeightQuantizer(NamedTuple):
   name: str = ""
   options: Options = ()
   from_range: Callable[[jax.Array, jax.Array], Params] | None = None
+  integers: Callable[[Encoded, Any], Integers] | None = None
 
 
 def _no_other_sign(signed: bool) -> ActivationQuantizer:
@@ -108,6 +127,9 @@ class ActivationQuantizer(NamedTuple):
     name: key in the registry.
     options: keyword arguments of the factory.
     from_range: as in WeightQuantizer, of two scalars.
+    integers: `integers(params, x, index) -> Integers`, codes and scale of what
+      `fake_quantize` returns. None where inputs are not integers times one
+      scale.
   """
 
   bits: tuple[int, ...]
@@ -118,3 +140,4 @@ class ActivationQuantizer(NamedTuple):
   name: str = ""
   options: Options = ()
   from_range: Callable[[jax.Array, jax.Array], Params] | None = None
+  integers: Callable[[Params, jax.Array, Any], Integers] | None = None

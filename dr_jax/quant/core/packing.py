@@ -164,6 +164,17 @@ def storage(
   return Storage(pack_all, unpack_all, size, layout, bounds)
 
 
+def integer_dtype(low: grid.Number, high: grid.Number) -> type:
+  """The narrowest of int8, uint8 and int16 that holds both integers.
+
+  >>> integer_dtype(-128, 127).dtype, integer_dtype(-255, 255).dtype
+  (dtype('int8'), dtype('int16'))
+  """
+  if -128 <= low and high <= 127:
+    return jnp.int8
+  return jnp.uint8 if 0 <= low and high <= 255 else jnp.int16
+
+
 def _code_dtype(bits, signed):
   if bits > 8:
     return jnp.int16 if signed else jnp.uint16

@@ -23,8 +23,12 @@ import jax
 import jax.numpy as jnp
 
 from dr_jax.quant.core import checks, exact_mean, grid
-from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
-from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.interface import (
+  ActivationQuantizer,
+  Integers,
+  WeightQuantizer,
+)
+from dr_jax.quant.core.packing import integer_dtype, storage
 from dr_jax.quant.core.straight_through import straight_through, transpose
 from dr_jax.quant.core.tanh_normalize import normalized
 from dr_jax.quant.methods.double_rounding import shift_codes
@@ -159,6 +163,20 @@ def adabits(
     w_q = values(encoded[main], index)
     return w_q * encoded["gain"][index] if rescale else w_q
 
+  dtype = _integer_dtype(levels[0], scheme, True)
+
+  def integers(encoded, index):
+    level, array = grid.select(levels, index), encoded[main]
+    if scheme == "original":
+      codes = _codes(level, scheme, array * 0.5 + 0.5)
+    else:
+      shift = grid.entry([bits[0] - b for b in bits], index)
+      codes = shift_codes(array, shift, "floor").astype(jnp.float32)
+      codes = codes + level.factor / 2
+    codes, unit = _integers(level, codes, scheme, True)
+    gain = encoded["gain"][index] if rescale else jnp.float32(1)
+    return Integers(codes.astype(dtype), gain * unit)
+
   return WeightQuantizer(
     bits=bits,
     init=init,
@@ -171,6 +189,7 @@ def adabits(
       stored_bits,
       ranges={"gain": grid.POSITIVE, "weight": (-1, 1)},
     ),
+    integers=integers,
   )
 
 
@@ -242,6 +261,16 @@ def pact_activation(
     level = grid.select(levels, index)
     return _clipped(core, jnp.asarray(x), params["clip"][index], level)
 
+  dtype = _integer_dtype(levels[0], scheme, bool(signed))
+
+  def integers(params, x, index):
+    level = grid.select(levels, index)
+    clip = params["clip"][index]
+    _, size, _, u = _position((scheme, signed), jnp.asarray(x), clip)
+    codes = _codes(level, scheme, u)
+    codes, unit = _integers(level, codes, scheme, signed)
+    return Integers(codes.astype(dtype), size * unit)
+
   return ActivationQuantizer(
     bits=bits,
     init=init,
@@ -249,6 +278,7 @@ def pact_activation(
     signed=signed,
     options=(("initial", initial),),
     from_range=from_range,
+    integers=integers,
   )
 
 
@@ -283,13 +313,20 @@ _clipped.defvjp(_forward, _backward)
 def _quantize(core, x, clip, level):
   """Returns x, a, 1 / a and q in units of a, all in float32."""
   scheme, signed = core
+  x, size, inverse, u = _position(core, x, clip)
+  return x, size, inverse, _value(level, _codes(level, scheme, u), signed)
+
+
+def _position(core, x, clip):
+  """Returns x, a, 1 / a and u, the argument of q_b, all in float32."""
+  _, signed = core
   x = x.astype(jnp.float32)
   size = grid.positive(jnp.abs(clip.astype(jnp.float32)))
   inverse = 1 / size
   u = jnp.clip(x * inverse, -1 if signed else 0, 1)
   if signed:
     u = u * 0.5 + 0.5
-  return x, size, inverse, _value(level, _codes(level, scheme, u), signed)
+  return x, size, inverse, u
 
 
 def _level(bits, scheme):
@@ -315,6 +352,23 @@ def _value(level, codes, signed):
   # The bounds prevent XLA from contracting the product and what is subtracted
   # next into an FMA.
   return jnp.clip(value, -1, 1)
+
+
+def _integers(level, codes, scheme, signed):
+  """The value of codes as the smallest integers, and what one stands for."""
+  if signed:
+    numerator = 2 * codes + (2 * level.center - level.factor)
+    if scheme == "modified":
+      return numerator / 2, 2 * level.width
+    return numerator, level.width
+  if scheme == "centered":
+    return 2 * codes + 1, level.width / 2
+  return codes, level.width
+
+
+def _integer_dtype(highest, scheme, signed):
+  ends = (_integers(highest, c, scheme, signed)[0] for c in (0, highest.top))
+  return integer_dtype(*ends)
 
 
 def _gain(w, w_q, rescale):

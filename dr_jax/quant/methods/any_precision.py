@@ -17,8 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from dr_jax.quant.core import checks, exact_mean, grid
-from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
-from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.interface import (
+  ActivationQuantizer,
+  Integers,
+  WeightQuantizer,
+)
+from dr_jax.quant.core.packing import integer_dtype, storage
 from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.core.tanh_normalize import normalized
 from dr_jax.quant.registry import Recipe, method
@@ -73,10 +77,14 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   bits = checks.check_bits(bits, lowest=1, method="any_precision")
   levels = tuple(_Levels(2.0**b - 1, 1 / (2.0**b - 1)) for b in bits)
 
-  def values(r, size, index):
+  def odd_codes(r, size, index):
     top, inverse = grid.select(levels, index)
     codes = jnp.round((r * 0.5 + 0.5) * top)
-    return (2 * codes - top) * (size * inverse)
+    return 2 * codes - top, size * inverse
+
+  def values(r, size, index):
+    codes, unit = odd_codes(r, size, index)
+    return codes * unit
 
   def init(w):
     return {}
@@ -96,6 +104,12 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
   def decode(encoded, index):
     return values(encoded["weight"], encoded["size"], index)
 
+  dtype = integer_dtype(-levels[0].top, levels[0].top)
+
+  def integers(encoded, index):
+    codes, unit = odd_codes(encoded["weight"], encoded["size"], index)
+    return Integers(codes.astype(dtype), unit)
+
   return WeightQuantizer(
     bits=bits,
     init=init,
@@ -106,6 +120,7 @@ def any_precision(bits: Sequence[int] = (8, 6, 4, 2)) -> WeightQuantizer:
     storage=storage(
       bits, 32, ranges={"weight": (-1, 1), "size": grid.NOT_NEGATIVE}
     ),
+    integers=integers,
   )
 
 
@@ -151,20 +166,32 @@ def unit_activation(
   def init(x):
     return {}
 
+  def rounded(x, index):
+    top, inverse = grid.select(levels, index)
+    return jnp.round(jnp.clip(x, low, 1) * top), inverse
+
   def fake_quantize(params, x, index):
     del params
     x = jnp.asarray(x)
     fixed = jax.lax.stop_gradient(x).astype(jnp.float32)
-    top, inverse = grid.select(levels, index)
-    x_hat = jnp.round(jnp.clip(fixed, low, 1) * top) * inverse
+    codes, inverse = rounded(fixed, index)
+    x_hat = codes * inverse
     inside = (fixed >= low) & (fixed <= 1)
     return straight_through(jnp.where(inside, x, 0), x_hat.astype(x.dtype))
+
+  dtype = integer_dtype(low * tops[0], tops[0])
+
+  def integers(params, x, index):
+    del params
+    codes, inverse = rounded(grid.widened(x).astype(jnp.float32), index)
+    return Integers(codes.astype(dtype), jnp.float32(inverse))
 
   return ActivationQuantizer(
     bits=bits,
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
+    integers=integers,
   )
 
 

@@ -20,7 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from dr_jax.quant.core import checks, exact_mean, grid
-from dr_jax.quant.core.interface import Encoded, Params, WeightQuantizer
+from dr_jax.quant.core.interface import (
+  Encoded,
+  Integers,
+  Params,
+  WeightQuantizer,
+)
 from dr_jax.quant.core.packing import storage
 from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.registry import Recipe, method
@@ -73,7 +78,11 @@ def binary(
     scale = encoded["scale"]
     return jnp.where(encoded["codes"] == 1, scale, -scale)
 
-  return _fixed(_BINARY, encode, decode, signed=False)
+  def integers(encoded, index):
+    codes = encoded["codes"].astype(jnp.int8)
+    return Integers(2 * codes - 1, encoded["scale"])
+
+  return _fixed(_BINARY, encode, decode, integers, signed=False)
 
 
 @method(ternary=Recipe("ternary", bits=_TERNARY))
@@ -123,7 +132,10 @@ def ternary(
     scale = encoded["scale"]
     return encoded["codes"].astype(scale.dtype) * scale
 
-  return _fixed(_TERNARY, encode, decode, signed=True)
+  def integers(encoded, index):
+    return Integers(encoded["codes"], encoded["scale"])
+
+  return _fixed(_TERNARY, encode, decode, integers, signed=True)
 
 
 def _check_only(
@@ -136,6 +148,7 @@ def _fixed(
   bits: tuple[int, ...],
   encode: Callable[[Params, jax.Array], Encoded],
   decode: Callable[[Encoded, checks.Index], jax.Array],
+  integers: Callable[[Encoded, checks.Index], Integers],
   *,
   signed: bool,
 ) -> WeightQuantizer:
@@ -162,6 +175,7 @@ def _fixed(
       signed=signed,
       ranges={"codes": (-1, 1), "scale": grid.NOT_NEGATIVE},
     ),
+    integers=integers,
   )
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dr_jax.quant.core import checks, exact_mean, grid
-from dr_jax.quant.core.interface import Storage, WeightQuantizer
+from dr_jax.quant.core.interface import Integers, Storage, WeightQuantizer
 from dr_jax.quant.core.packing import packed_size
 from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.registry import Recipe, method
@@ -110,10 +110,14 @@ def bitwave(
     codes = grid.first_codes(w, scale, -_HIGH, _HIGH)
     return {"codes": codes.astype(jnp.int8), "scale": scale}
 
-  def decode(encoded, index):
+  def integers(encoded, index):
     target = jnp.asarray(bits, jnp.int32)[index]
     codes = _flip(encoded["codes"], target, group=group)
-    return codes.astype(jnp.float32) * encoded["scale"]
+    return Integers(codes.astype(jnp.int8), encoded["scale"])
+
+  def decode(encoded, index):
+    codes, scale = integers(encoded, index)
+    return codes.astype(jnp.float32) * scale
 
   return WeightQuantizer(
     bits=bits,
@@ -123,6 +127,7 @@ def bitwave(
     decode=decode,
     stored_bits=8,
     storage=_storage(bits, group),
+    integers=integers,
   )
 
 

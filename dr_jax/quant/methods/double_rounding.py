@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from dr_jax.quant.core import checks, exact_mean, grid
-from dr_jax.quant.core.interface import WeightQuantizer
-from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.interface import Integers, WeightQuantizer
+from dr_jax.quant.core.packing import integer_dtype, storage
 from dr_jax.quant.core.straight_through import round_straight_through
 from dr_jax.quant.registry import Recipe, method
 
@@ -133,7 +133,7 @@ def nested(
     codes = grid.first_codes(w, scale, low, high, first)
     return {"codes": codes.astype(jnp.int8), "scale": scale}
 
-  def decode(encoded, index):
+  def levels(encoded, index):
     shift = grid.entry([bits[0] - b for b in bits], index)
     codes = shift_codes(encoded["codes"], shift, rounding)
     target = grid.select(grids, index)
@@ -141,7 +141,19 @@ def nested(
     codes = jnp.clip(codes.astype(scale.dtype), target.low, target.high)
     if center:
       codes = codes + center
-    return codes * (scale * target.step)
+    return codes, scale * target.step
+
+  def decode(encoded, index):
+    codes, unit = levels(encoded, index)
+    return codes * unit
+
+  # A center of 1/2 makes the integers odd, in units of half a level.
+  parts = 2 if center else 1
+  dtype = integer_dtype(parts * low, parts * (high + center))
+
+  def integers(encoded, index):
+    codes, unit = levels(encoded, index)
+    return Integers((parts * codes).astype(dtype), unit / parts)
 
   return WeightQuantizer(
     bits=bits,
@@ -156,6 +168,7 @@ def nested(
       ranges={"codes": (low, high), "scale": grid.SCALE_RANGE},
     ),
     from_range=from_range,
+    integers=integers,
   )
 
 
@@ -249,6 +262,14 @@ def _unshared(bits, grids, rounding, scale_of):
   def decode(encoded, index):
     return fake_quantize(encoded, encoded["weight"], index)
 
+  def integers(encoded, index):
+    w, scale = encoded["weight"], encoded["scale"][index]
+    target = grid.select(grids, index)
+    codes = grid.first_codes(w, scale, target.first_low, target.first_high)
+    codes = grid.round_by(rounding, codes / target.step)
+    codes = jnp.clip(codes, target.low, target.high)
+    return Integers(codes.astype(jnp.int8), scale * target.step)
+
   return WeightQuantizer(
     bits=bits,
     init=init,
@@ -258,6 +279,7 @@ def _unshared(bits, grids, rounding, scale_of):
     stored_bits=32,
     storage=storage(bits, 32, ranges={"scale": grid.SCALE_RANGE}),
     from_range=from_range,
+    integers=integers,
   )
 
 

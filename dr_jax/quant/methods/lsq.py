@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from dr_jax.quant.core import checks, exact_mean, grid
-from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
-from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.interface import (
+  ActivationQuantizer,
+  Integers,
+  WeightQuantizer,
+)
+from dr_jax.quant.core.packing import integer_dtype, storage
 from dr_jax.quant.core.straight_through import round_straight_through
 from dr_jax.quant.registry import Recipe, method
 
@@ -106,12 +110,21 @@ def lsq_activation(
   def fake_quantize(params, x, index):
     return round_straight_through(x, params["scale"][index], grids, index)
 
+  dtype = integer_dtype(grids[0].low, grids[0].high)
+
+  def integers(params, x, index):
+    x, scale = grid.working_floats(x, params["scale"][index])
+    target = grid.select(grids, index)
+    codes = grid.first_codes(x, scale, target.low, target.high)
+    return Integers(codes.astype(dtype), scale)
+
   return ActivationQuantizer(
     bits=bits,
     init=init,
     fake_quantize=fake_quantize,
     signed=signed,
     from_range=_covering(grids),
+    integers=integers,
   )
 
 
@@ -181,13 +194,21 @@ def scale_per_bit_width(
     codes = grid.first_codes(w, scale[0], *grid.code_range(bits[0]))
     return {"codes": codes.astype(jnp.int8), "scale": scale}
 
-  def decode(encoded, index):
+  def levels(encoded, index):
     scale = encoded["scale"][index]
     if "codes" in encoded:
-      return encoded["codes"].astype(scale.dtype) * scale
+      return encoded["codes"].astype(scale.dtype), scale
     target = grid.select(grids, index)
     w = encoded["weight"]
-    return grid.first_codes(w, scale, target.low, target.high) * scale
+    return grid.first_codes(w, scale, target.low, target.high), scale
+
+  def decode(encoded, index):
+    codes, scale = levels(encoded, index)
+    return codes * scale
+
+  def integers(encoded, index):
+    codes, scale = levels(encoded, index)
+    return Integers(codes.astype(jnp.int8), scale)
 
   return WeightQuantizer(
     bits=bits,
@@ -198,6 +219,7 @@ def scale_per_bit_width(
     stored_bits=stored_bits,
     storage=storage(bits, stored_bits, ranges={"scale": grid.SCALE_RANGE}),
     from_range=_covering(grids),
+    integers=integers,
   )
 
 
