@@ -21,34 +21,17 @@ Exit codes; whatever it was, the same command resumes from the last checkpoint:
 
 from __future__ import annotations
 
-import contextlib
+from dr_jax.runtime import command
+
+_RESUME = "rerun the same command to resume"
+
+# The imports below take seconds.
+if __name__ == "__main__":
+  command.stop_on_interrupt(_RESUME)
+
 import os
 import signal
 import sys
-
-
-def _stop_at_once(number, frame):
-  """Ends the process on Ctrl-C, wherever it is, without a traceback.
-
-  A KeyboardInterrupt would be swallowed by some code, and others would report
-  it, or abort. Files that are being written appear whole or not at all.
-  """
-  line = b"stopped at once; rerun the same command to resume\n"
-  if os.isatty(2):  # A bar of progress hides the cursor.
-    line = b"\x1b[?25h\r" + line
-  with contextlib.suppress(OSError):
-    os.write(2, line)
-  os._exit(128 + number)
-
-
-# The imports below take seconds.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not (
-  signal.SIG_IGN
-):
-  signal.signal(signal.SIGINT, _stop_at_once)
-
-import errno
-import io
 import time
 import traceback
 import warnings
@@ -95,13 +78,10 @@ def main(argv: list[str]) -> int:
   # Orbax logs every file at INFO, and at ERROR, with a traceback, what it
   # raises as well.
   logging.set_verbosity(logging.FATAL)
-  warnings.showwarning = _warn
+  warnings.showwarning = command.warn
   sys.unraisablehook = _unraisable
   try:
-    if len(argv) > 1:
-      raise ValueError(
-        f"arguments must be flags, --name=value, got {argv[1]!r}"
-      )
+    command.check_no_arguments(argv)
     if _CONFIG.value is None:
       raise ValueError("--config must name a configuration file")
     processes.initialize(detect=_DISTRIBUTED.value)
@@ -115,33 +95,18 @@ def main(argv: list[str]) -> int:
 
 def _show(tables, workdir):
   """Prints what a run found; returns the exit code."""
-  if sys.stdout is None:  # Its descriptor was closed.
-    return 0
-  # An encoding without a sign that a table has is no reason to fail.
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors="replace")
-  try:
-    for shown in tables:
-      # A table that is wider than the terminal wraps; cells are not cut.
-      console = _Console(width=160)
-      wide = Measurement.get(console, console.options, shown).maximum
-      if sys.stdout.isatty():
-        wide = max(wide, Console().width)
-      _Console(width=max(wide, 1)).print(shown, soft_wrap=True)
-    print(f"workdir: {workdir}")
-    sys.stdout.flush()
-  except OSError as error:
-    _drop_output()
-    if error.errno == errno.EPIPE:
-      return 128 + signal.SIGPIPE
-    _report(f"standard output: {error.strerror}; see {workdir}")
-    return 2
-  return 0
+  return command.show(lambda: _print(tables, workdir), workdir)
 
 
-def _drop_output():
-  """Sends what is left of standard output, and its buffer, nowhere."""
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _print(tables, workdir):
+  for shown in tables:
+    # A table that is wider than the terminal wraps; cells are not cut.
+    console = _Console(width=160)
+    wide = Measurement.get(console, console.options, shown).maximum
+    if sys.stdout.isatty():
+      wide = max(wide, Console().width)
+    _Console(width=max(wide, 1)).print(shown, soft_wrap=True)
+  print(f"workdir: {workdir}")
 
 
 class _Console(Console):
@@ -158,20 +123,20 @@ def _end(error: Exception) -> int:
   several = jax.process_count() > 1
   code = processes.exit_code(error)
   if number := getattr(error, "signal", None):
-    _say(f"{error}; rerun the same command to resume")
+    command.say(f"{error}; {_RESUME}")
     preempted = number in (signal.SIGTERM, signal.SIGHUP)
     return _PREEMPTED.value if preempted else 128 + number
   if processes.is_lost_peer(error):
-    _report(f"another process has ended, or cannot be reached: {error}")
+    command.report(f"another process has ended, or cannot be reached: {error}")
     return _leave(3)
   if isinstance(error, processes.SharedError | NonFiniteError):
     # All processes have it, and end alike.
     if code == 1 and error.__cause__ is not None:
       traceback.print_exception(error.__cause__)
-    _report(error)
+    command.report(error)
     return code
   if code == 2 or (several and isinstance(error, jax.errors.JaxRuntimeError)):
-    _report(error)
+    command.report(error)
     return _leave(code)
   if not several:
     raise error
@@ -218,20 +183,6 @@ def _leave(code):
   return code
 
 
-def _report(error):
-  _say(f"error: {_one_line(error)}")
-
-
-def _say(line):
-  """Prints a line on standard error, if anyone can read it."""
-  with contextlib.suppress(OSError, ValueError):
-    print(line, file=sys.stderr, flush=True)
-
-
-def _warn(message, category, filename, lineno, file=None, line=None):
-  _say(f"warning: {_one_line(message)}")
-
-
 def _unraisable(unraisable):
   """Leaves out the writes that Orbax abandons when another one has failed.
 
@@ -239,10 +190,6 @@ def _unraisable(unraisable):
   """
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
-
-
-def _one_line(message):
-  return " ".join(str(message).split()) or type(message).__name__
 
 
 def _on_signals():
@@ -256,7 +203,7 @@ def _on_signals():
 
   def handle(number, frame):
     if received and number == signal.SIGINT:
-      _stop_at_once(number, frame)
+      command.stop_at_once(number, _RESUME)
     received.append(signal.Signals(number).name)
 
   for number in STOPPING:
@@ -270,32 +217,11 @@ def _parse(argv):
   try:
     return config_flags.parse(argv)
   except ConfigError as error:
-    _report(error)
+    command.report(error)
     sys.exit(2)
 
 
-def _open_standard_streams():
-  """Opens closed ones, so that no file gets their number and the output."""
-  for descriptor in (0, 1, 2):
-    try:
-      os.fstat(descriptor)
-    except OSError:
-      os.open(os.devnull, os.O_RDWR)
-
-
-def _command():
-  _open_standard_streams()
-  try:
-    app.run(lambda argv: sys.exit(main(argv)), flags_parser=_parse)
-  except BrokenPipeError:  # Of the text of --help.
-    sys.exit(128 + signal.SIGPIPE)
-  finally:
-    try:
-      if sys.stdout is not None:
-        sys.stdout.flush()
-    except OSError:
-      _drop_output()
-
-
 if __name__ == "__main__":
-  _command()
+  command.run(
+    lambda: app.run(lambda argv: sys.exit(main(argv)), flags_parser=_parse)
+  )

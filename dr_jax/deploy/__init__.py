@@ -1,6 +1,14 @@
 """One integer file for every bit-width."""
 
 from dr_jax.deploy.artifact import Artifact, ArtifactError, load, open
+from dr_jax.deploy.stablehlo import export_stablehlo
 from dr_jax.deploy.writer import save
 
-__all__ = ["Artifact", "ArtifactError", "load", "open", "save"]
+__all__ = [
+  "Artifact",
+  "ArtifactError",
+  "export_stablehlo",
+  "load",
+  "open",
+  "save",
+]

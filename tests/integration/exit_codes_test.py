@@ -192,11 +192,6 @@ def test_an_error_without_a_message_is_reported_by_its_type(in_process, capsys):
   assert capsys.readouterr().err == "error: OSError\n"
 
 
-def test_a_warning_is_one_line(capsys):
-  main._warn("an image\n is torn", UserWarning, "file.py", 3)
-  assert capsys.readouterr() == ("", "warning: an image is torn\n")
-
-
 def test_abandoned_writes_are_silent_and_other_unraisable_errors_are_not(
   in_process, capsys
 ):
@@ -295,13 +290,3 @@ def test_an_encoding_without_a_sign_shows_another(standard_output, tmp_path):
   assert main._show(["90.00 ± 0.10"], "runs/x") == 0
   text = (tmp_path / "out").read_text(encoding="ascii")
   assert text == "90.00 ? 0.10\nworkdir: runs/x\n"
-
-
-def test_errors_that_nobody_reads_do_not_end_with_another(monkeypatch):
-  class Gone:
-    def write(self, text):
-      raise BrokenPipeError
-
-  monkeypatch.setattr(sys, "stderr", Gone())
-  main._report("something")
-  main._warn("something", UserWarning, "file.py", 3)

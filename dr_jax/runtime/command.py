@@ -1,0 +1,137 @@
+"""What commands have in common: one-line errors, Ctrl-C, standard output.
+
+Loads nothing that takes time, so that a command can heed Ctrl-C before its
+other imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def stop_on_interrupt(advice: str) -> None:
+  """Lets Ctrl-C end this process at once, unless it is ignored.
+
+  Args:
+    advice: what to do then, in a few words.
+  """
+  if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(
+      signal.SIGINT, lambda number, frame: stop_at_once(number, advice)
+    )
+
+
+def stop_at_once(number: int, advice: str) -> None:
+  """Ends the process on a signal, wherever it is, without a traceback.
+
+  A KeyboardInterrupt would be swallowed by some code, and others would report
+  it, or abort. Files that are being written appear whole or not at all.
+  """
+  line = f"stopped at once; {advice}\n"
+  if os.isatty(2):  # A bar of progress hides the cursor.
+    line = f"\x1b[?25h\r{line}"
+  with contextlib.suppress(OSError):
+    os.write(2, line.encode())
+  os._exit(128 + number)
+
+
+def run(function: Callable[[], Any]) -> None:
+  """Runs a command with standard streams that can fail without a traceback.
+
+  Args:
+    function: ends with SystemExit, as `absl.app.run` does.
+  """
+  _open_standard_streams()
+  try:
+    function()
+  except BrokenPipeError:  # Of the text of --help.
+    sys.exit(128 + signal.SIGPIPE)
+  finally:
+    try:
+      if sys.stdout is not None:
+        sys.stdout.flush()
+    except OSError:
+      _drop_output()
+
+
+def check_no_arguments(argv: list[str]) -> None:
+  """Raises ValueError if anything but flags is left of a command line."""
+  if len(argv) > 1:
+    raise ValueError(f"arguments must be flags, --name=value, got {argv[1]!r}")
+
+
+def report(error: Any) -> None:
+  """Prints an error in one line, if anyone can read it."""
+  say(f"error: {one_line(error)}")
+
+
+def warn(
+  message: Any,
+  category: Any,
+  filename: str,
+  lineno: int,
+  file: Any = None,
+  line: str | None = None,
+) -> None:
+  """Prints a warning in one line, in place of `warnings.showwarning`."""
+  say(f"warning: {one_line(message)}")
+
+
+def say(line: str) -> None:
+  """Prints a line on standard error, if anyone can read it."""
+  with contextlib.suppress(OSError, ValueError):
+    print(line, file=sys.stderr, flush=True)
+
+
+def one_line(message: Any) -> str:
+  """A message without line breaks; the type of an error that says nothing.
+
+  >>> one_line(ValueError("a\\n  b")), one_line(ValueError())
+  ('a b', 'ValueError')
+  """
+  return " ".join(str(message).split()) or type(message).__name__
+
+
+def show(write: Callable[[], None], result: Any) -> int:
+  """Writes to standard output what a command found; returns the exit code.
+
+  Args:
+    write: prints it.
+    result: where it is to be found, whether it is printed or not.
+  """
+  if sys.stdout is None:  # Its descriptor was closed.
+    return 0
+  # An encoding without a sign that a table has is no reason to fail.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")
+  try:
+    write()
+    sys.stdout.flush()
+  except OSError as error:
+    _drop_output()
+    if error.errno == errno.EPIPE:
+      return 128 + signal.SIGPIPE
+    report(f"standard output: {error.strerror}; see {result}")
+    return 2
+  return 0
+
+
+def _drop_output():
+  """Sends what is left of standard output, and its buffer, nowhere."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_streams():
+  """Opens closed ones, so that no file gets their number and the output."""
+  for descriptor in (0, 1, 2):
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)
