@@ -1,6 +1,7 @@
 """Multi-precision layers for any Flax NNX network."""
 
 from dr_jax.nn import deployed, layers
+from dr_jax.nn.backends import BACKENDS
 from dr_jax.nn.bits import Bits, NormParam, Offset, Scale
 from dr_jax.nn.functional import Functional, functional, update
 from dr_jax.nn.inputs import Inputs
@@ -17,8 +18,10 @@ from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.quantize import first_and_last, quantize
 from dr_jax.nn.recalibrate import recalibrate
 from dr_jax.nn.requantize import requantize
+from dr_jax.nn.set_backend import set_backend, supports
 
 __all__ = [
+  "BACKENDS",
   "NORMS",
   "BatchNorm",
   "Bits",
@@ -43,6 +46,8 @@ __all__ = [
   "quantize",
   "recalibrate",
   "requantize",
+  "set_backend",
   "set_bits",
+  "supports",
   "update",
 ]

@@ -15,9 +15,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn.bits import Bits, Offset, Scale, quantize_at
+from dr_jax.nn.backends import Backend
+from dr_jax.nn.bits import Bits, Offset, Scale, is_mixture, quantize_at
+from dr_jax.nn.contraction import StoredCall, TrainedCall
 from dr_jax.nn.substitute import copy_attributes
-from dr_jax.quant import ActivationQuantizer, WeightQuantizer, fit
+from dr_jax.quant import (
+  ActivationQuantizer,
+  Integers,
+  WeightQuantizer,
+  fit,
+)
 
 
 class LayerInfo(NamedTuple):
@@ -47,6 +54,8 @@ class Quantized:
     input_params: learned parameters of the input quantizer.
     weight_params: learned parameters of the weight quantizer.
     weight_quantizer, input_quantizer: static; the latter None for float input.
+    backend: how it computes, static; None in floats.
+    chunks: parts of a sum that a backend in floats needs to be exact.
   """
 
   # Of the Flax layer that a subclass also is.
@@ -54,6 +63,9 @@ class Quantized:
   param_dtype: Any
 
   _omit: tuple[str, ...] = ("promote_dtype",)
+  _integer_call: Any = TrainedCall
+  backend: Backend | None = None
+  chunks: int = 1
 
   def __init__(
     self,
@@ -80,6 +92,27 @@ class Quantized:
     self.weight_quantizer = weight
     self.weight_params = _learned(arrays)
 
+  def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    flax_call: Any = super().__call__  # pyrefly: ignore[missing-attribute]
+    if self.backend is None or is_mixture(self.bits.get_value()):
+      return flax_call(inputs, *args, **kwargs)
+    in_integers = self._integer_call(self)
+    return flax_call.__func__(in_integers, inputs, *args, **kwargs)
+
+  def integer_operands(
+    self, inputs: Any, kernel: Any
+  ) -> tuple[Integers, Integers]:
+    """Inputs and kernel as integers, at the bit-width in use."""
+    index = self.bits.get_value()
+    quantizer: Any = self.input_quantizer
+    params = arrays_of(self.input_params)
+    x = quantizer.integers(params, self._floating(inputs), index)
+    return x, self._kernel_integers(kernel, index)
+
+  def _kernel_integers(self, kernel, index):
+    quantizer: Any = self.weight_quantizer
+    return quantizer.integers(encode(self, kernel), index)
+
   def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
     inputs, kernel, bias = arrays
     index = self.bits.get_value()
@@ -92,11 +125,15 @@ class Quantized:
   def _quantize_input(self, inputs, index):
     if self.input_quantizer is None:
       return inputs
-    if not jnp.issubdtype(inputs.dtype, jnp.inexact):
-      inputs = inputs.astype(self.param_dtype)
+    inputs = self._floating(inputs)
     params = arrays_of(self.input_params)
     quantize = self.input_quantizer.fake_quantize
     return quantize_at(lambda i: quantize(params, inputs, i), index)
+
+  def _floating(self, inputs):
+    if jnp.issubdtype(inputs.dtype, jnp.inexact):
+      return inputs
+    return inputs.astype(self.param_dtype)
 
 
 # pyrefly: ignore[inconsistent-inheritance]
@@ -113,6 +150,7 @@ class Stored(Quantized):
   """A quantized layer that holds stored codes in place of a float kernel."""
 
   _omit = ("kernel", "mask", "promote_dtype")
+  _integer_call = StoredCall
   encoded: dict[str, Encoded]
 
   def set_weight_quantizer(
@@ -136,6 +174,10 @@ class Stored(Quantized):
     inputs = self._quantize_input(inputs, self.bits.get_value())
     kernel = kernel.astype(self.param_dtype)
     return self.promote((inputs, kernel, bias), dtype=dtype)
+
+  def _kernel_integers(self, kernel, index):
+    quantizer: Any = self.weight_quantizer
+    return quantizer.integers(arrays_of(self.encoded), index)
 
 
 # pyrefly: ignore[inconsistent-inheritance]

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn.bits import Bits, NormParam, is_mixture
+from dr_jax.nn.contraction import accumulators_of
 from dr_jax.nn.substitute import copy_attributes
 
 KINDS = ("switchable", "transitional", "shared")
@@ -201,7 +202,10 @@ class FoldedNorm(Rows, nnx.Module):
   def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
     row = self.row
     gain, offset = _at_row(self.gain, row), _at_row(self.offset, row)
+    accumulators = accumulators_of(x)
     x, *_ = self.promote_dtype((x, gain, offset), dtype=self.dtype)
+    if accumulators is not None and self.axis % x.ndim == x.ndim - 1:
+      return accumulators.normalized(gain, offset).values().astype(x.dtype)
     return _affine(x, gain, offset, self.axis)
 
 
