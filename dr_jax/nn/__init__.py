@@ -1,6 +1,11 @@
 """Multi-precision layers for any Flax NNX network."""
 
 from dr_jax.nn import deployed, layers
+from dr_jax.nn.backend_choice import (
+  set_backend,
+  supports,
+  time_backends,
+)
 from dr_jax.nn.backends import BACKENDS
 from dr_jax.nn.bits import Bits, NormParam, Offset, Scale
 from dr_jax.nn.functional import Functional, functional, update
@@ -18,7 +23,6 @@ from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.quantize import first_and_last, quantize
 from dr_jax.nn.recalibrate import recalibrate
 from dr_jax.nn.requantize import requantize
-from dr_jax.nn.set_backend import set_backend, supports
 
 __all__ = [
   "BACKENDS",
@@ -49,5 +53,6 @@ __all__ = [
   "set_backend",
   "set_bits",
   "supports",
+  "time_backends",
   "update",
 ]

@@ -48,10 +48,10 @@ class Backend(NamedTuple):
   Attributes:
     name: in `BACKENDS`.
     convolve: `convolve(x, w, convolution)`, x [n, *size, c_in], w [*window,
-      c_in / groups, c_out], integers of 8 or 16 bits; accumulators int32 [n,
-      *size, c_out].
-    multiply: `multiply(x, w, chunks)`, x [..., c_in], w [c_in, c_out]; int32
-      [..., c_out].
+      c_in / groups, c_out], integers of 8 or 16 bits; accumulators [n, *size,
+      c_out], int32 or exact integers in float32.
+    multiply: `multiply(x, w, chunks)`, x [..., c_in], w [c_in, c_out];
+      accumulators [..., c_out].
     dtypes: of codes that it takes.
     platforms: on which it runs; () for all.
     exact: sums of integers up to this size are exact in any order.
@@ -114,8 +114,7 @@ def _convolve_carriers(x, w, convolution):
   carrier = _carrier()
 
   def part(x, w):
-    y = _lax_convolve(x, w, convolution, preferred_element_type=jnp.float32)
-    return y.astype(jnp.int32)
+    return _lax_convolve(x, w, convolution, preferred_element_type=jnp.float32)
 
   x, w = x.astype(carrier), w.astype(carrier)
   return _sum_of_chunks(part, x, w, convolution.chunks)
@@ -125,19 +124,22 @@ def _multiply_carriers(x, w, chunks):
   carrier = _carrier()
 
   def part(x, w):
-    return _dot(x, w, jnp.float32).astype(jnp.int32)
+    return _dot(x, w, jnp.float32)
 
   return _sum_of_chunks(part, x.astype(carrier), w.astype(carrier), chunks)
 
 
 def _sum_of_chunks(part, x, w, chunks):
   """The sum of part(x, w) over pieces of the input channels."""
+  if chunks == 1:
+    return part(x, w)
   pieces = zip(
     jnp.array_split(x, chunks, -1),
     jnp.array_split(w, chunks, -2),
     strict=True,
   )
-  return functools.reduce(jnp.add, (part(a, b) for a, b in pieces))
+  parts = (part(a, b).astype(jnp.int32) for a, b in pieces)
+  return functools.reduce(jnp.add, parts)
 
 
 BACKENDS: dict[str, Backend | None] = {

@@ -21,7 +21,7 @@ class Accumulators(NamedTuple):
   """A layer's output before its rescale: y = acc * scale + bias.
 
   Attributes:
-    acc: int32 [..., c_out].
+    acc: integers [..., c_out], int32 or float32.
     scale: float32 [c_out], or [1].
     bias: float32 [c_out], or None.
   """

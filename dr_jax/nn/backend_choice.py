@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import statistics
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn import backends
+from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.layers import Stored, arrays_of, quantized_layers
 
 
-def set_backend(model: nnx.Module, name: str) -> None:
+def set_backend(model: nnx.Module, name: str, *, sample: Any = None) -> None:
   """Sets how every quantized layer computes, in place.
 
   Values are the same but for the order of float sums. What `nn.quantize`
@@ -25,7 +30,9 @@ def set_backend(model: nnx.Module, name: str) -> None:
       "integer": int8 convolutions and products of XLA. "im2col": one int8
       product of gathered patches. "carrier": float convolutions and products of
       integers, in float32 on a CPU and bfloat16 elsewhere, in as many parts as
-      make them exact.
+      make them exact. "auto": the fastest of these on this device, by
+      `time_backends`.
+    sample: for "auto", inputs as the network will get them.
 
   Raises:
     ValueError: if there is no such backend, or it cannot compute a layer: it
@@ -45,6 +52,10 @@ def set_backend(model: nnx.Module, name: str) -> None:
   >>> bool(jnp.allclose(network(jnp.ones((1, 4))), y, rtol=1e-6))
   True
   """
+  if name == "auto":
+    if sample is None:
+      raise ValueError("sample must be inputs of the network for 'auto'")
+    name = next(iter(time_backends(model, sample)))
   backend = backends.get(name)
   layers = quantized_layers(model)
   if not layers:
@@ -67,6 +78,51 @@ def supports(model: nnx.Module, name: str) -> bool:
   except ValueError:
     return False
   return True
+
+
+def time_backends(
+  model: nnx.Module, sample: Any, *, rounds: int = 7
+) -> dict[str, float]:
+  """Measures one call of a network with every backend that supports it.
+
+  Backends take turns: other work on the machine slows all of them.
+
+  Args:
+    model: what `deploy.load` returned; it is not changed.
+    sample: inputs as the network will get them, as for `nn.quantize`; which
+      backend is the fastest depends on the batch size.
+    rounds: timed calls of each backend, after one that compiles.
+
+  Returns:
+    {backend: median seconds of a call}, the fastest first.
+  """
+  inputs = Inputs.of(sample)
+  calls = {}
+  for name in backends.BACKENDS:
+    if supports(model, name):
+      copy = nnx.clone(model)
+      set_backend(copy, name)
+      calls[name] = _compiled(copy, inputs)
+  seconds: dict[str, list[float]] = {name: [] for name in calls}
+  for _ in range(rounds):
+    for name, call in calls.items():
+      started = time.perf_counter()
+      jax.block_until_ready(call())
+      seconds[name].append(time.perf_counter() - started)
+  medians = {name: statistics.median(s) for name, s in seconds.items()}
+  return dict(sorted(medians.items(), key=lambda item: item[1]))
+
+
+def _compiled(model, inputs):
+  graph, state = nnx.split(model)
+
+  @jax.jit
+  def call(state, inputs):
+    network = nnx.merge(graph, state, copy=True)
+    return network(*inputs.args, **inputs.kwargs)
+
+  jax.block_until_ready(call(state, inputs))
+  return functools.partial(call, state, inputs)
 
 
 def _checked(path, layer, backend):
