@@ -1,0 +1,151 @@
+"""Writes a deployed network as an ONNX file with its integers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from dr_jax import nn
+from dr_jax.deploy import graph as graphs
+from dr_jax.deploy.artifact import Artifact
+from dr_jax.deploy.onnx.builder import MICROSOFT, Builder
+from dr_jax.deploy.onnx.emit import Emitter
+from dr_jax.deploy.onnx.lower import lower, quantizer
+from dr_jax.runtime import files
+
+ARITHMETICS = ("exact", "fused")
+OPSET = 21
+_SMALLEST_OPSET = 18
+INPUT, OUTPUT = "input", "output"
+
+
+def export_onnx(
+  path: str | os.PathLike,
+  network: nnx.Module | Artifact,
+  sample_shape: Sequence[int],
+  *,
+  bits: int | Mapping[str, int] | None = None,
+  opset: int = OPSET,
+  arithmetic: str = "exact",
+) -> None:
+  """Writes a network at one assignment of bit-widths as an ONNX file.
+
+  Weights are the integer codes of that bit-width, inputs of quantized layers
+  become codes by QuantizeLinear, and both meet between DequantizeLinear and a
+  Conv or MatMul, which ONNX Runtime computes in integers. The file has one
+  input, "input", float32 [batch, *sample_shape], and one output, "output"; the
+  batch size is open.
+
+  Args:
+    path: the file.
+    network: what `deploy.load` or `deploy.open` returned, or a float network;
+      it is not changed.
+    sample_shape: of one example, without the batch axis: (32, 32, 3).
+    bits: one bit-width, or {layer: bits}; None for those in use.
+    opset: of the standard operators, 18 or more.
+    arithmetic: "exact" computes what the network computes: sums in integers,
+      and what stands between in float32. "fused" lets a convolution whose
+      output only the next layer's codes are made of give them directly: its
+      bias is then rounded to one unit of its sums, which moves some codes by
+      one.
+
+  Raises:
+    ImportError: if the onnx package is not installed.
+    ValueError: for another arithmetic, an opset that is too old, or bits that
+      are not candidates.
+    GraphError: naming what of the network has no counterpart in ONNX.
+
+  References:
+    ONNX QuantizeLinear, DequantizeLinear; ONNX Runtime, "Quantize ONNX models"
+    (the QDQ format).
+  """
+  _check(opset, arithmetic)
+  network = _at_bits(network, bits)
+  builder = Builder()
+  layers = _integer_layers(network)
+  graph = graphs.trace(network, sample_shape, layers=layers)
+  emitter = Emitter(builder)
+  (x,) = graph.inputs
+  emitter.put(x, builder.unique(INPUT))
+  for step in lower(graph, layers, fuse=arithmetic == "fused"):
+    emitter.emit(step)
+  if len(graph.outputs) != 1:
+    raise graphs.GraphError(
+      f"network must return one array, returns {len(graph.outputs)}"
+    )
+  (y,) = graph.outputs
+  builder.add("Identity", emitter.tensor(y), name=OUTPUT)
+  _save(path, builder, x, y, opset)
+
+
+def _check(opset, arithmetic):
+  if importlib.util.find_spec("onnx") is None:
+    raise ImportError("ONNX files need onnx: pip install 'dr_jax[onnx]'")
+  import onnx
+
+  newest = onnx.defs.onnx_opset_version()
+  if not isinstance(opset, int) or not _SMALLEST_OPSET <= opset <= newest:
+    raise ValueError(
+      f"opset must be in {_SMALLEST_OPSET}..{newest}, got {opset!r}"
+    )
+  if arithmetic not in ARITHMETICS:
+    raise ValueError(
+      f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}"
+    )
+
+
+def _at_bits(network, bits):
+  if isinstance(network, Artifact):
+    return network.load(bits=bits)
+  if bits is None:
+    return network
+  network = nnx.clone(network)
+  nn.set_bits(network, bits)
+  return network
+
+
+def _integer_layers(network) -> dict[str, graphs.Layer]:
+  """The quantized layers; without quantizers that have no integers."""
+  found = {}
+  for name, layer in graphs.stored_layers(network).items():
+    if layer.weight is not None and layer.weight.integers is None:
+      layer = layer._replace(weight=None)
+    if quantizer(layer) is None:
+      layer = layer._replace(activation=None)
+    found[name] = layer
+  return found
+
+
+def _save(path, builder, x, y, opset):
+  import onnx
+
+  opsets = [onnx.helper.make_opsetid("", opset)]
+  if any(node.domain == MICROSOFT for node in builder.nodes):
+    opsets.append(onnx.helper.make_opsetid(MICROSOFT, 1))
+  model = onnx.helper.make_model(
+    onnx.helper.make_graph(
+      builder.nodes,
+      "network",
+      [_info(INPUT, x)],
+      [_info(OUTPUT, y)],
+      list(builder.initializers.values()),
+    ),
+    opset_imports=opsets,
+    ir_version=onnx.helper.find_min_ir_version_for(opsets, True),
+    producer_name="dr_jax",
+  )
+  onnx.checker.check_model(model, full_check=True)
+  files.write_bytes(path, model.SerializeToString())
+
+
+def _info(name: str, value: Any):
+  import onnx
+
+  shape = [d if isinstance(d, int) else str(d) for d in value.shape]
+  kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
+  return onnx.helper.make_tensor_value_info(name, kind, shape)

@@ -1,0 +1,185 @@
+"""ONNX nodes for the primitives of JAX that networks consist of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dr_jax.deploy.graph import GraphError, Node, Value
+
+# Elementwise, by name: of one operand, or of several that broadcast.
+_ELEMENTWISE = {
+  "abs": "Abs",
+  "add": "Add",
+  "ceil": "Ceil",
+  "cos": "Cos",
+  "cosh": "Cosh",
+  "div": "Div",
+  "erf": "Erf",
+  "exp": "Exp",
+  "floor": "Floor",
+  "log": "Log",
+  "logistic": "Sigmoid",
+  "max": "Max",
+  "min": "Min",
+  "mul": "Mul",
+  "neg": "Neg",
+  "pow": "Pow",
+  "sign": "Sign",
+  "sin": "Sin",
+  "sqrt": "Sqrt",
+  "sub": "Sub",
+  "tanh": "Tanh",
+  "eq": "Equal",
+  "ge": "GreaterOrEqual",
+  "gt": "Greater",
+  "le": "LessOrEqual",
+  "lt": "Less",
+}
+_REDUCTIONS = {
+  "reduce_max": "ReduceMax",
+  "reduce_min": "ReduceMin",
+  "reduce_prod": "ReduceProd",
+  "reduce_sum": "ReduceSum",
+}
+
+
+def emit(emitter: Any, node: Node) -> None:
+  """Emits a primitive; GraphError names one that has no counterpart."""
+  name = node.operation
+  if name in _ELEMENTWISE:
+    _elementwise(emitter, node, _ELEMENTWISE[name])
+  elif name in _REDUCTIONS:
+    _reduction(emitter, node, _REDUCTIONS[name])
+  elif name in _OTHERS:
+    _OTHERS[name](emitter, node)
+  else:
+    raise GraphError(f"primitive {name} has no counterpart in ONNX here")
+
+
+def convolution_attributes(
+  params: dict[str, Any], windows: tuple[int, ...]
+) -> dict[str, Any]:
+  """Attributes of an ONNX Conv."""
+  low, high = zip(*params["padding"], strict=True)
+  return {
+    "kernel_shape": list(windows),
+    "strides": list(params["window_strides"]),
+    "dilations": list(params["rhs_dilation"]),
+    "pads": [*low, *high],
+    "group": params["feature_group_count"],
+  }
+
+
+def _elementwise(emitter, node, operation):
+  values = [x for x in node.inputs if isinstance(x, Value)]
+  rank = len(node.output.shape)
+  order = tuple(range(rank))
+  orders = {emitter.order(x) for x in values if len(x.shape) == rank}
+  if len(orders) == 1:
+    (order,) = orders
+  names = [emitter.tensor(x, order) for x in node.inputs]
+  emitter.put(node.output, emitter.builder.add(operation, *names), order)
+
+
+def _reduction(emitter, node, operation):
+  axes = emitter.builder.constant(np.array(node.params["axes"], np.int64))
+  name = emitter.tensor(node.inputs[0])
+  name = emitter.builder.add(operation, name, axes, keepdims=0)
+  emitter.put(node.output, name)
+
+
+def _reshape(emitter, node):
+  shape = [
+    d if isinstance(d, int) else (0 if i == 0 and str(d) == "batch" else -1)
+    for i, d in enumerate(node.output.shape)
+  ]
+  if shape.count(-1) > 1:
+    raise GraphError(f"reshape to {node.output.shape} has two unknown sizes")
+  name = emitter.builder.add(
+    "Reshape",
+    emitter.tensor(node.inputs[0]),
+    emitter.builder.constant(np.array(shape, np.int64)),
+  )
+  emitter.put(node.output, name)
+
+
+def _transpose(emitter, node):
+  (x,) = node.inputs
+  permutation = list(node.params["permutation"])
+  name = emitter.builder.add("Transpose", emitter.tensor(x), perm=permutation)
+  emitter.put(node.output, name)
+
+
+def _convolution(emitter, node):
+  x, kernel = node.inputs
+  params = node.params
+  dims = params["dimension_numbers"]
+  if params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
+    raise GraphError(
+      "conv_general_dilated with lhs_dilation or batch groups has no "
+      "counterpart in ONNX here"
+    )
+  name = emitter.builder.add(
+    "Conv",
+    emitter.tensor(x, dims.lhs_spec),
+    emitter.tensor(kernel, dims.rhs_spec),
+    **convolution_attributes(
+      params, tuple(kernel.shape[d] for d in dims.rhs_spec[2:])
+    ),
+  )
+  emitter.put(node.output, name, tuple(dims.out_spec))
+
+
+def _max_pool(emitter, node):
+  (x,) = node.inputs
+  params = node.params
+  order, spatial = _pool_order(node)
+  low, high = zip(*(params["padding"][d] for d in spatial), strict=True)
+  name = emitter.builder.add(
+    "MaxPool",
+    emitter.tensor(x, order),
+    kernel_shape=[params["window_dimensions"][d] for d in spatial],
+    strides=[params["window_strides"][d] for d in spatial],
+    dilations=[params["window_dilation"][d] for d in spatial],
+    pads=[*low, *high],
+  )
+  emitter.put(node.output, name, order)
+
+
+def _pool_order(node):
+  """Batch, channels, and the axes that are pooled."""
+  params = node.params
+  rank = len(node.output.shape)
+  spatial = [d for d in range(1, rank) if params["window_dimensions"][d] > 1]
+  if set(params["base_dilation"]) != {1} or len(spatial) != rank - 2:
+    raise GraphError(f"{node.operation} must pool all axes but two")
+  (channels,) = {*range(1, rank)} - {*spatial}
+  return (0, channels, *spatial), spatial
+
+
+def _product(emitter, node):
+  x, y = node.inputs
+  (left, right), (left_batch, right_batch) = node.params["dimension_numbers"]
+  left_last = [*left] == [len(x.shape) - 1]
+  right_first = [*right] == [len(right_batch)]
+  batches = [*range(len(left_batch))]
+  plain = [*left_batch] == [*right_batch] == batches
+  matches = len(y.shape) - len(batches) == 2
+  if not (left_last and right_first and plain and matches):
+    raise GraphError("dot_general of these axes has no counterpart here")
+  name = emitter.builder.add("MatMul", emitter.tensor(x), emitter.tensor(y))
+  emitter.put(node.output, name)
+
+
+_OTHERS: dict[str, Callable[[Any, Node], None]] = {
+  "conv_general_dilated": _convolution,
+  "dot_general": _product,
+  "expand_dims": _reshape,
+  "reduce_window_max": _max_pool,
+  "reshape": _reshape,
+  "squeeze": _reshape,
+  "transpose": _transpose,
+}

@@ -1,0 +1,140 @@
+"""Tests of ONNX files, run by ONNX Runtime."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from flax import nnx
+
+from dr_jax import data, deploy, models, nn, quant
+from dr_jax.deploy.graph import GraphError
+from dr_jax.deploy.onnx import export_onnx
+
+OPTIONS = {"depth": 8, "num_classes": 10, "channels": 1, "widths": (4, 6, 8)}
+BITS = (8, 6, 4, 2)
+SHAPE = (8, 8, 1)
+
+
+def images(size, seed=1, shape=SHAPE):
+  return np.asarray(jax.random.normal(jax.random.key(seed), (size, *shape)))
+
+
+def deployed(path, model, weight, *, sample, activation=None, **kwargs):
+  """A network as `deploy.load` returns it, with other norms at every bits."""
+  activation = activation or quant.lsq_activation(weight.bits)
+  network = nn.quantize(
+    model, weight=weight, activation=activation, sample=sample, **kwargs
+  )
+  for bits in weight.bits:
+    nn.set_bits(network, bits)
+    nn.recalibrate(network, [sample])
+  deploy.save(path, network)
+  return deploy.load(path, model=model)
+
+
+@pytest.fixture(scope="module")
+def digits():
+  """All test images of scikit-learn's digits."""
+  test = data.load("digits").test
+  return np.stack([test[i]["image"] for i in range(len(test))])
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory, digits):
+  model = models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS)
+  return deployed(
+    tmp_path_factory.mktemp("artifact") / "model",
+    model,
+    quant.double_rounding(BITS),
+    sample=digits[:64],
+    norm="transitional",
+  )
+
+
+def run(path, x):
+  session = onnxruntime.InferenceSession(
+    path, providers=["CPUExecutionProvider"]
+  )
+  (y,) = session.run(None, {"input": x})
+  return y
+
+
+def expected(network, x, bits=None):
+  network = nnx.clone(network)
+  if bits is not None:
+    nn.set_bits(network, bits)
+  return np.asarray(jax.jit(lambda x: network(x))(jnp.asarray(x)))
+
+
+@pytest.mark.parametrize("bits", [*BITS, "mixed"])
+def test_predictions_on_all_digits_are_those_of_the_network(
+  network, digits, tmp_path, bits
+):
+  if bits == "mixed":
+    rows = nn.layer_table(network)
+    bits = {row.name: BITS[i % 4] for i, row in enumerate(rows)}
+  export_onnx(tmp_path / "model.onnx", network, SHAPE, bits=bits)
+  logits = run(tmp_path / "model.onnx", digits)
+  wanted = expected(network, digits, bits)
+  np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
+  # Sums of integers are exact; floats between them are in another order.
+  assert np.median(np.abs(logits - wanted)) < 1e-5
+
+
+def test_weights_in_the_file_are_the_integers_of_the_bit_width(
+  network, tmp_path
+):
+  export_onnx(tmp_path / "model.onnx", network, SHAPE, bits=4)
+  model = onnx.load(tmp_path / "model.onnx")
+  stored = {
+    t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer
+  }
+  layers = nn.layers.quantized_layers(network)
+  for name, layer in layers.items():
+    codes, _ = layer.weight_quantizer.integers(
+      nn.layers.arrays_of(layer.encoded), BITS.index(4)
+    )
+    found = stored[f"{name}/weight_codes"]
+    assert found.dtype == np.int8
+    np.testing.assert_array_equal(found.reshape(codes.shape), codes)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_one_file_takes_batches_of_every_size(network, digits, tmp_path, batch):
+  export_onnx(tmp_path / "model.onnx", network, SHAPE)
+  logits = run(tmp_path / "model.onnx", digits[:batch])
+  wanted = expected(network, digits[:batch])
+  np.testing.assert_allclose(logits, wanted, atol=1e-4)
+
+
+class Sorts(nnx.Module):
+  def __init__(self):
+    self.head = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+  def __call__(self, x):
+    return jnp.sort(self.head(x))
+
+
+def test_a_primitive_without_counterpart_is_named(tmp_path):
+  with pytest.raises(GraphError, match="sort"):
+    export_onnx(tmp_path / "model.onnx", Sorts(), (4,))
+  assert not (tmp_path / "model.onnx").exists()
+
+
+def test_an_opset_that_is_too_old_is_named_with_the_smallest_allowed(
+  network, tmp_path
+):
+  with pytest.raises(ValueError, match=r"opset must be in 18\.\..*, got 12"):
+    export_onnx(tmp_path / "model.onnx", network, SHAPE, opset=12)
+
+
+def test_without_onnx_one_line_says_what_to_install(
+  network, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ImportError, match=r"pip install 'dr_jax\[onnx\]'"):
+    export_onnx(tmp_path / "model.onnx", network, SHAPE)
