@@ -127,7 +127,8 @@ class Allocation(Mapping[str, int]):
         that is not a candidate.
     """
     names = list(layers)
-    unknown = [layer for layer in self if layer not in set(names)]
+    known = set(names)
+    unknown = [layer for layer in self if layer not in known]
     missing = [layer for layer in names if layer not in self]
     if unknown or missing:
       raise ValueError(

@@ -1,12 +1,16 @@
 """One integer file for every bit-width."""
 
 from dr_jax.deploy.artifact import Artifact, ArtifactError, load, open
+from dr_jax.deploy.choices import Choice
 from dr_jax.deploy.stablehlo import export_stablehlo
+from dr_jax.deploy.switchable import Switchable
 from dr_jax.deploy.writer import save
 
 __all__ = [
   "Artifact",
   "ArtifactError",
+  "Choice",
+  "Switchable",
   "export_stablehlo",
   "load",
   "open",

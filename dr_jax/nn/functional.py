@@ -92,6 +92,8 @@ def functional(model: nnx.Module) -> Functional:
   followed = {path: variable.order for path, variable in all_bits(model)}
   layers = len(quantized_layers(model))
   candidate_bits = candidates(model) if layers else ()
+  # Without their arrays, which would live as long as `apply`.
+  kept_params, kept_bits, kept_rest = map(_without_arrays, (params, bits, rest))
   takes_train = "train" in inspect.signature(type(model).__call__).parameters
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
@@ -103,9 +105,9 @@ def functional(model: nnx.Module) -> Functional:
       return index if shape == () else index[followed[path]]
 
     state = nnx.from_flat_state(
-      [(path, with_value(v, _get(params_tree, path))) for path, v in params]
-      + [(path, with_value(v, _get(stats_tree, path))) for path, v in rest]
-      + [(path, with_value(v, bits_at(path))) for path, v in bits]
+      [(p, with_value(v, _get(params_tree, p))) for p, v in kept_params]
+      + [(p, with_value(v, _get(stats_tree, p))) for p, v in kept_rest]
+      + [(p, with_value(v, bits_at(p))) for p, v in kept_bits]
     )
     merged = nnx.merge(graph, state, copy=True)
     merged.train() if train else merged.eval()
@@ -113,7 +115,7 @@ def functional(model: nnx.Module) -> Functional:
       kwargs["train"] = train
     outputs = merged(*inputs, **kwargs)
     flat = dict(nnx.to_flat_state(nnx.state(merged)))
-    return outputs, _nest((path, value_of(flat[path])) for path, _ in rest)
+    return outputs, _nest((path, value_of(flat[path])) for path, _ in kept_rest)
 
   return Functional(
     apply=apply,
@@ -194,6 +196,10 @@ def _label(variable):
   if isinstance(variable, NormParam):
     return "norm"
   return "weight" if variable.ndim > 1 else "vector"
+
+
+def _without_arrays(leaves):
+  return [(path, with_value(leaf, None)) for path, leaf in leaves]
 
 
 def _get(tree, path):
