@@ -40,6 +40,13 @@ from dr_jax.quant.methods.term_quantization import (
   term_quantization,
 )
 from dr_jax.quant.methods.truncation import truncation
+from dr_jax.quant.planes import (
+  from_planes,
+  matmul,
+  matmul_bytes,
+  planes_read,
+  to_planes,
+)
 from dr_jax.quant.registry import (
   NAMES,
   RECIPES,
@@ -79,16 +86,20 @@ __all__ = [
   "fake_quantize",
   "fit",
   "float_weight",
+  "from_planes",
   "get",
   "lsq",
   "lsq_activation",
   "lsq_plus",
   "lsq_plus_activation",
+  "matmul",
+  "matmul_bytes",
   "multi_resolution",
   "multi_resolution_activation",
   "pack",
   "packed_size",
   "pact_activation",
+  "planes_read",
   "skipped_columns",
   "method",
   "options_of",
@@ -100,6 +111,7 @@ __all__ = [
   "term_activation",
   "term_quantization",
   "ternary",
+  "to_planes",
   "truncation",
   "unit_activation",
   "unpack",

@@ -19,6 +19,7 @@ from dr_jax.benchmarks import (
   images,
   loopback,
   network,
+  planes,
   post_training,
   scaling,
   throughput,
@@ -346,6 +347,25 @@ def test_ratios_are_of_the_same_round():
   assert cells(shown, "loop") == ["2000.0", "1.50"]
 
 
+def test_products_with_planes_are_compared_with_float_products():
+  rows = planes.measured((1, 64, 32), [4, 2], "half_up", rounds=1)
+  names = ["bfloat16", "float32", "4 bits, xla", "2 bits, xla"]
+  assert [row.name for row in rows] == names
+  codes = 64 * 32 // 8  # bytes of one plane
+  others = 4 * 32 + 2 * (64 + 32)
+  assert [row.moved for row in rows] == [
+    *(2 * (64 + 64 * 32 + 32), 4 * (64 + 64 * 32 + 32)),
+    *(5 * codes + others, 3 * codes + others),
+  ]
+  rows = [
+    planes.Row(name, seconds, 10**6)
+    for name, seconds in zip(names, (1e-3, 2e-3, 5e-4, 4e-4), strict=True)
+  ]
+  shown = printed(planes.table(rows, "title"))
+  assert cells(shown, names[0]) == ["1.0000", "1.00", "1.0", "1.00", "0.50"]
+  assert cells(shown, names[2]) == ["0.5000", "1.00", "2.0", "0.50", "0.25"]
+
+
 def command(name, *arguments):
   return subprocess.run(
     [sys.executable, "-m", f"dr_jax.benchmarks.{name}", *arguments],
@@ -375,6 +395,10 @@ def test_processes_connect_and_their_speeds_are_printed():
     (
       ("joint_step", "--model=resnet20", "--torch"),
       "error: torch must not be set with --model",
+    ),
+    (
+      ("planes", "--shapes=64"),
+      "error: shapes must be like 4096x11008, got '64'",
     ),
   ],
 )
