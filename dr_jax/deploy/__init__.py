@@ -1,7 +1,8 @@
 """One integer file for every bit-width."""
 
-from dr_jax.deploy.artifact import Artifact, ArtifactError, load, open
+from dr_jax.deploy.artifact import Artifact, load, open
 from dr_jax.deploy.choices import Choice
+from dr_jax.deploy.reader import ArtifactError
 from dr_jax.deploy.stablehlo import export_stablehlo
 from dr_jax.deploy.switchable import Switchable
 from dr_jax.deploy.writer import save

@@ -1,84 +1,76 @@
-"""The integer artifact, opened: manifest, tensors, sizes, the network.
+"""The integer artifact, opened: manifest, parts, sizes, the network.
 
 An artifact is a directory:
 
   model.safetensors  per quantized layer what its method's `storage` packs
                      (codes, scales), input scales; folded norms; float
-                     parameters
+                     parameters (see `layout`)
   manifest.json      format version, method and its options (tie rule,
                      candidate bits), layer table, architecture, SHA-256 of
                      the tensors and of the manifest itself
 
-Any candidate bit-width is derived from the stored integers alone. Nothing is
-pickled, and nothing is used before it is verified: checksums, and, since
+Any candidate bit-width is derived from the stored integers alone, and where
+the method's codes nest, from their top bit-planes: only these are read. Nothing
+is pickled, and nothing is used before it is verified: checksums, and, since
 whoever changes a file can change those too, that all parts fit (`verify`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from dr_jax import allocate, models, nn, quant
-from dr_jax.deploy.manifest import (
-  check_manifest,
-  guarded,
-  quantizers,
-  with_sign,
-)
-from dr_jax.deploy.verify import (
-  check_architecture,
-  check_header,
-  check_tensors,
-)
-from dr_jax.nn import deployed
+from dr_jax.deploy.layout import layout_of, packed_layout, pieces_for
+from dr_jax.deploy.manifest import check_manifest, guarded, quantizers
+from dr_jax.deploy.reader import ArtifactError, errors_of, open_file
+from dr_jax.deploy.store import Store, open_store
+from dr_jax.deploy.verify import check_architecture, checked_parts
 from dr_jax.runtime import files, schema
 
 FORMAT = "dr_jax"
-VERSION = 2
+VERSION = 3
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 # Of ten thousand layers; JSON takes a second.
 _LARGEST_MANIFEST = 2**22
-# A file of this size or more must not consist of holes, which read as zeros.
-_SPARSE = 2**26
 
-
-class ArtifactError(ValueError):
-  """An artifact is missing, damaged, or of another format or network."""
+# One bit-width for all layers, or {layer: bits}.
+Assignment = int | Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-  """An artifact in memory, verified.
+  """An artifact in memory, or the part of it that some bits need; verified.
 
   Attributes:
     path: its directory.
     manifest: what manifest.json says, without its own checksum.
-    tensors: arrays by name, as stored.
     weight: the weight quantizer of all layers.
     activation: the input quantizer of all layers, its sign open, or None.
-    encoded: what each quantized layer stores, unpacked.
+    opened: {layer: bits} that was asked for last; `load` starts there.
+    parts: what was read: quantized layers, norms, float parameters.
+    read_bytes: bytes read from disk so far.
+    store: what was read as the file has it, and where the rest lies.
   """
 
   path: pathlib.Path
   manifest: dict[str, Any]
-  tensors: dict[str, np.ndarray]
   weight: quant.WeightQuantizer
   activation: quant.ActivationQuantizer | None
-  encoded: dict[str, dict[str, jax.Array]]
+  opened: dict[str, int]
+  parts: nn.deployed.Parts
+  read_bytes: int
+  store: Store
 
   @property
   def bits(self) -> tuple[int, ...]:
@@ -86,22 +78,70 @@ class Artifact:
     return self.weight.bits
 
   @property
+  def encoded(self) -> dict[str, dict[str, jax.Array]]:
+    """What each quantized layer stores, unpacked; bits not read are zeros."""
+    return {name: layer.encoded for name, layer in self.parts.layers.items()}
+
+  @property
   def tensor_bytes(self) -> int:
-    """Bytes of all tensors, without names and manifest."""
-    return sum(tensor.nbytes for tensor in self.tensors.values())
+    """Bytes of all tensors on disk, without names, checksums and manifest."""
+    return self.store.tensor_bytes
 
   @property
   def stored_bytes(self) -> int:
     """Bytes of the files on disk."""
     return sum(file.stat().st_size for file in self.path.iterdir())
 
+  def holds(self, bits: Assignment) -> bool:
+    """Whether an assignment was read: `load` can switch to it.
+
+    Raises:
+      ValueError: if the layers or bits are not the artifact's.
+    """
+    wanted = self._pieces(_checked(bits, self.manifest, self.bits))
+    return all(piece in self.store.pieces for piece in wanted)
+
+  def upgrade(self, bits: Assignment | None = None) -> Artifact:
+    """Reads what an assignment needs and was not read yet, nothing else.
+
+    Args:
+      bits: one bit-width, {layer: bits}, or None for all that is stored.
+
+    Returns:
+      An artifact that holds what both need, opened at `bits`; this one stays
+      as it is.
+
+    Raises:
+      ArtifactError: if the file is damaged, or not the one that was opened.
+      ValueError: if the layers or bits are not the artifact's.
+    """
+    opened = _checked(bits, self.manifest, self.bits)
+    wanted = self._pieces(None if bits is None else opened)
+    store = self.store.with_pieces(wanted)
+    read = store.read_bytes - self.store.read_bytes
+    parts = self.parts
+    if read:
+      with errors_of(store.path):
+        parts = _parts(self.manifest, self.weight, self.activation, store)
+    return dataclasses.replace(
+      self,
+      opened=opened,
+      parts=parts,
+      read_bytes=self.read_bytes + read,
+      store=store,
+    )
+
   def load(
     self,
     *,
-    bits: int | Mapping[str, int] | None = None,
+    bits: Assignment | None = None,
     model: nnx.Module | None = None,
   ) -> nnx.Module:
-    """Builds the network; see `deploy.load`."""
+    """Builds the network; see `deploy.load`.
+
+    It holds what was read: `nn.set_bits` to anything else is a ValueError, and
+    an index in a compiled program that asks for anything else gives NaN.
+    """
     if model is None:
       if self.manifest["architecture"] is None:
         raise ArtifactError(
@@ -110,31 +150,28 @@ class Artifact:
         )
       model = self._architecture(*self.manifest["architecture"])
     try:
-      network = nn.deployed.assemble(model, self._parts())
+      network = nn.deployed.assemble(model, self.parts)
     except ValueError as error:
       raise ArtifactError(f"{self.path}: {error}") from error
-    if bits is not None:
-      nn.set_bits(network, bits)
+    nn.set_bits(network, self.opened if bits is None else bits)
     return network
 
   @functools.cached_property
   def layer_bytes(self) -> dict[str, dict[int | str, int]]:
     """Bytes of each quantized weight: {layer: {"stored": n, 8: n, ...}}."""
     found = {}
-    for layer in self.manifest["layers"]:
-      encoded = self.encoded[layer["name"]]
-      sizes = {
-        b: self.weight.storage.size(encoded, i) for i, b in enumerate(self.bits)
-      }
-      stored = sum(array.nbytes for array in self._packed(layer).values())
-      found[layer["name"]] = {"stored": stored, **sizes}
+    for name, layer in self.parts.layers.items():
+      size = self.weight.storage.size
+      sizes = {b: size(layer.encoded, i) for i, b in enumerate(self.bits)}
+      found[name] = {"stored": self._stored_bytes(name, layer.shape), **sizes}
     return found
 
-  def bytes_at(self, bits: int | Mapping[str, int]) -> int:
+  def bytes_at(self, bits: Assignment) -> int:
     """Bytes of a copy whose weights serve one assignment and no other.
 
     Of each quantized weight what its bit-width needs, by its method's
-    `storage.size`, and everything else as it is.
+    `storage.size`, and everything else as it is. What `open` reads to serve it
+    is `read_bytes`.
 
     Args:
       bits: one bit-width, or {layer: bits}.
@@ -142,80 +179,76 @@ class Artifact:
     Raises:
       ValueError: if the layers or bits are not the artifact's.
     """
+    bits = _checked(bits, self.manifest, self.bits)
     layers = self.layer_bytes
-    if isinstance(bits, int):
-      bits = dict.fromkeys(layers, bits)
-    allocate.Allocation(bits).check(layers, self.bits)
     return self.tensor_bytes + sum(
       layer[bits[name]] - layer["stored"] for name, layer in layers.items()
     )
 
-  def _packed(self, layer):
-    name = layer["name"]
-    return {key: self.tensors[f"{name}/{key}"] for key in layer["packed"]}
+  def _stored_bytes(self, name, shape):
+    joined = self.store.layout.layers.values()
+    stored = sum(
+      math.prod(tensor.shapes[name])
+      * self.store.header.tensors[tensor.name].dtype.itemsize
+      for tensor in joined
+    )
+    if self.weight.storage.planes:
+      stored += math.prod(packed_layout(self.weight, shape)["codes"].shape)
+    return stored
+
+  def _pieces(self, opened):
+    index = opened and [self.bits.index(b) for b in opened.values()]
+    storage = self.weight.storage
+    return pieces_for(self.store.layout, self.manifest, storage, index)
 
   def _architecture(self, name, options):
-    with _errors_of(self.path / MANIFEST):
-      check_architecture((name, options), self.manifest, self.tensors)
+    with errors_of(self.path / MANIFEST):
+      tensors = self.store.header.tensors.values()
+      stored = sum(math.prod(tensor.shape) for tensor in tensors)
+      check_architecture((name, options), self.parts, stored)
       return guarded(
         "architecture",
         lambda: models.build(name, rngs=nnx.Rngs(0), **options),
       )
 
-  def _parts(self) -> deployed.Parts:
-    layers = {}
-    for layer in self.manifest["layers"]:
-      name, shape = layer["name"], tuple(layer["shape"])
-      layers[name] = deployed.StoredLayer(
-        info=nn.layers.LayerInfo(name, layer["order"], layer["macs"]),
-        shape=shape,
-        weight=self.weight,
-        activation=with_sign(self.activation, layer["signed"]),
-        input_params={
-          key: jnp.asarray(self.tensors[f"{name}/input/{key}"])
-          for key in layer["input"]
-        },
-        encoded=self.encoded[name],
-      )
-    norms = {
-      name: deployed.StoredNorm(
-        tuple(orders),
-        jnp.asarray(self.tensors[f"{name}/gain"]),
-        jnp.asarray(self.tensors[f"{name}/offset"]),
-      )
-      for name, orders in self.manifest["norms"].items()
-    }
-    floats = {
-      name.removeprefix("float/"): jnp.asarray(value)
-      for name, value in self.tensors.items()
-      if name.startswith("float/")
-    }
-    return deployed.Parts(layers, norms, floats)
 
+def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:
+  """Reads and verifies an artifact, or what some bits need of it.
 
-def open(path: str | os.PathLike) -> Artifact:
-  """Reads and verifies an artifact.
+  Args:
+    path: the directory.
+    bits: bit-width to read, or one per layer. Of codes that nest only the
+      bit-planes that it needs are read, of norms only its rows, the rest by
+      `Artifact.upgrade`. None reads all.
 
   Raises:
     ArtifactError: naming the file that is missing, damaged or of another
       format, and the field or tensor that is wrong in it.
+    ValueError: if the layers or bits are not the artifact's.
   """
   path = files.expand(path)
-  text = _bytes(path / MANIFEST, _LARGEST_MANIFEST)
-  with _errors_of(path / MANIFEST):
-    manifest = _verified_manifest(text)
+  with open_file(path / MANIFEST, _LARGEST_MANIFEST) as reader:
+    manifest = _verified_manifest(reader.read(0, reader.size))
     weight, activation = quantizers(manifest)
-  data = _bytes(path / TENSORS, _memory(), check_header)
-  with _errors_of(path / TENSORS):
-    tensors = _verified_tensors(data, manifest)
-    encoded = check_tensors(manifest, tensors, weight, activation)
-  return Artifact(path, manifest, tensors, weight, activation, encoded)
+    layout = layout_of(manifest, weight, activation)
+  opened = _checked(bits, manifest, weight.bits)
+  index = [weight.bits.index(b) for b in opened.values()]
+  wanted = pieces_for(
+    layout, manifest, weight.storage, None if bits is None else index
+  )
+  store = open_store(path / TENSORS, manifest["sha256"], layout, wanted)
+  with errors_of(path / TENSORS):
+    parts = _parts(manifest, weight, activation, store)
+  read_bytes = reader.read_bytes + store.read_bytes
+  return Artifact(
+    path, manifest, weight, activation, opened, parts, read_bytes, store
+  )
 
 
 def load(
   path: str | os.PathLike,
   *,
-  bits: int | dict[str, int] | None = None,
+  bits: Assignment | None = None,
   model: nnx.Module | None = None,
 ) -> nnx.Module:
   """Loads an artifact as a network that switches bit-widths.
@@ -223,7 +256,8 @@ def load(
   Args:
     path: the directory.
     bits: bit-width to start with, or one per layer; the highest by default.
-      `nn.set_bits` switches later, from the stored codes.
+      `nn.set_bits` switches later, from the stored codes: all are read. To read
+      no more than some bits need, `open(path, bits).load()`.
     model: the float network that was quantized, with any weights; by default
       it is built from the architecture in the manifest.
 
@@ -245,15 +279,23 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
   ).hexdigest()
 
 
-@contextlib.contextmanager
-def _errors_of(path):
-  """Makes an ArtifactError that names the file of every error of a check."""
-  try:
-    yield
-  except ArtifactError:
-    raise
-  except ValueError as error:
-    raise ArtifactError(f"{path}: {error}") from None
+def _checked(bits, manifest, candidates):
+  """{layer: bits} in the order of the layers, the highest for None."""
+  names = [layer["name"] for layer in manifest["layers"]]
+  if bits is None:
+    bits = candidates[0]
+  if not isinstance(bits, Mapping):
+    if bits not in candidates:
+      raise ValueError(f"bits must be one of {candidates}, got {bits!r}")
+    return dict.fromkeys(names, bits)
+  allocate.Allocation(bits).check(names, candidates)
+  return {name: bits[name] for name in names}
+
+
+def _parts(manifest, weight, activation, store):
+  return checked_parts(
+    manifest, weight, activation, store.layout, store.tensors, store.pieces
+  )
 
 
 def _verified_manifest(text):
@@ -270,55 +312,3 @@ def _verified_manifest(text):
     raise ValueError("is damaged: its checksum differs")
   check_manifest(manifest)
   return manifest
-
-
-def _verified_tensors(data, manifest):
-  if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-    raise ValueError("is damaged: its checksum differs")
-  tensors = guarded("is no safetensors file", safetensors.numpy.load, data)
-  for name in manifest["bfloat16"]:
-    if name not in tensors or tensors[name].dtype != np.uint16:
-      raise ValueError(f"bfloat16 must name tensors of uint16, got {name!r}")
-    tensors[name] = tensors[name].view(jnp.bfloat16)
-  return tensors
-
-
-def _bytes(path, limit, check=None):
-  """The bytes of a regular file that has at most `limit` of them.
-
-  `check(file, size)` may look into the file before all of it is read.
-  """
-  try:
-    with _errors_of(path), files.open_regular(path, os.O_RDONLY) as file:
-      size = os.fstat(file.fileno()).st_size
-      if size > limit:
-        raise ValueError(f"must have at most {limit} bytes, got {size}")
-      if size >= _SPARSE and _present(file, size) < size // 8:
-        raise ValueError("must not be a sparse file")
-      if check is not None:
-        check(file, size)
-        file.seek(0)
-      return file.read(size)
-  except OSError as error:
-    raise ArtifactError(f"{path}: {error.strerror or error}") from None
-
-
-def _present(file, size):
-  """Bytes of a file that are stored: all but its holes."""
-  if not hasattr(os, "SEEK_DATA"):
-    return size
-  end = present = 0
-  while end < size:
-    try:
-      start = os.lseek(file.fileno(), end, os.SEEK_DATA)
-    except OSError:  # Only a hole is left.
-      break
-    end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
-    present += end - start
-  file.seek(0)
-  return present
-
-
-def _memory():
-  """Bytes that can be read at once: half of this machine's memory."""
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -46,21 +46,24 @@ _MANIFEST = {
     [
       {
         "name": NAME,
-        "order": COUNT,
         "macs": COUNT,
         "shape": _SHAPE,
         "signed": (None, bool),
-        "packed": [NAME],
-        "input": [NAME],
       }
     ],
     lambda layers: isinstance(layers, list) and len(layers) > 0,
     "a list of layers, not empty",
   ),
+  "streams": {...: [COUNT]},
   "norms": {
-    ...: Where([COUNT], lambda orders: len(orders) in (1, 2), "1 or 2")
+    ...: {
+      "follows": Where(
+        [COUNT], lambda orders: len(orders) in (1, 2), "a list of 1 or 2 layers"
+      ),
+      "rows": COUNT,
+      "channels": COUNT,
+    }
   },
-  "bfloat16": [NAME],
   "sha256": _DIGEST,
 }
 
@@ -146,12 +149,6 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
   name, times = names.most_common(1)[0]
   if times > 1:
     raise Broken(f"layers must have different names, got {name} twice")
-  orders = sorted(layer["order"] for layer in layers)
-  if orders != list(range(len(layers))):
-    raise Broken(
-      f"layers must have the orders 0 to {len(layers) - 1}, each once, got "
-      f"{orders[:8]}"
-    )
   for layer in layers:
     decided = layer["signed"] is not None
     if decided != (manifest["activation"] is not None):
@@ -159,8 +156,15 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         f"layer {layer['name']}: signed must be null without an activation, "
         f"true or false with one, got {layer['signed']}"
       )
-  for name, follows in manifest["norms"].items():
+  for key, lengths in manifest["streams"].items():
+    if len(lengths) != len(layers):
+      raise Broken(
+        f"streams must have a length for each of {len(layers)} layers, got "
+        f"{len(lengths)} of {schema.shown(key)}"
+      )
+  for name, norm in manifest["norms"].items():
     schema.check(name, NAME, "norm")
+    follows = norm["follows"]
     neighbors = len(follows) == 1 or follows[0] == follows[1] - 1
     if max(follows) >= len(layers) or not neighbors:
       raise Broken(

@@ -1,16 +1,15 @@
 """Whether tensors and network fit the manifest, before anything is built.
 
-An artifact can come from anywhere, and its checksums with it. Every tensor is
-checked against the manifest and against what the method would store of a weight
-of that shape; no array is made before.
+An artifact can come from anywhere, and its checksums with it. The layout says
+what dtype and shape each tensor has; here their values are checked, and become
+the parts of a network.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,104 +17,88 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import models, quant
-from dr_jax.deploy.manifest import NAME, Broken, guarded, with_sign
-from dr_jax.nn import deployed
+from dr_jax.deploy.layout import Layout, Piece, has_pairs, section_number
+from dr_jax.deploy.manifest import Broken, guarded, with_sign
+from dr_jax.nn import deployed, layers
 from dr_jax.nn.deployed import LARGEST
-from dr_jax.runtime import schema
-from dr_jax.runtime.schema import COUNT, Where
-
-_OFFSETS = Where([COUNT], lambda pair: len(pair) == 2, "two offsets")
-_TENSOR = {"dtype": str, "shape": [COUNT], "data_offsets": _OFFSETS}
-_LARGEST_HEADER = 2**22  # of forty thousand tensors
 
 
-def check_header(file: BinaryIO, size: int) -> None:
-  """Checks that a safetensors file has the size that its header says.
-
-  Raises:
-    ValueError: if not, before more than the header is read.
-  """
-  length = int.from_bytes(file.read(8), "little")
-  if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-    raise Broken("is damaged: it is no safetensors file")
-  try:
-    header = schema.parse(file.read(length))
-    schema.check(header, {...: object})
-    header.pop("__metadata__", None)
-    schema.check(header, {...: _TENSOR})
-  except ValueError as error:
-    raise Broken(f"is damaged: its header: {error}") from None
-  end = max(
-    (tensor["data_offsets"][1] for tensor in header.values()), default=0
-  )
-  if size != 8 + length + end:
-    raise Broken(
-      f"is damaged: it must have {8 + length + end} bytes, got {size}"
-    )
-
-
-def check_tensors(
+def checked_parts(
   manifest: Mapping[str, Any],
-  tensors: Mapping[str, np.ndarray],
   weight: quant.WeightQuantizer,
   activation: quant.ActivationQuantizer | None,
-) -> dict[str, dict[str, jax.Array]]:
-  """Checks every tensor against the manifest and its method.
+  layout: Layout,
+  tensors: Mapping[str, np.ndarray],
+  pieces: Mapping[Piece, np.ndarray],
+) -> deployed.Parts:
+  """Checks all values and returns what they are parts of.
 
-  Returns:
-    What each layer encodes, by name.
+  Args:
+    manifest, weight, activation, layout: of the artifact.
+    tensors: as in a file, but sections and checksums.
+    pieces: of the sections, those that were read.
 
   Raises:
-    ValueError: naming the tensor that is wrong, missing or left over.
+    ValueError: naming the layer, norm or tensor that is wrong.
   """
-  expected: dict[str, Any] = {}
-  for layer in manifest["layers"]:
-    expected |= guarded(
-      f"layer {layer['name']}",
-      _layer_tensors,
-      layer,
-      weight,
-      activation,
+  packed = _by_layer(layout.layers, tensors)
+  inputs = _by_layer(layout.inputs, tensors)
+  stored = {}
+  for order, layer in enumerate(manifest["layers"]):
+    name, arrays = layer["name"], packed.get(layer["name"], {})
+    if weight.storage.planes:
+      arrays["codes"] = _planes(name, weight.bits[0], pieces)
+    for key, array in arrays.items():
+      _check_values(f"{name}/{key}", array)
+    for key, array in inputs.get(name, {}).items():
+      _check_values(f"{name}/input/{key}", array)
+    stored[name] = deployed.StoredLayer(
+      info=layers.LayerInfo(name, order, layer["macs"]),
+      shape=tuple(layer["shape"]),
+      weight=weight,
+      activation=with_sign(activation, layer["signed"]),
+      input_params={
+        key: jnp.asarray(array) for key, array in inputs.get(name, {}).items()
+      },
+      encoded=guarded(
+        f"layer {name}", _encoded, arrays, tuple(layer["shape"]), weight
+      ),
+      first=_first(weight.storage.planes, arrays),
     )
-  known = set(expected)
-  for name, orders in manifest["norms"].items():
-    known |= {f"{name}/gain", f"{name}/offset"}
-    _check_norm(name, len(orders), len(weight.bits), tensors)
-  for name in tensors:
-    schema.check(name, NAME, "tensor")
-    if name not in known and not name.startswith("float/"):
-      raise Broken(f"tensor {name} belongs to no layer or norm")
-  for name, like in expected.items():
-    found = _tensor(tensors, name)
-    if not _fits(found, like):
-      wanted = "uint8 [bytes]" if like is None else f"{like.dtype} {like.shape}"
-      raise Broken(
-        f"tensor {name} must be {wanted}, got {found.dtype} {found.shape}"
-      )
-  for name, tensor in tensors.items():
-    _check_values(name, tensor)
-  return {
-    layer["name"]: guarded(
-      f"layer {layer['name']}", _encoded, layer, tensors, weight
-    )
-    for layer in manifest["layers"]
+  pairs = has_pairs(manifest["norms"])
+  norms = {
+    name: _norm(name, norm, pairs, pieces)
+    for name, norm in manifest["norms"].items()
   }
+  floats = {
+    name.removeprefix("float/"): array
+    for name, array in tensors.items()
+    if name.startswith("float/")
+  }
+  # Of floats only the network knows what they are: a mask can be infinite.
+  for name, array in floats.items():
+    _check_width(f"float/{name}", array)
+  floats = {name: jnp.asarray(array) for name, array in floats.items()}
+  return deployed.Parts(stored, norms, floats)
 
 
 def check_architecture(
   architecture: tuple[str, Mapping[str, Any]],
-  manifest: Mapping[str, Any],
-  tensors: Mapping[str, np.ndarray],
+  parts: deployed.Parts,
+  stored: int,
 ) -> None:
   """Checks that a network is not larger than what is stored of it.
 
   It is built without memory for its parameters, and no further than there are
-  tensors: a depth or a width from a file could be any number.
+  parts: a depth or a width from a file could be any number.
+
+  Args:
+    architecture: name and options of `models.build`.
+    parts: of the artifact.
+    stored: number of entries of all its tensors.
   """
   name, options = architecture
-  norms = len(manifest["norms"])
-  floats = {k: v for k, v in tensors.items() if k.startswith("float/")}
-  variables = len(manifest["layers"]) + 2 * norms + len(floats)
+  variables = len(parts.layers) + 2 * len(parts.norms) + len(parts.floats)
   model = guarded(
     "architecture",
     nnx.eval_shape,
@@ -125,8 +108,7 @@ def check_architecture(
     math.prod(leaf.shape)
     for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))
   )
-  stored = sum(math.prod(layer["shape"]) for layer in manifest["layers"])
-  stored += sum(tensor.size for tensor in tensors.values())
+  stored += sum(math.prod(layer.shape) for layer in parts.layers.values())
   if wanted > stored:
     raise Broken(
       f"architecture must have at most the {stored} parameters that are "
@@ -148,48 +130,40 @@ class _CountedRngs(nnx.Rngs):
     return self.default()
 
 
-def _layer_tensors(layer, weight, activation):
-  """{tensor: what it must look like} of a layer, from its method."""
-  name, shape = layer["name"], tuple(layer["shape"])
-
-  packed = weight.storage.layout(_encoded_layout(weight, shape))
-  inputs = {}
-  if activation is not None:
-    inputs = _input_layout(with_sign(activation, layer["signed"]))
-  for field, wanted in (("packed", packed), ("input", inputs)):
-    if sorted(layer[field]) != sorted(wanted):
-      raise Broken(
-        f"layer {name}: {field} must be {sorted(wanted)}, got "
-        f"{schema.shown(layer[field])}"
-      )
-  tensors = {f"{name}/{key}": like for key, like in packed.items()}
-  return tensors | {f"{name}/input/{key}": a for key, a in inputs.items()}
+def _by_layer(joined, tensors):
+  """{layer: {key: array}} of tensors in which layers follow each other."""
+  found: dict[str, dict[str, np.ndarray]] = {}
+  for key, tensor in joined.items():
+    for name, array in tensor.split(tensors[tensor.name]).items():
+      found.setdefault(name, {})[key] = array
+  return found
 
 
-@functools.lru_cache(maxsize=256)
-def _encoded_layout(weight, shape):
-  """Names, shapes and dtypes of an encoded weight of that shape."""
-
-  def encode(w):
-    return weight.encode(weight.init(w), w)
-
-  return jax.eval_shape(encode, jax.ShapeDtypeStruct(shape, jnp.float32))
+def _planes(name, count, pieces):
+  """The first planes of a layer's codes, [planes, bytes]."""
+  keys = [(f"planes/{p}", name) for p in range(count)]
+  return np.stack([pieces[key] for key in keys if key in pieces])
 
 
-@functools.lru_cache(maxsize=64)
-def _input_layout(activation):
-  """Names, shapes and dtypes of the parameters of a layer's inputs."""
-  x = jax.ShapeDtypeStruct((2,), jnp.float32)
-  return jax.eval_shape(activation.init, x)
+def _first(planes, packed):
+  """Position of the highest bit-width that the planes serve."""
+  if not planes:
+    return 0
+  held = len(packed["codes"])
+  return next(i for i, count in enumerate(planes) if count <= held)
 
 
-def _encoded(layer, tensors, weight):
+def _encoded(packed, shape, weight):
   """Unpacks a layer, and checks the values that its method gives bounds."""
-  packed = {key: tensors[f"{layer['name']}/{key}"] for key in layer["packed"]}
-  encoded = weight.storage.unpack(packed, tuple(layer["shape"]))
+  encoded = weight.storage.unpack(packed, shape)
+  missing = 0
+  if weight.storage.planes:
+    missing = weight.bits[0] - len(packed["codes"])
   for name, smallest, largest in weight.storage.ranges:
     if name not in encoded:
       continue
+    if name == "codes":  # Without their last bits they are rounded down.
+      smallest -= 2**missing - 1
     array = np.asarray(encoded[name])
     if not deployed.is_within(array, smallest, largest):
       raise ValueError(
@@ -199,56 +173,35 @@ def _encoded(layer, tensors, weight):
   return encoded
 
 
-def _check_norm(name, follows, candidates, tensors):
-  gain, offset = (
-    _tensor(tensors, f"{name}/{key}") for key in ("gain", "offset")
+def _norm(name, norm, pairs, pieces):
+  """Gain and offset of the rows that were read, NaN in the others."""
+  found = {}
+  for row in range(norm["rows"]):
+    key = f"norms/{section_number(norm, row, pairs)}", name
+    if key in pieces:
+      found[row] = pieces[key]
+      _check_values(f"{name} row {row}", pieces[key])
+  like = next(iter(found.values()))
+  both = np.full((2, norm["rows"], norm["channels"]), np.nan, like.dtype)
+  both[:, list(found)] = np.stack(list(found.values()), 1)
+  return deployed.StoredNorm(
+    tuple(norm["follows"]), *map(jnp.asarray, both), held=tuple(found)
   )
-  rows = (candidates**2,) if follows == 2 else (1, candidates)
-  fits = gain.ndim == 2 and gain.shape[0] in rows and gain.shape[1] >= 1
-  if not fits or not _is_float(gain):
-    raise Broken(
-      f"tensor {name}/gain must be floats [{' or '.join(map(str, rows))}, "
-      f"channels], got {gain.dtype} {gain.shape}"
-    )
-  if offset.shape != gain.shape or offset.dtype != gain.dtype:
-    raise Broken(
-      f"tensor {name}/offset must be {gain.dtype} {gain.shape}, as the gain, "
-      f"got {offset.dtype} {offset.shape}"
-    )
 
 
-def _check_values(name, tensor):
-  if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
-    raise Broken(
-      f"tensor {name} must have at most 32 bits without jax_enable_x64, got "
-      f"{tensor.dtype}"
-    )
-  # Of floats only the network knows what they are: a mask can be infinite.
-  if not _is_float(tensor) or name.startswith("float/"):
+def _check_values(name, array):
+  _check_width(name, array)
+  if not jnp.issubdtype(array.dtype, jnp.floating):
     return
-  if not deployed.is_within(tensor, -LARGEST, LARGEST):
-    raise Broken(f"tensor {name} must be finite, and at most 2^60 in size")
-  if name.endswith("/scale") and not bool((tensor >= 0).all()):
-    raise Broken(f"tensor {name} must not be negative")
+  if not deployed.is_within(array, -LARGEST, LARGEST):
+    raise Broken(f"{name} must be finite, and at most 2^60 in size")
+  if name.endswith("/scale") and not bool((array >= 0).all()):
+    raise Broken(f"{name} must not be negative")
 
 
-def _tensor(tensors, name):
-  if name not in tensors:
-    raise Broken(f"tensor {name} is missing")
-  return tensors[name]
-
-
-def _fits(tensor, like):
-  if like is None:
-    return tensor.dtype == np.uint8 and tensor.ndim == 1
-  same = tensor.dtype == like.dtype or (_is_wide(tensor) and _is_wide(like))
-  return same and tensor.shape == like.shape
-
-
-def _is_wide(array):
-  """Whether it is what a float32 is where x64 is enabled, or not."""
-  return array.dtype in (np.float32, np.float64)
-
-
-def _is_float(tensor):
-  return jnp.issubdtype(tensor.dtype, jnp.floating)
+def _check_width(name, array):
+  if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+    raise Broken(
+      f"{name} must have at most 32 bits without jax_enable_x64, got "
+      f"{array.dtype}"
+    )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import nnx
 
 from dr_jax import nn, quant
@@ -20,8 +18,16 @@ from dr_jax.deploy.artifact import (
   VERSION,
   manifest_digest,
 )
+from dr_jax.deploy.layout import (
+  has_pairs,
+  layout_of,
+  packed_layout,
+  section_number,
+)
 from dr_jax.deploy.manifest import check_manifest
-from dr_jax.deploy.verify import check_tensors
+from dr_jax.deploy.store import checksums_of, sha256_of
+from dr_jax.deploy.tensor_file import dumps
+from dr_jax.deploy.verify import checked_parts
 from dr_jax.quant.core.grid import SCALE_MIN
 from dr_jax.runtime import files
 
@@ -65,51 +71,88 @@ def save(
   True
   """
   parts = nn.deployed.parts_of(model)
+  first = next(iter(parts.layers.values()))
   packed = {
-    name: layer.weight.storage.pack(layer.encoded)
+    name: first.weight.storage.pack(layer.encoded)
     for name, layer in parts.layers.items()
   }
-  arrays = _arrays(parts, packed)
-  # safetensors reads no bfloat16 into numpy: its bits travel as uint16.
-  halves = [name for name, a in arrays.items() if a.dtype == jnp.bfloat16]
-  data = safetensors.numpy.save(
-    arrays | {name: arrays[name].view(np.uint16) for name in halves}
+  manifest = _manifest(parts, packed, architecture)
+  check_manifest(manifest | {"sha256": "0" * 64})
+  layout = layout_of(manifest, first.weight, first.activation)
+  tensors, pieces = _tensors(parts, packed, layout), _pieces(parts, packed)
+  checked_parts(
+    manifest, first.weight, first.activation, layout, tensors, pieces
   )
-  manifest = _manifest(parts, packed, architecture) | {
-    "bfloat16": halves,
-    "sha256": hashlib.sha256(data).hexdigest(),
-  }
-  manifest = json.loads(json.dumps(manifest))
-  first = next(iter(parts.layers.values()))
-  check_manifest(manifest)
-  check_tensors(manifest, arrays, first.weight, first.activation)
+  for section in layout.sections:
+    tensors[section.name] = _joined(
+      section.name, [pieces[section.name, name] for name in section.shapes]
+    )
+  tensors |= checksums_of(layout, pieces)
+  header, data = dumps(tensors)
+  manifest["sha256"] = sha256_of(header, data, layout)
   manifest["manifest_sha256"] = manifest_digest(manifest)
   text = json.dumps(manifest, separators=(",", ":"))
   with files.atomic_directory(path) as directory:
-    (directory / TENSORS).write_bytes(data)
+    (directory / TENSORS).write_bytes(header + data)
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _arrays(parts, packed):
-  """All tensors by name."""
-  tensors = {}
-  for name, layer in parts.layers.items():
-    for key, value in packed[name].items():
-      tensors[f"{name}/{key}"] = value
-    for key, value in layer.input_params.items():
-      # Whatever an optimizer made of a scale, it is read as a positive one.
-      read = jnp.maximum(value, SCALE_MIN) if key == "scale" else value
-      tensors[f"{name}/input/{key}"] = read
+def _tensors(parts, packed, layout):
+  """All tensors but sections."""
+  tensors = {f"float/{name}": np.asarray(a) for name, a in parts.floats.items()}
+  for key, tensor in layout.inputs.items():
+    arrays = [
+      _as_read(key, parts.layers[name].input_params[key])
+      for name in tensor.shapes
+    ]
+    tensors[tensor.name] = _joined(tensor.name, arrays)
+  for key, tensor in layout.layers.items():
+    arrays = [packed[name][key] for name in tensor.shapes]
+    tensors[tensor.name] = _joined(tensor.name, arrays)
+  return tensors
+
+
+def _pieces(parts, packed):
+  """The pieces of all sections."""
+  pieces = {}
+  norms = _norms(parts)
+  pairs = has_pairs(norms)
   for name, norm in parts.norms.items():
-    tensors[f"{name}/gain"], tensors[f"{name}/offset"] = norm.gain, norm.offset
-  for name, value in parts.floats.items():
-    tensors[f"float/{name}"] = value
-  return {name: np.asarray(value) for name, value in tensors.items()}
+    both = np.stack([norm.gain, norm.offset], 1)
+    for row, piece in enumerate(both):
+      number = section_number(norms[name], row, pairs)
+      pieces[f"norms/{number}", name] = piece
+  for name, layer in parts.layers.items():
+    if layer.weight.storage.planes:
+      for number, plane in enumerate(packed[name]["codes"]):
+        pieces[f"planes/{number}", name] = plane
+  return pieces
+
+
+def _as_read(key, value):
+  # Whatever an optimizer made of a scale, it is read as a positive one.
+  return jnp.maximum(value, SCALE_MIN) if key == "scale" else value
+
+
+def _joined(name, arrays):
+  """Arrays of one dtype, one after the other."""
+  arrays = [np.asarray(array).reshape(-1) for array in arrays]
+  dtypes = sorted({str(array.dtype) for array in arrays})
+  if len(dtypes) > 1:
+    raise ValueError(
+      f"{name} must have one dtype for all layers, got {' and '.join(dtypes)}"
+    )
+  return np.concatenate(arrays)
 
 
 def _manifest(parts, packed, architecture):
   first = next(iter(parts.layers.values()))
-  return {
+  streams = [
+    key
+    for key, like in packed_layout(first.weight, first.shape).items()
+    if like is None
+  ]
+  manifest = {
     "format": FORMAT,
     "version": VERSION,
     "method": _spec(first.weight),
@@ -118,16 +161,28 @@ def _manifest(parts, packed, architecture):
     "layers": [
       {
         "name": layer.info.name,
-        "order": layer.info.order,
         "macs": layer.info.macs,
         "shape": layer.shape,
         "signed": layer.activation and layer.activation.signed,
-        "packed": list(packed[name]),
-        "input": list(layer.input_params),
       }
-      for name, layer in parts.layers.items()
+      for layer in parts.layers.values()
     ],
-    "norms": {name: norm.orders for name, norm in parts.norms.items()},
+    "streams": {
+      key: [len(arrays[key]) for arrays in packed.values()] for key in streams
+    },
+    "norms": _norms(parts),
+  }
+  return json.loads(json.dumps(manifest))
+
+
+def _norms(parts):
+  return {
+    name: {
+      "follows": list(norm.orders),
+      "rows": norm.gain.shape[0],
+      "channels": norm.gain.shape[1],
+    }
+    for name, norm in parts.norms.items()
   }
 
 

@@ -29,7 +29,10 @@ LARGEST = 2.0**60
 
 
 class StoredLayer(NamedTuple):
-  """One quantized layer: its place, its quantizers, and what it stores."""
+  """One quantized layer: its place, its quantizers, and what it stores.
+
+  `first` is the position of the highest bit-width that `encoded` serves.
+  """
 
   info: layers.LayerInfo
   shape: tuple[int, ...]
@@ -37,18 +40,21 @@ class StoredLayer(NamedTuple):
   activation: ActivationQuantizer | None
   input_params: dict[str, jax.Array]
   encoded: dict[str, jax.Array]
+  first: int = 0
 
 
 class StoredNorm(NamedTuple):
   """One norm: numbers of the layers it follows, gain and offset [rows, c].
 
   Of n bit-widths there are n rows for (own,), or one if they share it, and
-  n * n for (previous, own).
+  n * n for (previous, own). `held` numbers the rows that are there, None for
+  all; the others are NaN.
   """
 
   orders: tuple[int, ...]
   gain: jax.Array
   offset: jax.Array
+  held: tuple[int, ...] | None = None
 
 
 class Parts(NamedTuple):
@@ -116,7 +122,7 @@ def parts_of(model: nnx.Module) -> Parts:
 
 
 def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
-  """Builds a deployed network at its highest bit-width.
+  """Builds a deployed network, with its bits at the highest.
 
   Args:
     model: the float network that was quantized, with any weights; it is not
@@ -141,7 +147,7 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
         f"layer {name} {part.shape} is not in this network; pass the network "
         "that was quantized"
       )
-    replacements[id(layer)] = layers.STORED[type(layer)](
+    stored = layers.STORED[type(layer)](
       layer,
       part.info,
       part.weight,
@@ -149,6 +155,8 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
       input_params=part.input_params,
       weight_arrays=part.encoded,
     )
+    stored.first = part.first
+    replacements[id(layer)] = stored
   for name, part in parts.norms.items():
     norm: Any = modules.get(name)
     wanted = part.gain.shape[-1:]
@@ -159,7 +167,7 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
         "the network that was quantized"
       )
     replacements[id(norm)] = FoldedNorm(
-      norm, part.gain, part.offset, orders=part.orders
+      norm, part.gain, part.offset, orders=part.orders, held=part.held
     )
   model = substitute(model, replacements)
   _write(model, parts.floats)

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from dr_jax.nn.bits import all_bits
-from dr_jax.nn.layers import candidates, quantized_layers
+from dr_jax.nn.layers import Stored, candidates, quantized_layers
+from dr_jax.nn.norm import FoldedNorm, row_at
 
 
 class LayerRow(NamedTuple):
@@ -102,8 +103,9 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
       the names of `layer_table(model)`.
 
   Raises:
-    ValueError: for a bit-width that is not a candidate, or unknown or missing
-      names, which it lists.
+    ValueError: for a bit-width that is not a candidate, unknown or missing
+      names, which it lists, or bits for which a deployed layer or its norm
+      holds too little (`deploy.open` with fewer bits).
 
   >>> from dr_jax import nn, quant
   >>> rngs = nnx.Rngs(0)
@@ -134,5 +136,37 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
     name, b = next(iter(wrong.items()))
     raise ValueError(f"bits of {name} must be one of {known}, got {b!r}")
   index = [known.index(bits[name]) for name in layers]
+  _check_held(model, index)
   for _, variable in all_bits(model):
     variable.set_value(jnp.int32(index[variable.order]))
+
+
+def _check_held(model, index):
+  """Raises ValueError where codes or rows of a norm were not read."""
+  layers = list(quantized_layers(model).values())
+  for layer, position in zip(layers, index, strict=True):
+    if isinstance(layer, Stored):
+      layer.check_held(position)
+  for _, norm in nnx.iter_modules(model):
+    if isinstance(norm, FoldedNorm):
+      if row_at(norm.orders, norm.rows, index) not in norm.held:
+        _raise_missing_row(
+          norm, [layers[order] for order in norm.orders], index
+        )
+
+
+def _raise_missing_row(norm, layers, index):
+  bits = layers[0].weight_quantizer.bits
+  shape = (len(bits),) * len(layers)
+
+  def shown(positions):
+    asked = tuple(bits[position] for position in positions)
+    return asked if len(asked) > 1 else asked[0]
+
+  held = [shown(np.unravel_index(row, shape)) for row in norm.held]
+  raise ValueError(
+    f"bits of {' and '.join(layer.name for layer in layers)} must be one of "
+    f"{tuple(held)}, for which the norm after it was read, got "
+    f"{shown(index[order] for order in norm.orders)}; read more with "
+    "artifact.upgrade"
+  )

@@ -147,11 +147,19 @@ class Linear(Quantized, nnx.Linear):
 
 
 class Stored(Quantized):
-  """A quantized layer that holds stored codes in place of a float kernel."""
+  """A quantized layer that holds stored codes in place of a float kernel.
+
+  Attributes:
+    encoded: what its method stores.
+    first: position of the highest bit-width that its codes serve: above 0 where
+      their lower bit-planes were not read. Before it, the kernel is NaN, or an
+      error where the index is a Python int.
+  """
 
   _omit = ("kernel", "mask", "promote_dtype")
   _integer_call = StoredCall
   encoded: dict[str, Encoded]
+  first: int = 0
 
   def set_weight_quantizer(
     self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
@@ -164,10 +172,27 @@ class Stored(Quantized):
   def kernel(self) -> jax.Array:  # pyrefly: ignore[bad-override]
     """The kernel at the bit-width in use, from the stored codes alone."""
     index = self.bits.get_value()
-    encoded = arrays_of(self.encoded)
-    return quantize_at(
-      lambda i: self.weight_quantizer.decode(encoded, i), index
+    return quantize_at(self._decode, index)
+
+  def _decode(self, index):
+    decode = self.weight_quantizer.decode
+    if isinstance(index, int):
+      self.check_held(index)
+      return decode(arrays_of(self.encoded), index)
+    kernel = decode(arrays_of(self.encoded), index)
+    return (
+      jnp.where(index < self.first, jnp.nan, kernel) if self.first else kernel
     )
+
+  def check_held(self, index: int) -> None:
+    """Raises ValueError if its codes do not serve a position."""
+    if index < self.first:
+      bits = self.weight_quantizer.bits
+      raise ValueError(
+        f"bits of {self.name} must be at most {bits[self.first]}, for which "
+        f"its codes were read, got {bits[index]}; read more with "
+        "artifact.upgrade"
+      )
 
   def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
     inputs, kernel, bias = arrays

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,23 @@ class Rows:
     if is_mixture(own):
       return jnp.outer(previous, own).ravel()
     return previous * math.isqrt(self.rows) + own
+
+
+def row_at(orders: Sequence[int], rows: int, index: Sequence[int]) -> int:
+  """Row of a norm where layers are at given positions in the candidates.
+
+  Args:
+    orders: numbers of the layers it follows, (own,) or (previous, own).
+    rows: how many it has.
+    index: position of every quantized layer.
+
+  >>> row_at((0,), 4, [1, 2]), row_at((0, 1), 16, [1, 2])
+  (1, 6)
+  """
+  if rows == 1:
+    return 0
+  *previous, own = (index[order] for order in orders)
+  return own + math.isqrt(rows) * previous[0] if previous else own
 
 
 class BatchNorm(Rows, nnx.BatchNorm):
@@ -181,7 +199,9 @@ class FoldedNorm(Rows, nnx.Module):
   """A BatchNorm for inference: its rows as one gain and offset each.
 
   Attributes:
-    gain, offset: BatchStat [rows, features].
+    gain, offset: BatchStat [rows, features]; NaN in rows that are not held.
+    held: numbers of the rows that were read; the outputs of others are NaN, or
+      an error where the row is a Python int.
     rows, bits, previous: as in Rows.
   """
 
@@ -192,15 +212,22 @@ class FoldedNorm(Rows, nnx.Module):
     offset: jax.Array,
     *,
     orders: tuple[int, ...],
+    held: tuple[int, ...] | None = None,
   ):
     self.axis, self.dtype = norm.axis, norm.dtype
     self.promote_dtype = norm.promote_dtype
     self._follow(orders, len(gain))
+    self.held = tuple(range(len(gain))) if held is None else held
     self.gain = nnx.BatchStat(gain)
     self.offset = nnx.BatchStat(offset)
 
   def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
     row = self.row
+    if isinstance(row, int) and row not in self.held:
+      raise ValueError(
+        f"row of the norm must be one of {self.held}, which were read, got "
+        f"{row}; read more with artifact.upgrade"
+      )
     gain, offset = _at_row(self.gain, row), _at_row(self.offset, row)
     accumulators = accumulators_of(x)
     x, *_ = self.promote_dtype((x, gain, offset), dtype=self.dtype)

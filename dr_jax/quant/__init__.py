@@ -21,6 +21,7 @@ from dr_jax.quant.core.interface import (
   WeightQuantizer,
 )
 from dr_jax.quant.core.packing import pack, packed_size, storage, unpack
+from dr_jax.quant.core.planes import pack_planes, unpack_planes
 from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.methods.adabits import adabits, pact_activation
 from dr_jax.quant.methods.any_precision import any_precision, unit_activation
@@ -97,6 +98,7 @@ __all__ = [
   "multi_resolution",
   "multi_resolution_activation",
   "pack",
+  "pack_planes",
   "packed_size",
   "pact_activation",
   "planes_read",
@@ -115,6 +117,7 @@ __all__ = [
   "truncation",
   "unit_activation",
   "unpack",
+  "unpack_planes",
 ]
 
 

@@ -1,6 +1,5 @@
 """Artifacts of files that are no files, of any size, and of killed writers."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,8 +16,8 @@ import safetensors.numpy
 from flax import nnx
 
 from dr_jax import deploy, models, nn, quant
-from dr_jax.deploy.artifact import manifest_digest
 from dr_jax.runtime import files
+from tests.support.forged import resign, rewrite
 
 OPTIONS = {"depth": 8, "num_classes": 3, "channels": 1, "widths": (2, 2, 2)}
 
@@ -37,25 +36,6 @@ def network():
 def path(network, tmp_path):
   deploy.save(tmp_path / "model", network, architecture=("resnet", OPTIONS))
   return tmp_path / "model"
-
-
-def resign(path, **changes):
-  """Changes fields of the manifest, and its checksums with them."""
-  manifest = json.loads((path / "manifest.json").read_text()) | changes
-  data = (path / "model.safetensors").read_bytes()
-  manifest["sha256"] = hashlib.sha256(data).hexdigest()
-  del manifest["manifest_sha256"]
-  manifest["manifest_sha256"] = manifest_digest(manifest)
-  (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def rewrite(path, **arrays):
-  """Changes tensors, and the checksums with them; None removes one."""
-  file = path / "model.safetensors"
-  tensors = safetensors.numpy.load_file(file) | arrays
-  kept = {name: a for name, a in tensors.items() if a is not None}
-  safetensors.numpy.save_file(kept, file)
-  resign(path)
 
 
 def refused(path, message, model=None):
@@ -164,19 +144,25 @@ def test_an_architecture_that_cannot_be_built_is_one_line(
   refused(path, message)
 
 
-def test_orders_must_be_a_permutation(path):
+def test_a_norm_must_follow_layers_and_have_their_rows(path):
   manifest = json.loads((path / "manifest.json").read_text())
-  layers = manifest["layers"]
-  layers[0]["order"] = layers[1]["order"]
-  resign(path, layers=layers)
-  refused(path, "layers must have the orders 0 to 7, each once, got")
+  for change, message in (
+    ({"follows": [99]}, "norm norm must follow a layer"),
+    ({"follows": [2, 1]}, "norm norm must follow a layer, or it and the one"),
+    ({"follows": []}, "follows must be a list of 1 or 2 layers"),
+    ({"rows": 3}, "rows of norm norm must be 1 or 2, got 3"),
+    ({"channels": 2**40}, "norms/0 must be floats"),
+  ):
+    norms = manifest["norms"] | {"norm": manifest["norms"]["norm"] | change}
+    resign(path, norms=norms)
+    refused(path, message)
 
 
 def test_a_shape_is_bounded_by_the_bytes_that_are_there(path):
   manifest = json.loads((path / "manifest.json").read_text())
   manifest["layers"][0]["shape"] = [3, 3, 2**31, 2]
   resign(path, layers=manifest["layers"])
-  refused(path, "stage1/block0/conv1/codes must be uint8")
+  refused(path, r"tensor layers/codes must be uint8 \(\d{10,},\), got")
 
 
 @pytest.mark.parametrize(
@@ -211,10 +197,9 @@ def test_tensors_have_the_dtypes_of_the_network_and_none_is_left_over(path):
 
 
 def test_a_norm_has_the_dtype_of_the_network(path):
-  norm = {
-    f"norm/{name}": np.ones((2, 2), np.float16) for name in ("gain", "offset")
-  }
-  rewrite(path, **norm)
+  file = safetensors.numpy.load_file(path / "model.safetensors")
+  rows = {name: file[name].astype("f2") for name in ("norms/0", "norms/1")}
+  rewrite(path, **rows)
   refused(path, r"norm norm float16 \(2,\) is not in this network")
 
 
@@ -235,7 +220,7 @@ def test_both_quantizers_have_the_same_bits(path):
     ),
     # -2 in two bits, -128 where -127 is the lowest code.
     (quant.ternary(), {"codes": [2] * 5}, r"codes must be in -1\.\.1, got -2"),
-    (quant.bit_mixer((8, 4)), {"codes": [128] * 18}, "codes must be in -127"),
+    (quant.bit_mixer((8,)), {"codes": [128] * 18}, "codes must be in -127"),
   ],
 )
 def test_codes_and_scales_are_those_of_the_method(
@@ -246,7 +231,8 @@ def test_codes_and_scales_are_those_of_the_method(
   deploy.save(tmp_path / "model", model)
   for name, values in arrays.items():
     dtype = np.uint8 if name == "codes" else np.float32
-    rewrite(tmp_path / "model", **{f"linear/{name}": np.array(values, dtype)})
+    array = np.array(values, dtype).reshape(-1)
+    rewrite(tmp_path / "model", **{f"layers/{name}": array})
   refused(tmp_path / "model", f"layer linear: .*{message}", layer)
 
 

@@ -40,6 +40,11 @@ class Storage(NamedTuple):
       depends on the values is None: uint8 [bytes].
     ranges: (name, smallest, largest) of encoded arrays with bounds that their
       dtype does not have: what comes from a file is checked against them.
+    planes: how many of the most significant bit-planes of "codes" the bit-width
+      at each position needs; () where lower codes are not made of the top bits
+      of the highest ones. Where they are, packed "codes" is uint8 [planes,
+      bytes] (`quant.pack_planes`), and `unpack` takes the first ones alone:
+      decoding what they need is then the same, bit for bit.
   """
 
   pack: Callable[[Encoded], dict[str, np.ndarray]]
@@ -47,6 +52,7 @@ class Storage(NamedTuple):
   size: Callable[[Encoded, int], int]
   layout: Callable[[dict[str, Any]], dict[str, Any]]
   ranges: tuple[tuple[str, float, float], ...] = ()
+  planes: tuple[int, ...] = ()
 
 
 class Integers(NamedTuple):

@@ -17,6 +17,7 @@ import numpy as np
 
 from dr_jax.quant.core import checks, grid
 from dr_jax.quant.core.interface import Storage
+from dr_jax.quant.core.planes import pack_planes, unpack_planes
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Int, UInt8
@@ -111,6 +112,7 @@ def storage(
   *,
   signed: bool = True,
   ranges: Mapping[str, tuple[float, float]] = {},
+  planes: tuple[int, ...] = (),
 ) -> Storage:
   """Builds the storage of one array of the weight's shape, and small ones.
 
@@ -124,6 +126,7 @@ def storage(
     signed: whether codes are signed.
     ranges: {array: (smallest, largest value)} of what is encoded, where bits
       or floats could say more than the method's codes and scales do.
+    planes: as in Storage; where it is not empty, codes are packed as planes.
 
   >>> files = storage((8, 4), 8)
   >>> encoded = {"codes": jnp.array([3, -4], jnp.int8)}
@@ -136,23 +139,28 @@ def storage(
   def pack_all(encoded):
     packed = {name: np.asarray(value) for name, value in encoded.items()}
     if "codes" in encoded:
-      codes = pack(encoded["codes"], stored_bits, signed=signed)
+      split = pack_planes if planes else pack
+      codes = split(encoded["codes"], stored_bits, signed=signed)
       packed["codes"] = np.asarray(codes)
     return packed
 
   def unpack_all(packed, shape):
     encoded = {name: jnp.asarray(value) for name, value in packed.items()}
     if "codes" in packed:
+      join = unpack_planes if planes else unpack
       size = math.prod(shape)
-      codes = unpack(packed["codes"], stored_bits, size, signed=signed)
-      encoded["codes"] = codes.reshape(shape)
+      codes = join(packed["codes"], stored_bits, size, signed=signed)
+      encoded["codes"] = jnp.asarray(codes.reshape(shape))
     return encoded
 
   def layout(encoded):
     packed = dict(encoded)
     if "codes" in encoded:
-      length = packed_size(math.prod(encoded["codes"].shape), stored_bits)
-      packed["codes"] = jax.ShapeDtypeStruct((length,), jnp.uint8)
+      size = math.prod(encoded["codes"].shape)
+      shape = (packed_size(size, stored_bits),)
+      if planes:
+        shape = (stored_bits, packed_size(size, 1))
+      packed["codes"] = jax.ShapeDtypeStruct(shape, jnp.uint8)
     return packed
 
   def size(encoded, index):
@@ -161,7 +169,7 @@ def storage(
     return packed_size(encoded[main].size, bits[index]) + others
 
   bounds = tuple((name, *ends) for name, ends in ranges.items())
-  return Storage(pack_all, unpack_all, size, layout, bounds)
+  return Storage(pack_all, unpack_all, size, layout, bounds, planes)
 
 
 def integer_dtype(low: grid.Number, high: grid.Number) -> type:

@@ -31,7 +31,7 @@ from dr_jax.quant.core.interface import (
 from dr_jax.quant.core.packing import integer_dtype, storage
 from dr_jax.quant.core.straight_through import straight_through, transpose
 from dr_jax.quant.core.tanh_normalize import normalized
-from dr_jax.quant.methods.double_rounding import shift_codes
+from dr_jax.quant.methods.double_rounding import shift_codes, top_planes
 from dr_jax.quant.registry import Recipe, method
 
 SCHEMES = ("modified", "centered", "original")
@@ -188,6 +188,7 @@ def adabits(
       bits,
       stored_bits,
       ranges={"gain": grid.POSITIVE, "weight": (-1, 1)},
+      planes=() if scheme == "original" else top_planes(bits, "floor"),
     ),
     integers=integers,
   )

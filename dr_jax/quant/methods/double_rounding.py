@@ -166,6 +166,7 @@ def nested(
       bits,
       bits[0],
       ranges={"codes": (low, high), "scale": grid.SCALE_RANGE},
+      planes=top_planes(bits, rounding),
     ),
     from_range=from_range,
     integers=integers,
@@ -299,3 +300,22 @@ def shift_codes(
     # Half, less one unless the floor is odd; nothing when shift is 0.
     q = q + jnp.maximum(half - 1 + ((q >> shift) & 1), 0)
   return q >> shift
+
+
+def top_planes(bits: tuple[int, ...], rounding: str) -> tuple[int, ...]:
+  """How many top bit-planes of codes each bit-width needs in `shift_codes`.
+
+  The floor of q / 2^D is the top bits of q; half up also needs the first bit
+  that is dropped, half to even all of them.
+
+  Returns:
+    One number per bit-width; none for "half_even", or where nothing can be
+    left out since there is a single bit-width.
+
+  >>> top_planes((8, 6, 4, 2), "half_up")
+  (8, 7, 5, 3)
+  """
+  if rounding == "half_even" or len(bits) == 1:
+    return ()
+  extra = 1 if rounding == "half_up" else 0
+  return tuple(min(b + extra, bits[0]) for b in bits)

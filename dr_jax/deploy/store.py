@@ -1,0 +1,251 @@
+"""What was read of a tensor file so far, verified, and where the rest lies.
+
+  sha256 of the manifest    header, and all tensors but sections, in file order
+  checksums[s]              SHA-256 of the SHA-256 of every piece of section s
+  subchecksums[p]           SHA-256 of piece p, in the order of the file
+
+A section that is read as a whole is verified by its checksum, one that is read
+in part by its subchecksums, and these by the checksum too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dr_jax.deploy.layout import (
+  CHECKSUMS,
+  DIGEST_BYTES,
+  SUBCHECKSUMS,
+  Layout,
+  Piece,
+)
+from dr_jax.deploy.manifest import Broken
+from dr_jax.deploy.reader import Reader, open_file
+from dr_jax.deploy.tensor_file import Header, parse_header, read_header
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+  """The part of a tensor file that is in memory.
+
+  Attributes:
+    path: of the file.
+    layout: what lies where.
+    header: where each tensor begins and ends.
+    tensors: the ones that every reading needs, by name.
+    pieces: what was read of the sections.
+    read_bytes: bytes read from the file so far.
+  """
+
+  path: pathlib.Path
+  layout: Layout
+  header: Header
+  tensors: dict[str, np.ndarray]
+  pieces: dict[Piece, np.ndarray]
+  read_bytes: int
+
+  @property
+  def tensor_bytes(self) -> int:
+    """Bytes of all tensors of the file but the checksums."""
+    return sum(
+      tensor.end - tensor.start
+      for name, tensor in self.header.tensors.items()
+      if name not in (CHECKSUMS, SUBCHECKSUMS)
+    )
+
+  def with_pieces(self, wanted: Sequence[Piece]) -> Store:
+    """Reads the pieces that are missing, and nothing else.
+
+    Raises:
+      ArtifactError: if the file, or what was read, is damaged.
+    """
+    missing = [piece for piece in wanted if piece not in self.pieces]
+    if not missing:
+      return self
+    with open_file(self.path) as reader:
+      return self._with_missing(reader, missing)
+
+  def _with_missing(self, reader: Reader, missing: Sequence[Piece]) -> Store:
+    ranges = _ranges(self.header, self.layout)
+    data = reader.read_all([ranges[piece][:2] for piece in missing])
+    pieces = dict(self.pieces)
+    for piece, content in zip(missing, data, strict=True):
+      *_, dtype, shape = ranges[piece]
+      pieces[piece] = np.frombuffer(content, dtype).reshape(shape)
+    read = {section for section, _ in missing}
+    everything = len(missing) == len(ranges)
+    for number, section in enumerate(self.layout.sections):
+      if section.name in read:
+        self._verify(reader, number, pieces, listed=everything)
+    return dataclasses.replace(
+      self, pieces=pieces, read_bytes=self.read_bytes + reader.read_bytes
+    )
+
+  def _verify(self, reader, number, pieces, listed):
+    """Checks a section, by its subchecksums if in part or `listed`."""
+    section = self.layout.sections[number]
+    digests = {
+      name: digest(pieces[section.name, name])
+      for name in section.shapes
+      if (section.name, name) in pieces
+    }
+    listed = listed or len(digests) < len(section.shapes)
+    rows = b"".join(digests.values())
+    if listed:
+      before = sum(len(s.shapes) for s in self.layout.sections[:number])
+      start = self.header.tensors[SUBCHECKSUMS].start + before * DIGEST_BYTES
+      rows = reader.read(start, start + len(section.shapes) * DIGEST_BYTES)
+    if digest(rows) != self.tensors[CHECKSUMS][number].tobytes():
+      name = SUBCHECKSUMS if listed else section.name
+      raise Broken(f"{name} is damaged: its checksum differs")
+    for position, name in enumerate(section.shapes):
+      start = position * DIGEST_BYTES
+      expected = rows[start : start + DIGEST_BYTES]
+      if digests.get(name, expected) != expected:
+        raise Broken(
+          f"{section.name} is damaged: the checksum of {name} differs"
+        )
+
+
+def open_store(
+  path: pathlib.Path, sha256: str, layout: Layout, wanted: Sequence[Piece]
+) -> Store:
+  """Reads what every bit-width needs, and some pieces.
+
+  Args:
+    path: of the tensor file.
+    sha256: what the manifest says.
+    layout: what it says lies where.
+    wanted: pieces to read, in the order of the file.
+
+  Raises:
+    ArtifactError: naming the file, and the tensor that is damaged or is not
+      what the manifest says.
+  """
+  with open_file(path) as reader:
+    header = read_header(reader)
+    tensors = _read_whole(reader, header, layout, sha256)
+    _check_header(header, layout)
+    store = Store(path, layout, header, tensors, {}, 0)
+    return store._with_missing(reader, wanted)
+
+
+def checksums_of(
+  layout: Layout, pieces: Mapping[Piece, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Returns both tensors of checksums; none without sections."""
+  whole, single = [], []
+  for section in layout.sections:
+    digests = [digest(pieces[section.name, name]) for name in section.shapes]
+    single += digests
+    whole.append(digest(b"".join(digests)))
+  tensors = {CHECKSUMS: whole, SUBCHECKSUMS: single}
+  return {
+    name: np.frombuffer(b"".join(rows), np.uint8).reshape(-1, DIGEST_BYTES)
+    for name, rows in tensors.items()
+    if rows
+  }
+
+
+def sha256_of(header: bytes, data: bytes, layout: Layout) -> str:
+  """SHA-256 of a header and of the tensors that every reading needs.
+
+  Args:
+    header: the first bytes of a tensor file.
+    data: the others.
+    layout: what it says lies where.
+  """
+  found = parse_header(header, len(header) + len(data))
+  content = memoryview(header + data)
+  return _sha256(
+    found, [content[t.start : t.end] for t in _whole(found, layout).values()]
+  )
+
+
+def digest(content: bytes | np.ndarray) -> bytes:
+  """SHA-256 of an array's bytes."""
+  content = np.frombuffer(content, np.uint8)
+  return hashlib.sha256(content).digest()
+
+
+def _whole(header, layout):
+  """The tensors that every reading needs, in the order of the file."""
+  partial = {section.name for section in layout.sections} | {SUBCHECKSUMS}
+  return {n: t for n, t in header.tensors.items() if n not in partial}
+
+
+def _read_whole(reader, header, layout, sha256):
+  whole = _whole(header, layout)
+  data = reader.read_all([(t.start, t.end) for t in whole.values()])
+  if _sha256(header, data) != sha256:
+    raise Broken("is damaged: its checksum differs")
+  return {
+    name: np.frombuffer(content, tensor.dtype).reshape(tensor.shape)
+    for (name, tensor), content in zip(whole.items(), data, strict=True)
+  }
+
+
+def _sha256(header, arrays):
+  found = hashlib.sha256(header.data)
+  for array in arrays:
+    found.update(array)
+  return found.hexdigest()
+
+
+def _check_header(header, layout):
+  """Checks that all tensors of the layout are there, and no others."""
+  expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+    joined.name: (joined.dtype, (joined.size,))
+    for joined in (
+      *layout.layers.values(),
+      *layout.inputs.values(),
+      *layout.sections,
+    )
+  }
+  byte, sections = np.dtype(np.uint8), layout.sections
+  if sections:
+    pieces = sum(len(section.shapes) for section in sections)
+    expected[CHECKSUMS] = byte, (len(sections), DIGEST_BYTES)
+    expected[SUBCHECKSUMS] = byte, (pieces, DIGEST_BYTES)
+  for name, (dtype, shape) in expected.items():
+    tensor = header.tensors.get(name)
+    if tensor is None:
+      raise Broken(f"tensor {name} is missing")
+    if not _has_dtype(tensor.dtype, dtype) or tensor.shape != shape:
+      raise Broken(
+        f"tensor {name} must be {dtype or 'floats'} {shape}, got "
+        f"{tensor.dtype} {tensor.shape}"
+      )
+  for name in header.tensors:
+    if name not in expected and not name.startswith("float/"):
+      raise Broken(f"tensor {name} belongs to no layer or norm")
+
+
+def _has_dtype(found, expected):
+  """Whether a dtype is the one that is expected, floats of any size for None.
+
+  What is a float64 with jax_enable_x64 is a float32 without.
+  """
+  if expected is None:
+    return jnp.issubdtype(found, jnp.floating)
+  wide = (np.float32, np.float64)
+  return found == expected or (found in wide and expected in wide)
+
+
+def _ranges(header, layout):
+  """{piece: (first byte, the one after its last, dtype, shape)}."""
+  found = {}
+  for section in layout.sections:
+    dtype, _, begin, _ = header.tensors[section.name]
+    item = dtype.itemsize
+    for name, start, end in section.offsets():
+      ends = begin + start * item, begin + end * item
+      found[section.name, name] = (*ends, dtype, section.shapes[name])
+  return found
