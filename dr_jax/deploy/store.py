@@ -171,8 +171,8 @@ def sha256_of(header: bytes, data: bytes, layout: Layout) -> str:
 
 def digest(content: bytes | np.ndarray) -> bytes:
   """SHA-256 of an array's bytes."""
-  content = np.frombuffer(content, np.uint8)
-  return hashlib.sha256(content).digest()
+  data = content.tobytes() if isinstance(content, np.ndarray) else content
+  return hashlib.sha256(data).digest()
 
 
 def _whole(header, layout):

@@ -140,7 +140,8 @@ def _joined(name, arrays):
   dtypes = sorted({str(array.dtype) for array in arrays})
   if len(dtypes) > 1:
     raise ValueError(
-      f"{name} must have one dtype for all layers, got {' and '.join(dtypes)}"
+      f"{name} must have one dtype for all layers and norms, got "
+      f"{' and '.join(dtypes)}"
     )
   return np.concatenate(arrays)
 

@@ -147,12 +147,15 @@ def _check_held(model, index):
   for layer, position in zip(layers, index, strict=True):
     if isinstance(layer, Stored):
       layer.check_held(position)
-  for _, norm in nnx.iter_modules(model):
-    if isinstance(norm, FoldedNorm):
-      if row_at(norm.orders, norm.rows, index) not in norm.held:
-        _raise_missing_row(
-          norm, [layers[order] for order in norm.orders], index
-        )
+  missing = [
+    module
+    for _, module in nnx.iter_modules(model)
+    if isinstance(module, FoldedNorm)
+    and row_at(module.orders, module.rows, index) not in module.held
+  ]
+  if missing:
+    norm = min(missing, key=lambda norm: norm.bits.order)
+    _raise_missing_row(norm, [layers[order] for order in norm.orders], index)
 
 
 def _raise_missing_row(norm, layers, index):

@@ -22,9 +22,10 @@ class Reader:
     signed = {k: v for k, v in self.manifest.items() if k != "manifest_sha256"}
     text = json.dumps(signed, sort_keys=True).encode()
     check(self.manifest["manifest_sha256"], text)
-    self.file = (path / "model.safetensors").open("rb")
-    (length,) = struct.unpack("<Q", self.file.read(8))
-    header = self.file.read(length)
+    self.file = path / "model.safetensors"
+    with self.file.open("rb") as file:
+      (length,) = struct.unpack("<Q", file.read(8))
+      header = file.read(length)
     self.begin = 8 + length
     self.tensors = json.loads(header)
     names = sorted(
@@ -45,8 +46,9 @@ class Reader:
     """A whole tensor."""
     entry = self.tensors[name]
     start, end = entry["data_offsets"]
-    self.file.seek(self.begin + start)
-    data = self.file.read(end - start)
+    with self.file.open("rb") as file:
+      file.seek(self.begin + start)
+      data = file.read(end - start)
     return np.frombuffer(data, DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
   def sections(self):
@@ -120,6 +122,21 @@ class Reader:
         return self.tensor("layers/scale")[start:end]
       start = end
     raise KeyError(name)
+
+  def input_scales(self, name):
+    """Scales of a layer's inputs, one per bit-width."""
+    names = [layer["name"] for layer in self.manifest["layers"]]
+    scales = self.tensor("inputs/scale").reshape(len(names), len(self.bits))
+    return scales[names.index(name)]
+
+  def rows(self, name):
+    """Yields gain and offset of each row of a norm."""
+    norms = self.manifest["norms"]
+    pairs = any(len(norm["follows"]) == 2 for norm in norms.values())
+    for row in range(norms[name]["rows"]):
+      if pairs and len(norms[name]["follows"]) == 1:
+        row *= len(self.bits) + 1
+      yield self.piece(f"norms/{row}", name).reshape(2, -1)
 
   def weight(self, name, bits):
     """The float32 weight of a layer at a bit-width."""

@@ -6,9 +6,8 @@ import re
 import loopback
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
-
-from dr_jax import deploy
 
 
 def run(count, config, flags, workdir, *, devices=1, timeout=120):
@@ -118,9 +117,9 @@ def test_a_mixed_precision_job_of_two_processes_ends_as_that_of_one(tmp_path):
   shapes = [
     {
       name: (tensor.dtype, tensor.shape)
-      for name, tensor in deploy.open(
-        place / "export" / "model"
-      ).tensors.items()
+      for name, tensor in safetensors.numpy.load_file(
+        place / "export" / "model" / "model.safetensors"
+      ).items()
     }
     for place in (one, two)
   ]
