@@ -46,13 +46,14 @@ def specialize(
       )
     index = int(layer.bits.get_value())
     layer.set_weight_quantizer(*_weight_at(layer, index))
+    layer.first = 0
     layer.input_quantizer = _input_at(layer.input_quantizer, index)
   for _, module in nnx.iter_modules(network):
     if isinstance(module, FoldedNorm):
       row = slice(int(module.row), int(module.row) + 1)
       module.gain = nnx.BatchStat(module.gain[row])
       module.offset = nnx.BatchStat(module.offset[row])
-      module.rows = 1
+      module.rows, module.held = 1, (0,)
   for _, variable in all_bits(network):
     variable.set_value(jnp.int32(0))
   return network

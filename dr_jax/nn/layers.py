@@ -175,14 +175,16 @@ class Stored(Quantized):
     return quantize_at(self._decode, index)
 
   def _decode(self, index):
-    decode = self.weight_quantizer.decode
+    kernel = self.weight_quantizer.decode(arrays_of(self.encoded), index)
+    return self._if_held(kernel, index)
+
+  def _if_held(self, values, index):
+    """The values; NaN or an error where the codes do not serve them."""
     if isinstance(index, int):
       self.check_held(index)
-      return decode(arrays_of(self.encoded), index)
-    kernel = decode(arrays_of(self.encoded), index)
-    return (
-      jnp.where(index < self.first, jnp.nan, kernel) if self.first else kernel
-    )
+    elif self.first:
+      return jnp.where(index < self.first, jnp.nan, values)
+    return values
 
   def check_held(self, index: int) -> None:
     """Raises ValueError if its codes do not serve a position."""
@@ -202,7 +204,8 @@ class Stored(Quantized):
 
   def _kernel_integers(self, kernel, index):
     quantizer: Any = self.weight_quantizer
-    return quantizer.integers(arrays_of(self.encoded), index)
+    codes, scale = quantizer.integers(arrays_of(self.encoded), index)
+    return Integers(codes, self._if_held(scale, index))
 
 
 # pyrefly: ignore[inconsistent-inheritance]

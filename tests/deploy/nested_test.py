@@ -10,6 +10,7 @@ from flax import nnx
 
 from dr_jax import deploy, models, nn, quant
 from dr_jax.deploy import reader
+from dr_jax.deploy.specialize import specialize
 from tests.support.artifact_reader import Reader
 
 BITS = (8, 6, 4, 2)
@@ -370,6 +371,22 @@ def test_bits_that_the_artifact_does_not_have_are_one_line(paths):
       call({name: 4 for name in names if name != names[1]})
     with pytest.raises(ValueError, match="must be one of .8, 6, 4, 2., got 3"):
       call(dict.fromkeys(names, 4) | {names[1]: 3})
+
+
+def test_backends_and_programs_take_what_was_read(paths):
+  artifact, whole = (deploy.open(paths("floor"), bits) for bits in (4, None))
+  part, network = artifact.load(), whole.load(bits=4)
+  alone = specialize(part, 4)
+  np.testing.assert_allclose(
+    alone(images()), network(images()), rtol=1e-5, atol=1e-5
+  )
+  for loaded in (part, network):
+    nn.set_backend(loaded, "integer")
+  np.testing.assert_array_equal(part(images()), network(images()))
+  split = nn.functional(part)
+  apply = jax.jit(split.apply)
+  found, _ = apply(split.params, split.batch_stats, jnp.int32(1), images())
+  assert np.isnan(found).all()
 
 
 def test_sizes_of_a_part_are_those_of_the_whole(paths):
