@@ -169,7 +169,8 @@ class QuantConfig:
 
   An entry None of the options leaves that option to the method; activation
   "none" leaves the layers' inputs float. `init` says where scales start; see
-  `quant.fit`.
+  `quant.fit`. `backend` says how layers compute forward in training; see
+  `nn.set_backend`.
   """
 
   bits: tuple = field((8, 6, 4, 2), each=int)
@@ -179,6 +180,7 @@ class QuantConfig:
   activation_options: dict = mapping()
   norm: str = field("switchable", one_of="dr_jax.nn:NORMS")
   init: str = field("published", one_of="dr_jax.quant:INITS")
+  backend: str = field("float", one_of="dr_jax.nn:BACKENDS")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from dr_jax import data, models, nn, train
@@ -71,6 +72,7 @@ class RunContext:
       raise prefixed("data", error) from error
     self.bits = config.quant.bits
     self.weight, self.activation = quantizers(config.quant)
+    _check_backend(config.quant.backend, self.weight, self.activation)
     self.networks: dict[str, nnx.Module] = {}
     self.results: dict[str, dict[str, Any]] = {}
     try:
@@ -141,6 +143,23 @@ class RunContext:
     name = self.interrupted()
     if name:
       raise train.InterruptedRun(f"{stage}: stopped by {name}", name)
+
+
+def _check_backend(name, weight, activation):
+  """Before anything is trained: whether quantized layers can compute so."""
+  if name == "float":
+    return
+  layer = nn.quantize(
+    nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+    weight=weight,
+    activation=activation,
+    sample=np.ones((1, 2), np.float32),
+    skip=(),
+  )
+  try:
+    nn.set_backend(layer, name)
+  except ValueError as error:
+    raise ConfigError(f"quant.{error}") from None
 
 
 def _datasets(config):

@@ -82,6 +82,7 @@ def train_quantized(
       weight=None if wanted is current else wanted,
       norm=phase.norm or config.norm,
     )
+    nn.set_backend(network, config.backend)
     current = wanted
     steps = train_phase(
       run,

@@ -63,6 +63,32 @@ def test_separate_trains_one_more_network_per_bit_width(
   }
 
 
+@pytest.mark.slow
+def test_training_in_integers_gives_the_scores_of_training_in_floats(
+  finished, tmp_path
+):
+  _, floats = finished
+  config = _config(stages=("pretrain", "multi_precision"))
+  quantized = dataclasses.replace(config.quant, backend="carrier")
+  summary = pipeline.run(dataclasses.replace(config, quant=quantized), tmp_path)
+  for bits, score in summary["stages"]["multi_precision"]["scores"].items():
+    expected = floats["stages"]["multi_precision"]["scores"][bits]
+    # Float sums have another order, and every step depends on all before.
+    assert score["loss"] == pytest.approx(expected["loss"], rel=0.05)
+
+
+def test_a_backend_that_the_quantizers_rule_out_is_an_error_before_training(
+  tmp_path,
+):
+  config = _config()
+  quantized = dataclasses.replace(
+    config.quant, backend="integer", activation="none"
+  )
+  with pytest.raises(ConfigError, match="quant.backend 'integer' cannot"):
+    pipeline.run(dataclasses.replace(config, quant=quantized), tmp_path)
+  assert not (tmp_path / "pretrain").exists()
+
+
 @pytest.fixture
 def compiled():
   """Counts the programs that are compiled, or read from the disk, by name."""

@@ -1,0 +1,171 @@
+"""Latency and throughput of a deployed network, by backend and bit-width.
+
+  python -m dr_jax.benchmarks.inference [--model=resnet20] [--batches=1,32]
+
+Programs take turns in one process: the float network in float32 and bfloat16,
+and the network of stored codes with every backend that runs here. Weights are
+random, which changes no time. One program serves all bit-widths of a backend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import nn
+from dr_jax.benchmarks import network
+from dr_jax.benchmarks.network import Setting
+
+_MODEL = flags.DEFINE_enum("model", "resnet20", network.NAMES, "Network.")
+_SIZE = flags.DEFINE_integer(
+  "image_size", 0, "Height and width of an image; 0 for the network's own.", 0
+)
+_BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Images per call.")
+_BITS = flags.DEFINE_list("bits", ["8", "4", "2"], "Bit-widths, highest first.")
+_BACKENDS = flags.DEFINE_list(
+  "backends", list(nn.BACKENDS), "Backends; those that cannot run are left out."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 11, "Timed rounds.", 1)
+
+_FLOATS = ("float32", "bfloat16")
+
+
+class Program(NamedTuple):
+  """One row: what computes, and how to call it.
+
+  Attributes:
+    name: dtype of the float network, or backend.
+    bits: None for the float network.
+    call: logits of images.
+  """
+
+  name: str
+  bits: int | None
+  call: Callable[[np.ndarray], jax.Array]
+
+
+def programs(setting: Setting, backends: Sequence[str]) -> list[Program]:
+  """The float network twice, then every backend at every bit-width."""
+  found = [
+    Program(dtype, None, _call(_float(setting, dtype))) for dtype in _FLOATS
+  ]
+  stored = nn.deployed.assemble(
+    setting.floating(), nn.deployed.parts_of(setting.quantized())
+  )
+  for name in backends:
+    if nn.supports(stored, name):
+      nn.set_backend(stored, name)
+      call = _call(stored)
+      for index, bits in enumerate(setting.bits):
+        found.append(Program(name, bits, _at(call, index)))
+  return found
+
+
+def measure(
+  found: Sequence[Program], images: np.ndarray, rounds: int
+) -> np.ndarray:
+  """Seconds of one call, [programs, rounds]; they take turns."""
+  for program in found:
+    jax.block_until_ready(program.call(images))
+  seconds = np.empty((len(found), rounds))
+  for number in range(rounds):
+    for row, program in zip(seconds, found, strict=True):
+      started = time.perf_counter()
+      jax.block_until_ready(program.call(images))
+      row[number] = time.perf_counter() - started
+  return seconds
+
+
+def table(
+  setting: Setting,
+  found: Sequence[Program],
+  measured: dict[int, np.ndarray],
+) -> Table:
+  """Medians, and medians of ratios to float32 in the same round."""
+  shown = Table(
+    title=f"{setting.model}, {setting.size}x{setting.size}x3, "
+    f"{jax.devices()[0].device_kind}"
+  )
+  shown.add_column("program")
+  shown.add_column("bits", justify="right")
+  for batch in measured:
+    unit = "ms" if batch == 1 else "images/s"
+    shown.add_column(f"batch {batch}: {unit}", justify="right")
+    shown.add_column("of float32", justify="right")
+  for number, program in enumerate(found):
+    cells = []
+    for batch, seconds in measured.items():
+      median = float(np.median(seconds[number]))
+      speed = f"{1e3 * median:.2f}" if batch == 1 else f"{batch / median:.0f}"
+      ratio = float(np.median(seconds[number] / seconds[0]))
+      cells += [speed, f"{ratio:.2f}"]
+    bits = "" if program.bits is None else str(program.bits)
+    shown.add_row(program.name, bits, *cells)
+  return shown
+
+
+def fastest(found: Sequence[Program], seconds: np.ndarray) -> str:
+  """What backend "auto" takes: the smallest median over its bit-widths."""
+  medians = np.median(seconds, 1)
+  names = [p.name for p in found if p.bits is not None]
+  return min(
+    names,
+    key=lambda name: min(
+      m for p, m in zip(found, medians, strict=True) if p.name == name
+    ),
+  )
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures and prints."""
+  del argv
+  setting = Setting(
+    _MODEL.value, _SIZE.value, bits=tuple(map(int, _BITS.value))
+  )
+  found = programs(setting, _BACKENDS.value)
+  measured = {
+    batch: measure(found, setting.batch(batch)["image"], _ROUNDS.value)
+    for batch in map(int, _BATCHES.value)
+  }
+  console = Console(width=120)
+  console.print(table(setting, found, measured))
+  for batch, seconds in measured.items():
+    console.print(f"auto at batch {batch}: {fastest(found, seconds)}")
+
+
+def _float(setting, dtype):
+  model = setting._replace(dtype=dtype).floating()
+  model.eval()
+  return model
+
+
+def _call(model: nnx.Module) -> Callable[..., jax.Array]:
+  """A compiled call (images, index); a float network ignores the index."""
+  split = nn.functional(model)
+
+  @jax.jit
+  def call(params, batch_stats, index, images):
+    return split.apply(params, batch_stats, index, images)[0]
+
+  def of_images(images, index=0):
+    index = jnp.int32(index)
+    return call(split.params, split.batch_stats, index, images)
+
+  return of_images
+
+
+def _at(call, index):
+  return lambda images: call(images, index)
+
+
+if __name__ == "__main__":
+  app.run(main)
