@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dr_jax import nn, quant
+from dr_jax import models, nn, quant
 from dr_jax.nn import backends, contraction
 
 BITS = (8, 4, 2)
@@ -367,3 +367,32 @@ def test_a_backend_that_cannot_compute_is_one_line(
 def test_a_float_network_has_no_backend():
   with pytest.raises(ValueError, match="must have a quantized layer"):
     nn.set_backend(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "integer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "model, options",
+  [
+    ("resnet18", {"width": 8}),
+    ("resnet50", {"width": 8}),
+    ("mobilenetv2", {}),
+  ],
+)
+def test_published_networks_compute_in_integers(model, options):
+  x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+  float_network = models.build(
+    model, num_classes=10, rngs=nnx.Rngs(0), **options
+  )
+  trained = nn.quantize(
+    float_network,
+    weight=quant.double_rounding(BITS, rounding="floor"),
+    activation=quant.lsq_activation(BITS),
+    sample=x,
+  )
+  network = nn.deployed.assemble(float_network, nn.deployed.parts_of(trained))
+  nn.set_bits(network, 4)
+  expected = call(network, x)
+  nn.set_backend(network, "carrier")
+  # A code on the edge between two can fall to either side.
+  largest = float(jnp.abs(expected).max())
+  np.testing.assert_allclose(call(network, x), expected, atol=0.02 * largest)
