@@ -136,6 +136,8 @@ class Artifact:
     *,
     bits: Assignment | None = None,
     model: nnx.Module | None = None,
+    backend: str = "float",
+    sample: Any = None,
   ) -> nnx.Module:
     """Builds the network; see `deploy.load`.
 
@@ -154,6 +156,7 @@ class Artifact:
     except ValueError as error:
       raise ArtifactError(f"{self.path}: {error}") from error
     nn.set_bits(network, self.opened if bits is None else bits)
+    nn.set_backend(network, backend, sample=sample)
     return network
 
   @functools.cached_property
@@ -250,6 +253,8 @@ def load(
   *,
   bits: Assignment | None = None,
   model: nnx.Module | None = None,
+  backend: str = "float",
+  sample: Any = None,
 ) -> nnx.Module:
   """Loads an artifact as a network that switches bit-widths.
 
@@ -260,6 +265,9 @@ def load(
       no more than some bits need, `open(path, bits).load()`.
     model: the float network that was quantized, with any weights; by default
       it is built from the architecture in the manifest.
+    backend: how layers compute: "float", "integer", "im2col", "carrier", or
+      "auto" for the fastest of them on this device; see `nn.set_backend`.
+    sample: for "auto", inputs as the network will get them.
 
   Returns:
     The network, in inference mode.
@@ -267,9 +275,10 @@ def load(
   Raises:
     ArtifactError: if a file is missing, damaged or of another format, or the
       artifact belongs to another network; nothing is half-loaded.
-    ValueError: if `bits` is not a candidate.
+    ValueError: if `bits` is not a candidate, or the backend cannot compute a
+      layer.
   """
-  return open(path).load(bits=bits, model=model)
+  return open(path).load(bits=bits, model=model, backend=backend, sample=sample)
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

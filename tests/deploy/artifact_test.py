@@ -94,6 +94,16 @@ def test_kernels_are_equal_bit_for_bit_at_every_bit_width(exported):
       np.testing.assert_array_equal(stored[name].kernel, expected)
 
 
+def test_a_loaded_model_computes_with_the_backend_asked_for(exported):
+  _, path = exported
+  stored = deploy.load(path, backend="carrier")
+  np.testing.assert_allclose(
+    stored(_images()), deploy.load(path)(_images()), rtol=1e-4, atol=1e-4
+  )
+  with pytest.raises(ValueError, match="backend must be one of"):
+    deploy.load(path, backend="int3")
+
+
 def test_per_layer_bits_work_on_a_loaded_model(exported):
   network, path = exported
   bits = nn.candidates(network)
