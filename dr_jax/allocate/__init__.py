@@ -9,6 +9,7 @@ from dr_jax.allocate.costs import (
   mean_bits_budget,
   stored_bits,
 )
+from dr_jax.allocate.latency_table import LatencyTable
 from dr_jax.allocate.pareto import Front, pareto
 from dr_jax.allocate.solve import Infeasible, Solution, solve
 
@@ -16,6 +17,7 @@ __all__ = [
   "Allocation",
   "Front",
   "Infeasible",
+  "LatencyTable",
   "Solution",
   "between",
   "bops",

@@ -307,7 +307,7 @@ def _check_search_stage(config, holdout):
     )
   if "latency" in config.costs and not config.latency:
     raise ConfigError(
-      "search.latency must be a JSON file of {layer: {bits: seconds}} with the "
+      "search.latency must be a file of dr_jax.benchmarks.latency with the "
       "cost latency, got ''"
     )
   if not config.strategies:

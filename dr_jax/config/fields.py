@@ -234,7 +234,8 @@ class SearchConfig:
 
   A budget is a mean bit-width: the network may cost what it would with that
   bit-width everywhere, in each of `costs` ("stored_bits", "bops", "sum_bits",
-  or "latency", with a table {layer: {bits: seconds}} in a JSON file).
+  or "latency", with the file `latency` of `python -m dr_jax.benchmarks.latency`
+  or any {layer: {bits: seconds}} in JSON).
   `strategies` are those of `search.SEARCHES`, all if empty, `options` their
   keyword arguments by strategy, `ties` groups of layer names that share a
   bit-width, `pinned` bit-widths by layer name. `eval_split` says which images

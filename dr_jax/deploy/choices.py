@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from dr_jax.allocate import Allocation
+from dr_jax.allocate import Allocation, LatencyTable
 from dr_jax.allocate.problem import integer
 from dr_jax.deploy.artifact import Artifact
 
@@ -17,10 +18,12 @@ class Choice(NamedTuple):
   Attributes:
     allocation: bits by layer.
     bytes: as `Artifact.bytes_at` counts them.
+    milliseconds: of a batch, by a latency table; None without.
   """
 
   allocation: Allocation
   bytes: int
+  milliseconds: float | None
 
   @property
   def bits(self) -> int | Allocation:
@@ -48,6 +51,7 @@ class Choices:
     artifact: Artifact,
     allocations: Iterable[str | os.PathLike | Mapping[str, int]] = (),
     accuracy: Mapping[int | Allocation, float] | None = None,
+    latency: LatencyTable | None = None,
   ):
     """See `Switchable`, whose arguments these are."""
     # Sizes alone are kept: an artifact holds codes once more, as stored.
@@ -57,6 +61,9 @@ class Choices:
     )
     self.layers = tuple(self._layer_bytes)
     self.candidates = artifact.bits
+    self._latency = latency
+    if latency is not None:
+      latency.check(self.layers, self.candidates)
     self._uniform = {
       b: self._choice(Allocation.uniform(self.layers, b))
       for b in self.candidates
@@ -89,17 +96,37 @@ class Choices:
       ValueError: if there is none.
     """
     budget = integer("budget_bytes", budget, at_least=0)
+    return self._within("budget_bytes", budget, lambda choice: choice.bytes)
+
+  def within_ms(self, budget: float) -> Choice:
+    """Returns the most accurate choice of at most so many milliseconds.
+
+    Raises:
+      ValueError: if there is none, or no latency table.
+    """
+    if self._latency is None:
+      raise ValueError(
+        "budget_ms needs a latency table: Switchable(..., latency=path)"
+      )
+    if not isinstance(budget, numbers.Real):
+      raise ValueError(f"budget_ms must be a number, got {budget!r}")
+    return self._within("budget_ms", budget, lambda choice: choice.milliseconds)
+
+  def _within(self, name, budget, cost):
     for choice in self.ordered:
-      if choice.bytes <= budget:
+      if cost(choice) <= budget:
         return choice
-    least = min(choice.bytes for choice in self.ordered)
+    least = min(map(cost, self.ordered))
     raise ValueError(
-      f"budget_bytes must be >= {least}, the smallest choice, got {budget}"
+      f"{name} must be >= {least:.12g}, the smallest choice, got {budget}"
     )
 
   def _choice(self, allocation):
     needed = (self._layer_bytes[name][b] for name, b in allocation.items())
-    return Choice(allocation, self._other_bytes + sum(needed))
+    ms = (
+      None if self._latency is None else self._latency.milliseconds(allocation)
+    )
+    return Choice(allocation, self._other_bytes + sum(needed), ms)
 
 
 def _read(allocation):

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import nn
-from dr_jax.allocate import Allocation
+from dr_jax.allocate import Allocation, LatencyTable
 from dr_jax.deploy import artifact as artifacts
 from dr_jax.deploy.artifact import Artifact
 from dr_jax.deploy.choices import Choice, Choices
@@ -74,6 +74,8 @@ class Switchable:
     sample: Any = None,
     allocations: Iterable[str | os.PathLike | Mapping[str, int]] = (),
     accuracy: Mapping[int | Allocation, float] | None = None,
+    latency: str | os.PathLike | LatencyTable | None = None,
+    backend: str = "float",
   ):
     """Opens an artifact and builds its network.
 
@@ -88,16 +90,26 @@ class Switchable:
       allocations: what budgets choose from besides uniform bit-widths: files of
         the export stage (`export/allocations/*.json`), or {layer: bits}.
       accuracy: {bits or allocation: accuracy} of all that budgets choose from.
+      latency: what budgets of milliseconds go by, a file of
+        `python -m dr_jax.benchmarks.latency`, measured on this device.
+      backend: how layers compute; see `nn.set_backend`. "auto" needs a sample.
 
     Raises:
       ArtifactError: as `deploy.open` and `deploy.load`.
       ValueError: if bits are not candidates, an allocation is of another
-        network, or accuracy lacks a choice.
+        network, accuracy or latency lacks a choice, or the backend cannot
+        compute a layer.
     """
     if not isinstance(artifact, Artifact):
       artifact = artifacts.open(artifact)
-    self._choices = Choices(artifact, allocations, accuracy)
-    apply, params, batch_stats, *_ = nn.functional(artifact.load(model=model))
+    if latency is not None and not isinstance(latency, LatencyTable):
+      latency = LatencyTable.load(latency)
+    self._choices = Choices(artifact, allocations, accuracy, latency)
+    if sample is not None:
+      sample = np.zeros(sample.shape, sample.dtype)
+    network = artifact.load(model=model)
+    nn.set_backend(network, backend, sample=sample)
+    apply, params, batch_stats, *_ = nn.functional(network)
     self._arrays = params, batch_stats
     highest = self._choices.candidates[0]
     self._serving = self._snapshot(
@@ -112,12 +124,17 @@ class Switchable:
     self._compiled: set[tuple[Any, ...]] = set()
     self._compiling = threading.Lock()
     if sample is not None:
-      self.predict(np.zeros(sample.shape, sample.dtype))
+      self.predict(sample)
 
   @property
   def choices(self) -> tuple[Choice, ...]:
     """What budgets choose from, most accurate first."""
     return self._choices.ordered
+
+  @property
+  def choice(self) -> Choice:
+    """The assignment in use."""
+    return self._serving.choice
 
   @property
   def bits(self) -> int | Allocation:
@@ -150,6 +167,7 @@ class Switchable:
     bits: int | Mapping[str, int] | None = None,
     *,
     budget_bytes: int | None = None,
+    budget_ms: float | None = None,
   ) -> None:
     """Changes the bit-width of all requests that begin from now on.
 
@@ -160,23 +178,33 @@ class Switchable:
       budget_bytes: the most accurate of `choices` of at most so many bytes is
         taken: of the highest accuracy where accuracies were given, else of the
         most bytes, which stand for accuracy.
+      budget_ms: the most accurate of `choices` that take at most so many
+        milliseconds by the latency table, which estimates those that are not
+        uniform.
 
     Raises:
       ValueError: if bits are not candidates, an allocation is of another
-        network, a budget is below the smallest choice, or not exactly one
-        argument is given.
+        network, a budget is below the smallest choice, not exactly one argument
+        is given, or there is no latency table for milliseconds.
     """
-    given = {"bits": bits, "budget_bytes": budget_bytes}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
+    arguments = {
+      "bits": bits,
+      "budget_bytes": budget_bytes,
+      "budget_ms": budget_ms,
+    }
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(given) != 1:
       raise ValueError(
-        f"switch takes one of {', '.join(given)}, got "
-        f"{' and '.join(names) or 'none'}"
+        f"switch takes one of {', '.join(arguments)}, got "
+        f"{' and '.join(given) or 'none'}"
       )
+    choices = self._choices
     if budget_bytes is not None:
-      choice = self._choices.within_bytes(budget_bytes)
+      choice = choices.within_bytes(budget_bytes)
+    elif budget_ms is not None:
+      choice = choices.within_ms(budget_ms)
     else:
-      choice = self._choices.at(bits)  # pyrefly: ignore[bad-argument-type]
+      choice = choices.at(bits)  # pyrefly: ignore[bad-argument-type]
     self._serving = self._snapshot(choice)
 
   def _snapshot(self, choice):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +14,7 @@ from dr_jax.nn import layers
 from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.kernels import check_kernels, inside_float_wrappers
 from dr_jax.nn.leaves import name_of
-from dr_jax.nn.substitute import copy_attributes, substitute
+from dr_jax.nn.observe import observed
 
 OBSERVED = (*layers.QUANTIZED, nnx.BatchNorm)
 
@@ -172,7 +170,7 @@ def _observe(model, modules, activation, init, batches):
   def record(name, x, y):
     tracing[-1].record(name, x, y)
 
-  graph, state = nnx.split(_observed(model, modules, record))
+  graph, state = nnx.split(observed(model, modules, record))
 
   @jax.jit
   def statistics(state, inputs):
@@ -211,25 +209,6 @@ def _observe(model, modules, activation, init, batches):
   return traced[0], total
 
 
-def _observed(model, modules, record):
-  """A copy that calls `record(name, input, output)` for each call."""
-  names = {id(module): name for name, module in modules.items()}
-  copy = nnx.clone(model)
-  pairs = zip(nnx.iter_modules(model), nnx.iter_modules(copy), strict=True)
-  copy = substitute(
-    copy,
-    {
-      id(copied): _observer(
-        copied, functools.partial(record, names[id(module)])
-      )
-      for (_, module), (_, copied) in pairs
-      if id(module) in names
-    },
-  )
-  copy.eval()
-  return copy
-
-
 def _input_statistics(module, xs, activation, init):
   # A layer that is called several times has one scale for all its inputs. To
   # touch them finds those that belong to an inner trace, so do it always.
@@ -249,21 +228,3 @@ def _input_statistics(module, xs, activation, init):
   # element by element.
   low, high = x.min(), x.max()
   return _Statistics(jnp.isfinite(low) & jnp.isfinite(high), low, high, params)
-
-
-def _observer(module, record: Callable[[jax.Array, jax.Array], None]):
-  """The module, calling `record(input, output)` on each call."""
-  kind = type(module)
-  signature = inspect.signature(kind.__call__)
-
-  class Observer(kind):
-    def __init__(self):
-      copy_attributes(self, module)
-
-    def __call__(self, *args, **kwargs):
-      y = kind.__call__(self, *args, **kwargs)
-      # The input is the first parameter, under whatever name.
-      record(signature.bind(self, *args, **kwargs).args[1], y)
-      return y
-
-  return Observer()

@@ -1,6 +1,5 @@
 """Benchmarks of named networks and of scaling; what they time is not tested."""
 
-import io
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from tables import cells, printed
 
 from dr_jax.benchmarks import (
   concurrent_load,
@@ -42,23 +41,6 @@ RESNET20_MACS = (
   + 8 * 8 * (32 * 64 * (9 + 1) + 5 * 9 * 64 * 64)
   + 64 * 10
 )
-
-
-def printed(table):
-  file = io.StringIO()
-  Console(file=file, width=200).print(table)
-  return file.getvalue()
-
-
-def cells(text, name):
-  """The cells of the row of that name."""
-  rows = [
-    [cell.strip() for cell in line.strip("│").split("│")]
-    for line in text.splitlines()
-    if "│" in line
-  ]
-  (found,) = [row[1:] for row in rows if row[0] == name]
-  return found
 
 
 @pytest.mark.parametrize(

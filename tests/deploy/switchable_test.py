@@ -264,6 +264,52 @@ def test_allocations_are_read_from_files_of_the_export_stage(
   assert mixed in [choice.allocation for choice in served.choices]
 
 
+@pytest.fixture(scope="module")
+def latency(mixed):
+  """Times that fall with bits, and fastest at 2 in one layer alone."""
+  return allocate.LatencyTable(
+    network={8: 20.0, 4: 12.0, 2: 8.0},
+    layers={name: {8: 2.0, 4: 1.0, 2: 0.5} for name in mixed},
+    measured={},
+  )
+
+
+def test_a_budget_of_time_takes_the_most_accurate_that_is_fast_enough(
+  artifact, mixed, latency, tmp_path
+):
+  latency.save(tmp_path / "latency.json")
+  served = deploy.Switchable(
+    artifact, allocations=[mixed], latency=tmp_path / "latency.json"
+  )
+  bits = list(mixed.values())
+  ms = 20.0 - bits.count(4) - 1.5 * bits.count(2)
+  assert 12.0 < ms < 20.0
+  assert {c.bits: c.milliseconds for c in served.choices} == {
+    **{8: 20.0, 4: 12.0, 2: 8.0},
+    mixed: ms,
+  }
+  between = next(c.bits for c in served.choices if c.bits != 8)
+  for budget, expected in (
+    *((20, 8), (19.9, between)),
+    *((12.5, 4), (12.0, 4), (11.9, 2), (8.0, 2)),
+  ):
+    served.switch(budget_ms=budget)
+    assert served.bits == expected
+  with pytest.raises(
+    ValueError, match="budget_ms must be >= 8, the smallest choice, got 7.5"
+  ):
+    served.switch(budget_ms=7.5)
+  with pytest.raises(ValueError, match="budget_ms must be a number, got '9'"):
+    served.switch(budget_ms="9")
+  assert served.bits == 2
+
+
+def test_a_latency_table_of_another_network_is_an_error(artifact, latency):
+  other = latency._replace(layers=latency.layers | {"conv": {8: 1.0}})
+  with pytest.raises(ValueError, match=r"unknown layers \['conv'\]"):
+    deploy.Switchable(artifact, latency=other)
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -274,7 +320,8 @@ def test_allocations_are_read_from_files_of_the_export_stage(
       {"budget_bytes": 1e9},
       "budget_bytes must be an integer >= 0, got 1000000000.0",
     ),
-    ({}, "switch takes one of bits, budget_bytes, .*got none"),
+    ({"budget_ms": 1.0}, "budget_ms needs a latency table: Switchable"),
+    ({}, "switch takes one of bits, budget_bytes, budget_ms, got none"),
     ({"bits": 4, "budget_bytes": 10**9}, "got bits and budget_bytes"),
   ],
 )
@@ -308,6 +355,18 @@ def test_wrong_choices_are_errors_at_once(artifact, mixed):
     ValueError, match="accuracy must have every choice, but lacks 2"
   ):
     deploy.Switchable(artifact, accuracy={8: 1.0, 4: 1.0})
+
+
+def test_layers_compute_with_the_backend_that_is_chosen(artifact, expected):
+  served = deploy.Switchable(artifact, backend="integer")
+  for bits in BITS:
+    served.switch(bits)
+    # The same integers, but for sums of floats in another order.
+    np.testing.assert_allclose(
+      served.predict(images()), expected[bits], rtol=1e-4, atol=1e-4
+    )
+  with pytest.raises(ValueError, match="backend must be one of"):
+    deploy.Switchable(artifact, backend="fast")
 
 
 def test_a_network_without_an_architecture_is_given(tmp_path):

@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from dr_jax import allocate, nn
 from dr_jax import search as searches
+from dr_jax.allocate.latency_table import SCHEMA, LatencyTable
 from dr_jax.config import ConfigError, SearchConfig
 from dr_jax.runtime import files
 
@@ -58,23 +59,26 @@ def _costs(config, table, bits):
 
 
 def latency_table(path: str) -> dict[str, dict[int, float]]:
-  """Reads {layer: {bits: seconds}}.
+  """Reads {layer: {bits: seconds}}, as it is or in an `allocate.LatencyTable`.
 
   Raises:
     ConfigError: if the file is missing or holds something else.
   """
+  plain = {...: {...: float}}
   try:
-    measured = files.read_json(path, {...: {...: float}})
+    value = files.read_json(path, (SCHEMA, plain))
+    if "layers_ms" in value:
+      return LatencyTable.from_json(value).layer_seconds
     return {
       layer: {int(b): float(s) for b, s in row.items()}
-      for layer, row in measured.items()
+      for layer, row in value.items()
     }
   except OSError as error:
     raise ConfigError(f"search.latency={path!r}: {error.strerror}") from None
   except ValueError as error:
     raise ConfigError(
-      f"search.latency must be a JSON file of {{layer: {{bits: seconds}}}}: "
-      f"{error}"
+      "search.latency must be a file of dr_jax.benchmarks.latency, or "
+      f"{{layer: {{bits: seconds}}}} in JSON: {error}"
     ) from None
 
 

@@ -180,6 +180,33 @@ def test_another_latency_table_in_the_same_file_is_another_search(
     searched(copied, **search)
 
 
+def test_a_measured_table_of_a_network_is_a_cost(copied, tmp_path):
+  layers = list(found(copied)[0]["allocation"])
+  rows = json.loads(latencies(layers, 0))
+  table = allocate.LatencyTable(
+    network={b: 1000.0 for b in BITS},
+    layers={
+      name: {int(b): 1000 * seconds for b, seconds in row.items()}
+      for name, row in rows.items()
+    },
+    measured={"device": "cpu"},
+  )
+  table.save(tmp_path / "latency.json")
+  (row,) = searched(
+    copied,
+    strategies=("hessian_ilp",),
+    budgets=(2.5,),
+    costs=("latency",),
+    latency=str(tmp_path / "latency.json"),
+    options={"hessian_ilp": {"max_candidates": 1}},
+  )
+  # Nanoseconds: 2.5 bits of the one layer that gains, one of each other.
+  assert row["budgets"] == {"latency": (2500 + 1000 * (len(layers) - 1)) * 1000}
+  assert row["cost"]["latency"] <= row["budgets"]["latency"]
+  assert row["allocation"][layers[0]] == 2
+  assert row["allocation"][layers[-1]] == 8
+
+
 def test_a_search_stopped_by_a_signal_resumes_to_the_same_result(
   finished, copied
 ):

@@ -1,0 +1,222 @@
+"""Milliseconds of a deployed network and of its layers, at every bit-width.
+
+  python -m dr_jax.benchmarks.latency --artifact=DIR --image-size=32
+      [--batch=1] [--backend=integer] [--output=latency.json]
+  python -m dr_jax.benchmarks.latency --model=resnet50 [--image-size=224] ...
+
+Measures on this device, takes medians over rounds in which all take turns, and
+writes an `allocate.LatencyTable`: what `deploy.Switchable(latency=FILE)` and
+`search.costs=latency` with `search.latency=FILE` go by. A named network is
+quantized with random weights: time depends on shapes.
+
+The network, and each layer, is one program for all bit-widths, as it is served.
+A backend that does the same work at every bit-width takes the same time at
+every bit-width, and the table says so. A layer alone includes the quantization
+of its inputs, the decoding of its kernel and the call; what XLA fuses over
+layers, and layers that stay float, only the network shows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import deploy, nn
+from dr_jax.allocate import LatencyTable
+from dr_jax.benchmarks import network
+from dr_jax.nn.layers import candidates, quantized_layers
+from dr_jax.nn.observe import observed
+from dr_jax.pipeline.summary import environment
+from dr_jax.runtime import compilation
+
+_ARTIFACT = flags.DEFINE_string("artifact", None, "Directory of an artifact.")
+_MODEL = flags.DEFINE_enum("model", None, network.NAMES, "Named network.")
+_BITS = flags.DEFINE_list(
+  "bits", ["8", "6", "4", "2"], "Bit-widths of a named network."
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "Images per call.", lower_bound=1)
+_SIZE = flags.DEFINE_integer(
+  "image_size",
+  0,
+  "Height and width of an image; 0 for that of a named network.",
+  lower_bound=0,
+)
+_BACKEND = flags.DEFINE_enum(
+  "backend", "float", tuple(nn.BACKENDS), "How layers compute."
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 11, "Timed calls of each.", lower_bound=1
+)
+_OUTPUT = flags.DEFINE_string("output", "latency.json", "File to write.")
+for _alias, _name in (
+  ("batch-size", "batch"),
+  ("batch_size", "batch"),
+  ("image-size", "image_size"),
+):
+  flags.DEFINE_alias(_alias, _name)
+
+# A call at one position among the candidate bit-widths.
+Call = Callable[[Any], Any]
+
+
+def main(argv):
+  del argv
+  try:
+    _main()
+  except (OSError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _main():
+  if (_ARTIFACT.value is None) == (_MODEL.value is None):
+    raise ValueError("one of artifact and model must be given")
+  compilation.cache_on_disk()
+  served, channels, size = _from_artifact() if _ARTIFACT.value else _named()
+  nn.set_backend(served, _BACKEND.value)
+  shape = (_BATCH.value, size, size, channels)
+  table = measure(
+    served,
+    np.random.default_rng(0).standard_normal(shape, np.float32),
+    rounds=_ROUNDS.value,
+    about={
+      "network": _ARTIFACT.value or _MODEL.value,
+      "batch": _BATCH.value,
+      "image_size": size,
+      "backend": _BACKEND.value,
+      "rounds": _ROUNDS.value,
+      "environment": environment(),
+    },
+  )
+  table.save(_OUTPUT.value)
+  Console(width=120).print(shown(table), environment())
+
+
+def _from_artifact():
+  """A network, its channels and the size of its images."""
+  artifact = deploy.open(str(_ARTIFACT.value))
+  architecture = artifact.manifest["architecture"]
+  if architecture is None:
+    raise ValueError(
+      f"artifact must name its architecture, but {_ARTIFACT.value} does not"
+    )
+  if not _SIZE.value:
+    raise ValueError("image_size must be >= 1 with an artifact, got 0")
+  return artifact.load(), architecture[1].get("channels", 3), _SIZE.value
+
+
+def _named():
+  if not all(b.isdecimal() for b in _BITS.value):
+    raise ValueError(f"bits must be integers, got {','.join(_BITS.value)}")
+  bits = tuple(map(int, _BITS.value))
+  setting = network.Setting(str(_MODEL.value), _SIZE.value, bits=bits)
+  parts = nn.deployed.parts_of(setting.quantized())
+  return nn.deployed.assemble(setting.floating(), parts), 3, setting.size
+
+
+def measure(
+  served: nnx.Module,
+  x: np.ndarray,
+  *,
+  rounds: int,
+  about: Mapping[str, Any] | None = None,
+) -> LatencyTable:
+  """Times a network and its layers at every bit-width.
+
+  Args:
+    served: what `deploy.load` returned.
+    x: a batch of inputs.
+    rounds: timed calls of each.
+    about: what the table says of itself.
+  """
+  bits = candidates(served)
+  layers = quantized_layers(served)
+  inputs = layer_inputs(served, x)
+  calls = [_compiled(served, x)]
+  calls += [_compiled(layer, inputs[name]) for name, layer in layers.items()]
+  network_ms, *layers_ms = _medians(calls, len(bits), rounds)
+  return LatencyTable(
+    network=dict(zip(bits, network_ms, strict=True)),
+    layers={
+      name: dict(zip(bits, row, strict=True))
+      for name, row in zip(layers, layers_ms, strict=True)
+    },
+    measured=dict(about or {}),
+  )
+
+
+def layer_inputs(model: nnx.Module, x: np.ndarray) -> dict[str, jax.Array]:
+  """Random inputs as each quantized layer gets them, in its first call."""
+  found: dict[str, jax.ShapeDtypeStruct] = {}
+
+  def record(name, x, y):
+    del y
+    found.setdefault(name, jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+  copy = observed(model, quantized_layers(model), record)
+  jax.eval_shape(lambda x: copy(x), x)
+  rng = np.random.default_rng(0)
+  return {
+    name: jnp.asarray(rng.standard_normal(of.shape, np.float32), of.dtype)
+    for name, of in found.items()
+  }
+
+
+def _compiled(model: Any, x: Any) -> Call:
+  """One program for all bit-widths."""
+  split = nn.functional(model)
+
+  @jax.jit
+  def run(params, batch_stats, index, x):
+    return split.apply(params, batch_stats, index, x)[0]
+
+  def call(index):
+    return jax.block_until_ready(run(split.params, split.batch_stats, index, x))
+
+  call(jnp.int32(0))
+  return call
+
+
+def _medians(calls, count, rounds):
+  """Median milliseconds of every call at each of `count` positions."""
+  indices = [jnp.int32(position) for position in range(count)]
+  times: list[list[list[float]]] = [[[] for _ in indices] for _ in calls]
+  for turn in range(rounds):
+    for call, rows in zip(calls, times, strict=True):
+      # None is always the first after another program, with cold caches.
+      for position in np.roll(range(count), turn):
+        started = time.perf_counter()
+        call(indices[position])
+        rows[position].append(1000 * (time.perf_counter() - started))
+  return [[statistics.median(row) for row in rows] for rows in times]
+
+
+def shown(table: LatencyTable) -> Table:
+  """The times of the network, and of all its layers alone."""
+  about = table.measured
+  result = Table(
+    title=f"{about.get('network', '')}, batch {about.get('batch', '')}, "
+    f"{about.get('image_size', '')} pixels, backend {about.get('backend', '')}"
+  )
+  result.add_column("bits", justify="right")
+  for column in ("network ms", f"{len(table.layers)} layers alone, sum ms"):
+    result.add_column(column, justify="right")
+  for b, ms in table.network.items():
+    layers = sum(row[b] for row in table.layers.values())
+    result.add_row(str(b), f"{ms:.3f}", f"{layers:.3f}")
+  return result
+
+
+if __name__ == "__main__":
+  app.run(main)
