@@ -221,7 +221,12 @@ def _parse(argv):
     sys.exit(2)
 
 
-if __name__ == "__main__":
+def start() -> None:
+  """Runs the command with the arguments of this process, and ends it."""
   command.run(
     lambda: app.run(lambda argv: sys.exit(main(argv)), flags_parser=_parse)
   )
+
+
+if __name__ == "__main__":
+  start()

@@ -21,7 +21,7 @@ FLOORS = {
       "search",
       "config report",
       "pipeline",
-      "main benchmarks",
+      "main export benchmarks",
     ],
     start=1,
   )

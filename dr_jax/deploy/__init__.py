@@ -2,6 +2,7 @@
 
 from dr_jax.deploy.artifact import Artifact, load, open
 from dr_jax.deploy.choices import Choice
+from dr_jax.deploy.plain import export_safetensors
 from dr_jax.deploy.reader import ArtifactError
 from dr_jax.deploy.stablehlo import export_stablehlo
 from dr_jax.deploy.switchable import Switchable
@@ -12,6 +13,7 @@ __all__ = [
   "ArtifactError",
   "Choice",
   "Switchable",
+  "export_safetensors",
   "export_stablehlo",
   "load",
   "open",

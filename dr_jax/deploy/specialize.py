@@ -8,7 +8,9 @@ packed, and each norm one row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,46 +41,94 @@ def specialize(
   """
   network = nnx.clone(network)
   nn.set_bits(network, bits)
-  for name, layer in quantized_layers(network).items():
+  layers: dict[str, Any] = {**quantized_layers(network)}
+  for name, layer in layers.items():
     if not isinstance(layer, Stored):
       raise ValueError(
         f"layer {name} must hold stored codes; pass what deploy.load returned"
       )
+  weights = _weights(layers)
+  for name, layer in layers.items():
     index = int(layer.bits.get_value())
-    layer.set_weight_quantizer(*_weight_at(layer, index))
+    layer.set_weight_quantizer(*weights[name])
     layer.first = 0
     layer.input_quantizer = _input_at(layer.input_quantizer, index)
   for _, module in nnx.iter_modules(network):
     if isinstance(module, FoldedNorm):
-      row = slice(int(module.row), int(module.row) + 1)
-      module.gain = nnx.BatchStat(module.gain[row])
-      module.offset = nnx.BatchStat(module.offset[row])
+      row = int(module.row)
+      for rows in (module.gain, module.offset):
+        rows.set_value(jnp.asarray(np.asarray(rows[...])[row : row + 1]))
       module.rows, module.held = 1, (0,)
   for _, variable in all_bits(network):
     variable.set_value(jnp.int32(0))
   return network
 
 
-def _weight_at(layer, index):
-  """A quantizer of one bit-width, and the arrays that it decodes."""
-  whole = layer.weight_quantizer
-  encoded = arrays_of(layer.encoded)
-  bits = whole.bits[index]
-  if whole.integers is None:
-    decode = lambda arrays, _: whole.decode(arrays, index)  # noqa: E731
-    return whole._replace(bits=(bits,), decode=decode), encoded
-  codes, scale = whole.integers(encoded, index)
-  width, signed = _width(np.asarray(codes), bits)
-  shape, size = codes.shape, codes.size
+def _weights(layers):
+  """{layer: (quantizer of one bit-width, arrays that it decodes)}."""
+  encoded = {name: arrays_of(layer.encoded) for name, layer in layers.items()}
+  wholes = {name: layer.weight_quantizer for name, layer in layers.items()}
+  indices = {
+    name: int(layer.bits.get_value()) for name, layer in layers.items()
+  }
 
-  def decode(arrays: dict[str, jax.Array], _: int | jax.Array) -> jax.Array:
-    codes = quant.unpack(arrays["codes"], width, size, signed=signed)
-    return codes.reshape(shape).astype(arrays["scale"].dtype) * arrays["scale"]
+  # One program for all layers: eagerly, each shape compiles its own.
+  @jax.jit
+  def integers(encoded):
+    return {
+      name: wholes[name].integers(arrays, indices[name])
+      for name, arrays in encoded.items()
+      if wholes[name].integers is not None
+    }
 
-  packed = quant.pack(codes, width, signed=signed)
-  return (
-    whole._replace(bits=(bits,), decode=decode, integers=None),
-    {"codes": packed, "scale": scale},
+  found = integers(encoded)
+  widths = {
+    name: _width(np.asarray(codes), wholes[name].bits[indices[name]])
+    for name, (codes, _) in found.items()
+  }
+
+  @jax.jit
+  def pack(found):
+    return {
+      name: quant.pack(codes, widths[name][0], signed=widths[name][1])
+      for name, (codes, _) in found.items()
+    }
+
+  packed = pack(found)
+  weights = {}
+  for name, whole in wholes.items():
+    if name in found:
+      codes, scale = found[name]
+      quantizer = _packed(whole, indices[name], codes.shape, *widths[name])
+      weights[name] = quantizer, {"codes": packed[name], "scale": scale}
+    else:
+      weights[name] = _fixed(whole, indices[name]), encoded[name]
+  return weights
+
+
+def _packed(whole, index, shape, width, signed):
+  """A quantizer of one bit-width whose codes are packed."""
+
+  def integers(arrays, _):
+    codes = quant.unpack(
+      arrays["codes"], width, math.prod(shape), signed=signed
+    )
+    return quant.Integers(codes.reshape(shape), arrays["scale"])
+
+  def decode(arrays, _):
+    codes, scale = integers(arrays, 0)
+    return codes.astype(scale.dtype) * scale
+
+  return whole._replace(
+    bits=whole.bits[index : index + 1], decode=decode, integers=integers
+  )
+
+
+def _fixed(whole, index):
+  """A quantizer of one bit-width; it decodes what it always does."""
+  return whole._replace(
+    bits=whole.bits[index : index + 1],
+    decode=lambda arrays, _: whole.decode(arrays, index),
   )
 
 
@@ -97,8 +147,9 @@ def _input_at(quantizer, index):
   """An input quantizer of one bit-width; its parameters stay as they are."""
   if quantizer is None:
     return None
-  whole = quantizer.fake_quantize
+  whole, integers = quantizer.fake_quantize, quantizer.integers
   return quantizer._replace(
     bits=quantizer.bits[index : index + 1],
     fake_quantize=lambda params, x, _: whole(params, x, index),
+    integers=integers and (lambda params, x, _: integers(params, x, index)),
   )

@@ -32,6 +32,7 @@ from jax import export
 
 from dr_jax import nn
 from dr_jax.deploy.specialize import specialize
+from dr_jax.nn.layers import quantized_layers
 from dr_jax.runtime import files
 from dr_jax.runtime.tree import named_leaves
 
@@ -82,7 +83,7 @@ def inference(
   """
   if bits is not None:
     network = specialize(network, bits)
-  table = nn.layer_table(network)
+  layers = quantized_layers(network)
   split = nn.functional(network)
   trees = (split.params, split.batch_stats)
   leaves = named_leaves(split.params) | named_leaves(split.batch_stats)
@@ -116,8 +117,10 @@ def inference(
   return Inference(
     function=at_any if bits is None else at_one,
     arrays=arrays,
-    bits=None if bits is None else {row.name: row.bits for row in table},
-    layers=tuple(row.name for row in table),
+    bits=None
+    if bits is None
+    else {name: x.weight_quantizer.bits[0] for name, x in layers.items()},
+    layers=tuple(layers),
   )
 
 

@@ -61,6 +61,21 @@ def run(function: Callable[[], Any]) -> None:
       _drop_output()
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses absl's flags; anything wrong is one line and exit code 2.
+
+  Returns:
+    The command, and the arguments that are no flags.
+  """
+  from absl import flags  # Ctrl-C is heeded before it is loaded.
+
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    report(error)
+    sys.exit(2)
+
+
 def check_no_arguments(argv: list[str]) -> None:
   """Raises ValueError if anything but flags is left of a command line."""
   if len(argv) > 1:

@@ -63,6 +63,30 @@ def write_bytes(path: Path, content: bytes) -> None:
     raise
 
 
+def create_bytes(path: Path, content: bytes) -> None:
+  """Writes a new file as a whole, and the directories that it needs.
+
+  Raises:
+    FileExistsError: if the path exists; nothing is overwritten.
+  """
+  check_absent(path)
+  write_bytes(path, content)
+
+
+def check_absent(path: Path) -> None:
+  """Raises FileExistsError if the path exists."""
+  path = expand(path)
+  if os.path.lexists(path):
+    raise _exists(path)
+
+
+def size(path: Path) -> int:
+  """Bytes of a file, or of the files in a directory."""
+  path = expand(path)
+  found = path.iterdir() if path.is_dir() else [path]
+  return sum(file.stat().st_size for file in found)
+
+
 def write_text(path: Path, text: str) -> None:
   """Writes a UTF-8 text file as a whole."""
   write_bytes(path, text.encode())
@@ -228,8 +252,7 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
     FileExistsError: if the path exists; nothing is overwritten.
   """
   path = expand(path)
-  if path.exists():
-    raise _exists(path)
+  check_absent(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
     _remove_abandoned(left)

@@ -10,18 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import small_artifact
 from flax import nnx
 from jax import export
+from small_artifact import BITS, images
 
-from dr_jax import deploy, models, nn, quant
+from dr_jax import deploy, nn, quant
 from dr_jax.deploy.stablehlo import export_stablehlo, inference
-
-OPTIONS = {"depth": 8, "num_classes": 5, "channels": 1, "widths": (4, 6, 8)}
-BITS = (8, 6, 4, 2)
-
-
-def images(size, seed=1):
-  return np.asarray(jax.random.normal(jax.random.key(seed), (size, 8, 8, 1)))
 
 
 def deployed(directory, model, weight, sample, **kwargs):
@@ -32,28 +27,20 @@ def deployed(directory, model, weight, sample, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory):
-  """A deployed network with other norms at every bit-width."""
-  model = nn.quantize(
-    models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS),
-    weight=quant.double_rounding(BITS),
-    activation=quant.lsq_activation(BITS),
-    sample=images(6, 0),
-    norm="transitional",
-  )
-  for bits in BITS:
-    nn.set_bits(model, bits)
-    nn.recalibrate(model, [images(6, bits)])
+def artifact(tmp_path_factory):
   path = tmp_path_factory.mktemp("artifact") / "model"
-  deploy.save(path, model, architecture=("resnet", OPTIONS))
-  return deploy.load(path)
+  small_artifact.save(path)
+  return deploy.open(path)
 
 
 @pytest.fixture(scope="module")
-def mixed(network):
-  """Bits that differ from layer to layer."""
-  rows = nn.layer_table(network)
-  return {row.name: BITS[i % 4] for i, row in enumerate(rows)}
+def network(artifact):
+  return artifact.load()
+
+
+@pytest.fixture(scope="module")
+def mixed(artifact):
+  return small_artifact.mixed(artifact)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""The command in forks of one interpreter that has loaded it already.
+"""A command in forks of one interpreter that has loaded it already.
 
-A fork parses its flags, writes and exits as `python -m dr_jax.main` does, but
+A fork parses its flags, writes and exits as `python -m dr_jax.NAME` does, but
 starts in no time.
 """
 
@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
 _SERVER = """
-import json, os, sys
-from absl import app
-from dr_jax import main
+import importlib, json, os, sys
+module = importlib.import_module(f"dr_jax.{sys.argv[1]}")
 
 for line in sys.stdin:
   argv, *paths = json.loads(line)
@@ -23,8 +22,8 @@ for line in sys.stdin:
   if not child:
     for descriptor, path in enumerate(paths, start=1):
       os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.argv = ["dr_jax/main.py", *argv]
-    app.run(lambda argv: sys.exit(main.main(argv)), flags_parser=main._parse)
+    sys.argv = [module.__file__, *argv]
+    module.start()
   _, status = os.waitpid(child, 0)
   print(os.waitstatus_to_exitcode(status), flush=True)
 """
@@ -39,12 +38,12 @@ class Ended(NamedTuple):
 
 
 class ForkedCommand:
-  """Runs the command to its end; close it when no more is to run."""
+  """Runs a command to its end; close it when no more is to run."""
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, name: str = "main"):
     self._files = directory / "out", directory / "err"
     self._server = subprocess.Popen(
-      [sys.executable, "-c", _SERVER],
+      [sys.executable, "-c", _SERVER, name],
       cwd=ROOT,
       env=os.environ | {"XLA_FLAGS": ""},
       stdin=subprocess.PIPE,

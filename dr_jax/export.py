@@ -1,0 +1,176 @@
+"""Writes an artifact in a format that other programs read.
+
+python -m dr_jax.export --artifact=runs/digits/export/model
+    --format=stablehlo --bits=4 --input_shape=8,8,1 --output=digits_4
+
+Formats; see dr_jax/deploy/README.md:
+  stablehlo    a directory: program for CPU, CUDA and TPU, arrays, program.json
+  safetensors  a file: integers and scales in the names and layouts of PyTorch
+
+Exit codes:
+    0: written
+    1: an error that nobody expected, with its traceback
+    2: bad input, or files that cannot be read or written; nothing is left
+  130: stopped by Ctrl-C; nothing is left
+  141: written, but whoever read standard output closed it
+"""
+
+from __future__ import annotations
+
+from dr_jax.runtime import command
+
+# The imports below take seconds.
+if __name__ == "__main__":
+  command.stop_on_interrupt("nothing was written")
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from dr_jax import allocate, deploy
+from dr_jax.deploy.stablehlo import PLATFORMS
+from dr_jax.runtime import compilation, files, processes
+
+_ARTIFACT = flags.DEFINE_string(
+  "artifact", None, "Directory of the artifact, as a run's export/model."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "What to create; it must not exist."
+)
+_BITS = flags.DEFINE_string(
+  "bits",
+  None,
+  "A bit-width; an allocation's file, as a run's export/allocations/*.json; or "
+  "all: the program takes bits as an argument (stablehlo).",
+)
+_INPUT_SHAPE = flags.DEFINE_list(
+  "input_shape",
+  None,
+  "Shape of one input without the batch, as 224,224,3 (stablehlo).",
+)
+_BATCH = flags.DEFINE_integer(
+  "batch",
+  None,
+  "Size of the batch; any by default (stablehlo).",
+  lower_bound=1,
+)
+_PLATFORMS = flags.DEFINE_list(
+  "platforms", list(PLATFORMS), "Which can run the program (stablehlo)."
+)
+
+
+def _stablehlo(artifact, bits, output):
+  deploy.export_stablehlo(
+    output,
+    _network(artifact),
+    _sample(),
+    bits=bits,
+    batch=_BATCH.value,
+    platforms=_PLATFORMS.value,
+  )
+
+
+def _safetensors(artifact, bits, output):
+  if bits is None:
+    raise ValueError("--bits=all must come with --format=stablehlo")
+  deploy.export_safetensors(output, artifact, bits=bits)
+
+
+_FORMATS = {"stablehlo": _stablehlo, "safetensors": _safetensors}
+# Flags that not all formats have.
+_FORMATS_OF = {
+  "input_shape": ("stablehlo",),
+  "batch": ("stablehlo",),
+  "platforms": ("stablehlo",),
+}
+_FORMAT = flags.DEFINE_enum("format", None, list(_FORMATS), "What to write.")
+
+
+def main(argv: list[str]) -> int:
+  """Exports an artifact; returns the exit code (see above)."""
+  warnings.showwarning = command.warn
+  try:
+    command.check_no_arguments(argv)
+    compilation.cache_on_disk()
+    output = _export()
+  except Exception as error:
+    if processes.exit_code(error) != 2:
+      raise
+    command.report(error)
+    return 2
+  return command.show(
+    lambda: print(f"{output}: {files.size(output):,} bytes"), output
+  )
+
+
+def _export():
+  """Writes what the flags say; returns where."""
+  required = (_ARTIFACT, _FORMAT, _BITS, _OUTPUT)
+  given: dict[str, Any] = {flag.name: flag.value for flag in required}
+  for name, value in given.items():
+    if value is None:
+      raise ValueError(f"--{name} must be set; see --help")
+  for name, formats in _FORMATS_OF.items():
+    if flags.FLAGS[name].present and given["format"] not in formats:
+      raise ValueError(
+        f"--{name} must come with --format={' or '.join(formats)}, got "
+        f"--format={given['format']}"
+      )
+  output = files.expand(given["output"])
+  files.check_absent(output)
+  bits = _bits(given["bits"])
+  artifact = deploy.open(given["artifact"], bits)
+  _FORMATS[given["format"]](artifact, bits, output)
+  return output
+
+
+def _bits(given: str) -> Any:
+  """The bit-width or allocation of --bits; None for all."""
+  if given == "all":
+    return None
+  if given.isdecimal():
+    return int(given)
+  if not os.path.exists(files.expand(given)):
+    raise ValueError(
+      f"--bits must be a bit-width, all, or a file of an allocation, got "
+      f"{given!r}"
+    )
+  return allocate.Allocation.load(files.expand(given))
+
+
+def _network(artifact):
+  if artifact.manifest["architecture"] is None:
+    raise ValueError(
+      f"{artifact.path} names no architecture, of which the command builds the "
+      "network: call deploy.export_stablehlo with deploy.load(path, "
+      "model=network)"
+    )
+  return artifact.load()
+
+
+def _sample():
+  sizes = _INPUT_SHAPE.value
+  if not sizes or not all(n.isdecimal() and int(n) > 0 for n in sizes):
+    raise ValueError(
+      "--input_shape must be the sizes of one input without the batch, as "
+      f"224,224,3, got {','.join(sizes or ['nothing'])}"
+    )
+  return jax.ShapeDtypeStruct((1, *map(int, sizes)), jnp.float32)
+
+
+def start() -> None:
+  """Runs the command with the arguments of this process, and ends it."""
+  command.run(
+    lambda: app.run(
+      lambda argv: sys.exit(main(argv)), flags_parser=command.parse_flags
+    )
+  )
+
+
+if __name__ == "__main__":
+  start()

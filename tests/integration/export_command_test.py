@@ -1,0 +1,165 @@
+"""Tests of `python -m dr_jax.export` as a user starts it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import small_artifact
+from forked_command import ROOT, ForkedCommand
+from jax import export as jax_export
+
+from dr_jax import allocate, deploy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder with the artifact of a run, and one without an architecture."""
+  folder = tmp_path_factory.mktemp("export")
+  small_artifact.save(folder / "model")
+  artifact = deploy.open(folder / "model")
+  mixed = allocate.Allocation(small_artifact.mixed(artifact))
+  mixed.save(folder / "mixed.json")
+  allocate.Allocation({"other": 8}).save(folder / "other.json")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder):
+  """Runs the command in forks of one process."""
+  forked = ForkedCommand(folder, "export")
+
+  def run(output, **flags):
+    flags = {"artifact": folder / "model", "output": output} | flags
+    given = {k: v for k, v in flags.items() if v is not None}
+    return forked(*(f"--{name}={value}" for name, value in given.items()))
+
+  yield run
+  forked.close()
+
+
+STABLEHLO = {"format": "stablehlo", "input_shape": "8,8,1"}
+
+
+def test_a_program_of_an_allocation_gives_the_logits_of_the_artifact(
+  command, folder, tmp_path
+):
+  bits = folder / "mixed.json"
+  ended = command(tmp_path / "program", bits=bits, **STABLEHLO)
+  assert (ended.code, ended.err) == (0, "")
+  files = [*(tmp_path / "program").iterdir()]
+  total = sum(file.stat().st_size for file in files)
+  assert ended.out == f"{tmp_path / 'program'}: {total:,} bytes\n"
+  network = deploy.load(folder / "model", bits=json.loads(bits.read_text()))
+  program = (tmp_path / "program" / "program.jax_export").read_bytes()
+  program = jax_export.deserialize(bytearray(program))
+  arrays = safetensors.numpy.load_file(
+    tmp_path / "program" / "arrays.safetensors"
+  )
+  images = small_artifact.images(3)
+  np.testing.assert_array_equal(
+    jax.jit(program.call)(arrays, images), jax.jit(lambda x: network(x))(images)
+  )
+
+
+def test_flags_say_batch_and_platforms_of_a_program_of_all_bits(
+  command, tmp_path
+):
+  ended = command(
+    tmp_path / "program", bits="all", batch=2, platforms="cpu", **STABLEHLO
+  )
+  assert (ended.code, ended.err) == (0, "")
+  about = json.loads((tmp_path / "program" / "program.json").read_text())
+  assert about["bits"] is None and about["platforms"] == ["cpu"]
+  assert about["arguments"][-2]["shape"] == [2, 8, 8, 1]
+
+
+def test_the_integers_of_an_artifact_are_written_for_pytorch(
+  command, folder, tmp_path
+):
+  ended = command(tmp_path / "plain", format="safetensors", bits=2)
+  assert (ended.code, ended.err) == (0, "")
+  expected = tmp_path / "expected"
+  deploy.export_safetensors(expected, deploy.open(folder / "model"), bits=2)
+  got, expected = map(
+    safetensors.numpy.load_file, (tmp_path / "plain", expected)
+  )
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ({"bits": 3}, "bits must be one of (8, 6, 4, 2), got 3"),
+    ({"bits": "four"}, "--bits must be a bit-width, all, or a file of an"),
+    ({"bits": "other.json"}, "unknown layers ['other']"),
+    ({"bits": "model/manifest.json"}, "allocation must be a JSON object"),
+    ({"bits": None}, "--bits must be set; see --help"),
+    ({"format": "tflite"}, "flag --format=tflite: value should be one of"),
+    ({"format": "safetensors"}, "--input_shape must come with --format=stable"),
+    ({"input_shape": None}, "--input_shape must be the sizes of one input"),
+    ({"input_shape": "8,8,3"}, "input (batch, 8, 8, 3) must fit the network"),
+    ({"input_shape": "8,-8,1"}, "--input_shape must be the sizes of one input"),
+    ({"platforms": "tpu,vulkan"}, "platforms must be of cpu, cuda, tpu"),
+    ({"artifact": "nowhere"}, "nowhere/manifest.json: No such file"),
+    ({"nothing": 1}, "Unknown command line flag 'nothing'"),
+  ],
+)
+def test_what_cannot_be_exported_is_one_line_and_exit_code_2(
+  command, folder, tmp_path, flags, message
+):
+  flags = {
+    name: folder / value
+    if isinstance(value, str) and re.search(r"\.|nowhere", value)
+    else value
+    for name, value in flags.items()
+  }
+  ended = command(tmp_path / "new", **({"bits": 4} | STABLEHLO | flags))
+  assert ended.code == 2 and ended.out == ""
+  assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+  assert message in ended.err
+  assert not list(tmp_path.iterdir())
+
+
+def test_all_bits_have_no_plain_file(command, tmp_path):
+  ended = command(tmp_path / "new", format="safetensors", bits="all")
+  assert ended.code == 2
+  assert "--bits=all must come with --format=stablehlo" in ended.err
+
+
+@pytest.mark.parametrize("format", ["stablehlo", "safetensors"])
+def test_an_existing_output_is_left_as_it_is(command, tmp_path, format):
+  (tmp_path / "old").write_text("mine")
+  flags = STABLEHLO if format == "stablehlo" else {"format": format}
+  ended = command(tmp_path / "old", bits=4, **flags)
+  assert ended.code == 2
+  assert ended.err == (
+    f"error: {tmp_path / 'old'} exists already; choose a new path\n"
+  )
+  assert (tmp_path / "old").read_text() == "mine"
+
+
+def test_help_shows_an_example():
+  shown = subprocess.run(
+    [sys.executable, "-m", "dr_jax.export", "--help"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert "python -m dr_jax.export --artifact=" in shown.stdout
+  assert "--input_shape" in shown.stdout and not shown.stderr
+
+
+def test_the_example_of_the_page_runs_a_program(command, tmp_path, monkeypatch):
+  assert command(tmp_path / "program", bits=4, **STABLEHLO).code == 0
+  page = (ROOT / "dr_jax" / "deploy" / "README.md").read_text()
+  section = page.partition("\n## Export\n")[2]
+  source = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  exec(source.replace("(5, 32, 32, 3)", "(5, 8, 8, 1)"), names)
+  assert names["logits"].shape == (5, 5)
