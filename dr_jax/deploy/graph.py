@@ -150,7 +150,7 @@ def stored_layers(network: nnx.Module) -> dict[str, Layer]:
     layers[name] = Layer(
       int(index),
       layer.weight_quantizer,
-      nn.layers.arrays_of(layer.encoded),
+      layer.arrays(),
       activation,
       {} if activation is None else nn.layers.arrays_of(layer.input_params),
     )

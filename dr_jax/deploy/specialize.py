@@ -19,7 +19,7 @@ from flax import nnx
 
 from dr_jax import nn, quant
 from dr_jax.nn.bits import all_bits
-from dr_jax.nn.layers import Stored, arrays_of, quantized_layers
+from dr_jax.nn.layers import Stored, quantized_layers
 from dr_jax.nn.norm import FoldedNorm
 
 
@@ -66,7 +66,7 @@ def specialize(
 
 def _weights(layers):
   """{layer: (quantizer of one bit-width, arrays that it decodes)}."""
-  encoded = {name: arrays_of(layer.encoded) for name, layer in layers.items()}
+  encoded = {name: layer.arrays() for name, layer in layers.items()}
   wholes = {name: layer.weight_quantizer for name, layer in layers.items()}
   indices = {
     name: int(layer.bits.get_value()) for name, layer in layers.items()

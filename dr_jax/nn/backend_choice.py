@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn import backends
+from dr_jax.nn import backends, plane_call
 from dr_jax.nn.inputs import Inputs
-from dr_jax.nn.layers import Stored, arrays_of, quantized_layers
+from dr_jax.nn.layers import Stored, quantized_layers
 
 
 def set_backend(model: nnx.Module, name: str, *, sample: Any = None) -> None:
@@ -30,8 +30,9 @@ def set_backend(model: nnx.Module, name: str, *, sample: Any = None) -> None:
       "integer": int8 convolutions and products of XLA. "im2col": one int8
       product of gathered patches. "carrier": float convolutions and products of
       integers, in float32 on a CPU and bfloat16 elsewhere, in as many parts as
-      make them exact. "auto": the fastest of these on this device, by
-      `time_backends`.
+      make them exact. "planes": float inputs by weights that are read as
+      bit-planes, in linear layers (`quant.matmul`). "auto": the fastest of
+      these on this device, by `time_backends`.
     sample: for "auto", inputs as the network will get them.
 
   Raises:
@@ -66,7 +67,7 @@ def set_backend(model: nnx.Module, name: str, *, sample: Any = None) -> None:
     path: _checked(path, layer, backend) for path, layer in layers.items()
   }
   for path, layer in layers.items():
-    layer.backend, layer.chunks = backend, chunks[path]
+    layer.set_backend(backend, chunks[path])
 
 
 def supports(model: nnx.Module, name: str) -> bool:
@@ -129,8 +130,11 @@ def _checked(path, layer, backend):
   """Parts that the sums of a layer are computed in; ValueError if it cannot."""
   if backend is None:
     return 1
-  reason = _unsupported(layer, backend)
-  if reason is None:
+  if isinstance(backend, backends.Planes):
+    reason = plane_call.unsupported(layer)
+    if reason is None:
+      return 1
+  elif (reason := _unsupported(layer, backend)) is None:
     chunks = _chunks(layer, backend)
     if chunks == 1 or getattr(layer, "feature_group_count", 1) == 1:
       return chunks
@@ -193,7 +197,7 @@ def _largest(dtype, bits):
 
 def _largest_sum(layer):
   """The largest sum of |w| over the inputs of a channel, at any bit-width."""
-  weight, encoded = layer.weight_quantizer, arrays_of(layer.encoded)
+  weight, encoded = layer.weight_quantizer, layer.arrays()
 
   @jax.jit
   def largest(encoded, index):

@@ -65,6 +65,16 @@ class Backend(NamedTuple):
   exact: int = 2**31 - 1
 
 
+class Planes(NamedTuple):
+  """Float inputs, and products that read bit-planes of their weights.
+
+  For linear layers whose inputs stay float, at codes that nest: the fewer bits,
+  the fewer planes are read (`quant.matmul`).
+  """
+
+  name: str = "planes"
+
+
 def _convolve_integers(x, w, convolution):
   """int8 by int8 to int32; unsigned inputs are shifted by 128 and back."""
   x, offset = _signed(x)
@@ -142,7 +152,7 @@ def _sum_of_chunks(part, x, w, chunks):
   return functools.reduce(jnp.add, parts)
 
 
-BACKENDS: dict[str, Backend | None] = {
+BACKENDS: dict[str, Backend | Planes | None] = {
   # Kernel and inputs are decoded, and the float layer computes.
   "float": None,
   "integer": Backend(
@@ -159,10 +169,11 @@ BACKENDS: dict[str, Backend | None] = {
     dtypes=("int8", "uint8", "int16"),
     exact=2**24,
   ),
+  "planes": Planes(),
 }
 
 
-def get(name: str) -> Backend | None:
+def get(name: str) -> Backend | Planes | None:
   """Returns a backend by name; None for "float".
 
   Raises:

@@ -63,7 +63,7 @@ def _remember(y, accumulators):
   _OUTPUTS[key] = (forget, accumulators)
 
 
-class _Nothing:
+class NoKernel:
   """A kernel that is not there: codes take its place."""
 
   def __getitem__(self, _: Any) -> None:
@@ -75,7 +75,7 @@ class StoredCall:
 
   # The bias is a part of the rescale, and codes are masked already.
   use_bias, bias, mask = False, None, None
-  kernel: Any = _Nothing()
+  kernel: Any = NoKernel()
 
   def __init__(self, layer: Any):
     self.layer = layer

@@ -9,15 +9,17 @@ and parameter names are untouched, and whatever Flax adds works here too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dr_jax.nn.backends import Backend
+from dr_jax.nn.backends import Backend, Planes
 from dr_jax.nn.bits import Bits, Offset, Scale, is_mixture, quantize_at
 from dr_jax.nn.contraction import StoredCall, TrainedCall
+from dr_jax.nn.plane_call import PlaneCall, with_codes, with_planes
 from dr_jax.nn.substitute import copy_attributes
 from dr_jax.quant import (
   ActivationQuantizer,
@@ -63,8 +65,9 @@ class Quantized:
   param_dtype: Any
 
   _omit: tuple[str, ...] = ("promote_dtype",)
-  _integer_call: Any = TrainedCall
-  backend: Backend | None = None
+  # What its Flax class sees during a call, for each type of backend.
+  _calls: Any = MappingProxyType({Backend: TrainedCall})
+  backend: Backend | Planes | None = None
   chunks: int = 1
 
   def __init__(
@@ -96,8 +99,12 @@ class Quantized:
     flax_call: Any = super().__call__  # pyrefly: ignore[missing-attribute]
     if self.backend is None or is_mixture(self.bits.get_value()):
       return flax_call(inputs, *args, **kwargs)
-    in_integers = self._integer_call(self)
-    return flax_call.__func__(in_integers, inputs, *args, **kwargs)
+    seen = self._calls[type(self.backend)](self)
+    return flax_call.__func__(seen, inputs, *args, **kwargs)
+
+  def set_backend(self, backend: Backend | Planes | None, chunks: int) -> None:
+    """Sets how it computes; `nn.set_backend` checks that it can."""
+    self.backend, self.chunks = backend, chunks
 
   def integer_operands(
     self, inputs: Any, kernel: Any
@@ -150,22 +157,44 @@ class Stored(Quantized):
   """A quantized layer that holds stored codes in place of a float kernel.
 
   Attributes:
-    encoded: what its method stores.
+    encoded: what its method stores; planes in place of codes for a backend that
+      reads planes.
     first: position of the highest bit-width that its codes serve: above 0 where
       their lower bit-planes were not read. Before it, the kernel is NaN, or an
       error where the index is a Python int.
   """
 
   _omit = ("kernel", "mask", "promote_dtype")
-  _integer_call = StoredCall
+  _calls = MappingProxyType({Backend: StoredCall, Planes: PlaneCall})
   encoded: dict[str, Encoded]
   first: int = 0
 
   def set_weight_quantizer(
     self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
   ) -> None:
-    """Sets the weight quantizer and the encoded kernel."""
-    self.weight_quantizer = weight
+    """Sets the weight quantizer and encoded kernel; it computes in floats."""
+    self.weight_quantizer, self.backend = weight, None
+    self._store(arrays)
+
+  def set_backend(self, backend: Backend | Planes | None, chunks: int) -> None:
+    super().set_backend(backend, chunks)
+    as_planes = isinstance(backend, Planes)
+    if as_planes != ("planes" in self.encoded):
+      arrays = self.arrays()
+      weight = self.weight_quantizer
+      self._store(
+        with_planes(arrays, weight, self.first) if as_planes else arrays
+      )
+
+  def arrays(self) -> dict[str, jax.Array]:
+    """What its method stores, whatever its backend reads."""
+    arrays = arrays_of(self.encoded)
+    if "planes" not in arrays:
+      return arrays
+    features: Any = self.in_features  # pyrefly: ignore[missing-attribute]
+    return with_codes(arrays, self.weight_quantizer, features)
+
+  def _store(self, arrays):
     self.encoded = nnx.data({k: Encoded(v) for k, v in arrays.items()})
 
   @property
@@ -175,10 +204,10 @@ class Stored(Quantized):
     return quantize_at(self._decode, index)
 
   def _decode(self, index):
-    kernel = self.weight_quantizer.decode(arrays_of(self.encoded), index)
-    return self._if_held(kernel, index)
+    kernel = self.weight_quantizer.decode(self.arrays(), index)
+    return self.if_held(kernel, index)
 
-  def _if_held(self, values, index):
+  def if_held(self, values, index):
     """The values; NaN or an error where the codes do not serve them."""
     if isinstance(index, int):
       self.check_held(index)
@@ -204,8 +233,8 @@ class Stored(Quantized):
 
   def _kernel_integers(self, kernel, index):
     quantizer: Any = self.weight_quantizer
-    codes, scale = quantizer.integers(arrays_of(self.encoded), index)
-    return Integers(codes, self._if_held(scale, index))
+    codes, scale = quantizer.integers(self.arrays(), index)
+    return Integers(codes, self.if_held(scale, index))
 
 
 # pyrefly: ignore[inconsistent-inheritance]

@@ -176,6 +176,7 @@ def test_leading_axes_of_inputs_are_kept():
   np.testing.assert_array_equal(run(x[0]), y[0])
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_lower_for_gpus(rows, dtype):
