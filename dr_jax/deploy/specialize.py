@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import nn, quant
+from dr_jax.nn.backends import Backend
 from dr_jax.nn.bits import all_bits
 from dr_jax.nn.layers import Stored, quantized_layers
 from dr_jax.nn.norm import FoldedNorm
@@ -29,7 +30,8 @@ def specialize(
   """Returns a copy of a network that computes with these bits and no others.
 
   Its outputs are those of the network, up to one rounding of each weight where
-  the method does not multiply codes by their scale.
+  the method does not multiply codes by their scale. Layers whose backend reads
+  bit-planes compute in floats.
 
   Args:
     network: what `deploy.load` returned; it is not changed.
@@ -50,8 +52,11 @@ def specialize(
   weights = _weights(layers)
   for name, layer in layers.items():
     index = int(layer.bits.get_value())
+    backend, chunks = layer.backend, layer.chunks
     layer.set_weight_quantizer(*weights[name])
     layer.first = 0
+    if isinstance(backend, Backend):
+      layer.set_backend(backend, chunks)
     layer.input_quantizer = _input_at(layer.input_quantizer, index)
   for _, module in nnx.iter_modules(network):
     if isinstance(module, FoldedNorm):
@@ -67,7 +72,7 @@ def specialize(
 def _weights(layers):
   """{layer: (quantizer of one bit-width, arrays that it decodes)}."""
   encoded = {name: layer.arrays() for name, layer in layers.items()}
-  wholes = {name: layer.weight_quantizer for name, layer in layers.items()}
+  quantizers = {name: layer.weight_quantizer for name, layer in layers.items()}
   indices = {
     name: int(layer.bits.get_value()) for name, layer in layers.items()
   }
@@ -76,14 +81,14 @@ def _weights(layers):
   @jax.jit
   def integers(encoded):
     return {
-      name: wholes[name].integers(arrays, indices[name])
+      name: quantizers[name].integers(arrays, indices[name])
       for name, arrays in encoded.items()
-      if wholes[name].integers is not None
+      if quantizers[name].integers is not None
     }
 
   found = integers(encoded)
   widths = {
-    name: _width(np.asarray(codes), wholes[name].bits[indices[name]])
+    name: _width(np.asarray(codes), quantizers[name].bits[indices[name]])
     for name, (codes, _) in found.items()
   }
 
@@ -96,7 +101,7 @@ def _weights(layers):
 
   packed = pack(found)
   weights = {}
-  for name, whole in wholes.items():
+  for name, whole in quantizers.items():
     if name in found:
       codes, scale = found[name]
       quantizer = _packed(whole, indices[name], codes.shape, *widths[name])

@@ -74,14 +74,17 @@ def inference(
   """Makes the inference of a network a function of its arrays.
 
   Args:
-    network: what `deploy.load` returned; it is not changed.
+    network: what `deploy.load` returned; it is not changed. Where its backend
+      computes in integers, so does the function.
     bits: one bit-width, or {layer: bits}; None makes them an argument.
 
   Raises:
-    ValueError: if the network holds no stored codes, or `bits` are not its
-      layers and candidates.
+    ValueError: if the network holds no stored codes, not those of these bits,
+      or `bits` are not its layers and candidates.
   """
-  if bits is not None:
+  if bits is None:
+    _check_whole(network)
+  else:
     network = specialize(network, bits)
   layers = quantized_layers(network)
   split = nn.functional(network)
@@ -179,6 +182,13 @@ def export_stablehlo(
     arrays = safetensors.numpy.save(found.arrays)
     (directory / ARRAYS).write_bytes(arrays)
     files.write_json(directory / DESCRIPTION, description)
+
+
+def _check_whole(network):
+  """Raises ValueError if a bit-width was not read from its artifact."""
+  network = nnx.clone(network)
+  for bits in nn.candidates(network):
+    nn.set_bits(network, bits)
 
 
 def _without_bfloat16(array):

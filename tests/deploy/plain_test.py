@@ -236,6 +236,21 @@ def test_wrong_bits_and_existing_paths_are_errors(artifact, tmp_path):
     export_safetensors(tmp_path / "plain", artifact, bits=4)
 
 
+def test_an_artifact_of_which_a_part_was_read_gives_the_same_file(tmp_path):
+  weight = quant.double_rounding(BITS, rounding="half_up")
+  small_artifact.save(tmp_path / "model", weight=weight)
+  part = deploy.open(tmp_path / "model", 4)
+  export_safetensors(tmp_path / "whole", deploy.open(part.path), bits=6)
+  for name, bits in (("lower", 2), ("higher", 6)):
+    export_safetensors(tmp_path / name, part, bits=bits)
+  assert not part.holds(6)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    read(tmp_path / "higher"),
+    read(tmp_path / "whole"),
+  )
+
+
 def test_two_arrays_of_one_name_are_an_error(tmp_path):
   class Clash(nnx.Module):
     def __init__(self):

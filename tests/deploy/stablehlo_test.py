@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -227,6 +228,42 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     export_stablehlo(tmp_path / "program", network, **arguments)
   assert "\n" not in str(raised.value)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_network_that_computes_in_integers_is_exported_so(
+  network, tmp_path, bits
+):
+  network = nnx.clone(network)
+  nn.set_backend(network, "integer")
+  export_stablehlo(
+    tmp_path / "program", network, images(1), bits=bits, platforms=("cpu",)
+  )
+  program = (tmp_path / "program" / "program.jax_export").read_bytes()
+  program = export.deserialize(bytearray(program)).mlir_module()
+  assert re.search(r"convolution.*xi8>, .*xi8>\) -> .*xi32>", program)
+  given = [images(3)]
+  if bits is None:
+    given.append(np.full(len(nn.layer_table(network)), 4, np.int32))
+  nn.set_bits(network, 4)
+  np.testing.assert_array_equal(
+    run(tmp_path / "program", *given), jax.jit(lambda x: network(x))(given[0])
+  )
+
+
+def test_a_network_of_which_a_part_was_read_is_exported_at_its_bits_alone(
+  artifact, network, tmp_path
+):
+  part = deploy.open(artifact.path, 4).load()
+  export_stablehlo(tmp_path / "program", part, images(1), bits=4)
+  whole = nnx.clone(network)
+  nn.set_bits(whole, 4)
+  np.testing.assert_array_equal(
+    run(tmp_path / "program", images(2)), jax.jit(lambda x: whole(x))(images(2))
+  )
+  for bits in (8, None):
+    with pytest.raises(ValueError, match="read more with artifact.upgrade"):
+      export_stablehlo(tmp_path / "new", part, images(1), bits=bits)
 
 
 def test_a_network_without_stored_codes_is_refused(tmp_path):

@@ -50,6 +50,16 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
   assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_new_file_is_whole_and_none_is_replaced(tmp_path):
+  files.create_bytes(tmp_path / "new" / "file", b"mine")
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  for name in ("new", "new/file", "link"):
+    with pytest.raises(FileExistsError, match="exists already; choose a new"):
+      files.create_bytes(tmp_path / name, b"yours")
+  assert (tmp_path / "new" / "file").read_bytes() == b"mine"
+  assert files.size(tmp_path / "new") == files.size(tmp_path / "new/file") == 4
+
+
 WRITE_FOREVER = """
 import sys
 from dr_jax.runtime import files
