@@ -2,6 +2,7 @@
 
 from dr_jax.deploy.artifact import Artifact, load, open
 from dr_jax.deploy.choices import Choice
+from dr_jax.deploy.onnx import export_onnx, export_onnx_switchable
 from dr_jax.deploy.plain import export_safetensors
 from dr_jax.deploy.reader import ArtifactError
 from dr_jax.deploy.stablehlo import export_stablehlo
@@ -13,6 +14,8 @@ __all__ = [
   "ArtifactError",
   "Choice",
   "Switchable",
+  "export_onnx",
+  "export_onnx_switchable",
   "export_safetensors",
   "export_stablehlo",
   "load",

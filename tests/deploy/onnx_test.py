@@ -12,7 +12,7 @@ from flax import nnx
 
 from dr_jax import data, deploy, models, nn, quant
 from dr_jax.deploy.graph import GraphError
-from dr_jax.deploy.onnx import export_onnx
+from dr_jax.deploy.onnx import export_onnx, export_onnx_switchable
 
 OPTIONS = {"depth": 8, "num_classes": 10, "channels": 1, "widths": (4, 6, 8)}
 BITS = (8, 6, 4, 2)
@@ -100,7 +100,7 @@ def test_weights_in_the_file_are_the_integers_of_the_bit_width(
     )
     found = stored[f"{name}/weight_codes"]
     assert found.dtype == np.int8
-    np.testing.assert_array_equal(found.reshape(codes.shape), codes)
+    np.testing.assert_array_equal(found, codes)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
@@ -138,3 +138,37 @@ def test_without_onnx_one_line_says_what_to_install(
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ImportError, match=r"pip install 'dr_jax\[onnx\]'"):
     export_onnx(tmp_path / "model.onnx", network, SHAPE)
+
+
+@pytest.fixture(scope="module")
+def switchable(network, tmp_path_factory):
+  path = tmp_path_factory.mktemp("onnx") / "all.onnx"
+  export_onnx_switchable(path, network, SHAPE)
+  return path
+
+
+def test_one_file_predicts_as_the_network_at_every_bit_width(
+  network, digits, switchable
+):
+  session = onnxruntime.InferenceSession(
+    switchable, providers=["CPUExecutionProvider"]
+  )
+  for bits in BITS:
+    (logits,) = session.run(
+      None, {"input": digits, "bits": np.array(bits, np.int64)}
+    )
+    wanted = expected(network, digits, bits)
+    np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
+    assert np.median(np.abs(logits - wanted)) < 1e-5
+
+
+def test_one_file_for_all_bit_widths_stores_the_highest_codes_once(
+  network, switchable
+):
+  stored = onnx.load(switchable).graph.initializer
+  arrays = [onnx.numpy_helper.to_array(t) for t in stored]
+  codes = [a for a in arrays if a.dtype == np.int8]
+  layers = nn.layers.quantized_layers(network).values()
+  assert len(codes) == len(layers)
+  total = sum(layer.encoded["codes"].size for layer in layers)
+  assert sum(a.size for a in codes) == total

@@ -13,8 +13,9 @@ from flax import nnx
 from dr_jax import nn
 from dr_jax.deploy import graph as graphs
 from dr_jax.deploy.artifact import Artifact
+from dr_jax.deploy.onnx import weights
 from dr_jax.deploy.onnx.builder import MICROSOFT, Builder
-from dr_jax.deploy.onnx.emit import Emitter
+from dr_jax.deploy.onnx.emit import Emitter, derived
 from dr_jax.deploy.onnx.lower import lower, quantizer
 from dr_jax.runtime import files
 
@@ -64,26 +65,52 @@ def export_onnx(
     ONNX QuantizeLinear, DequantizeLinear; ONNX Runtime, "Quantize ONNX models"
     (the QDQ format).
   """
-  _check(opset, arithmetic)
+  check(opset, arithmetic)
   network = _at_bits(network, bits)
   builder = Builder()
+  builder.unique(INPUT)
+  source = weights.as_int8
+  x, y, name = add_network(builder, network, sample_shape, arithmetic, source)
+  builder.add("Identity", name, output=OUTPUT)
+  save(path, builder, {INPUT: x}, y, opset)
+
+
+def add_network(
+  builder: Builder,
+  network: nnx.Module,
+  sample_shape: Sequence[int],
+  arithmetic: str,
+  source: weights.Source | None,
+) -> tuple[graphs.Value, graphs.Value, str]:
+  """Adds the nodes of a network, which reads `INPUT`.
+
+  Args:
+    builder: takes them.
+    network, sample_shape, arithmetic: as in `export_onnx`.
+    source: where weight codes come from; None for what layers store, for every
+      bit-width.
+
+  Returns:
+    The input, the output, and the name of the output.
+  """
+  fused = arithmetic == "fused"
   layers = _integer_layers(network)
   graph = graphs.trace(network, sample_shape, layers=layers)
-  emitter = Emitter(builder)
+  emitter = Emitter(builder, source or derived(layers), microsoft=fused)
   (x,) = graph.inputs
-  emitter.put(x, builder.unique(INPUT))
-  for step in lower(graph, layers, fuse=arithmetic == "fused"):
+  emitter.put(x, INPUT)
+  for step in lower(graph, layers, fuse=fused):
     emitter.emit(step)
-  if len(graph.outputs) != 1:
+  y = graph.outputs[0]
+  if len(graph.outputs) != 1 or not isinstance(y, graphs.Value):
     raise graphs.GraphError(
-      f"network must return one array, returns {len(graph.outputs)}"
+      f"network must return one array, got {len(graph.outputs)}"
     )
-  (y,) = graph.outputs
-  builder.add("Identity", emitter.tensor(y), name=OUTPUT)
-  _save(path, builder, x, y, opset)
+  return x, y, emitter.tensor(y)
 
 
-def _check(opset, arithmetic):
+def check(opset: int, arithmetic: str) -> None:
+  """Raises the errors of `export_onnx` that need no network."""
   if importlib.util.find_spec("onnx") is None:
     raise ImportError("ONNX files need onnx: pip install 'dr_jax[onnx]'")
   import onnx
@@ -121,7 +148,14 @@ def _integer_layers(network) -> dict[str, graphs.Layer]:
   return found
 
 
-def _save(path, builder, x, y, opset):
+def save(
+  path: str | os.PathLike,
+  builder: Builder,
+  inputs: Mapping[str, Any],
+  y: graphs.Value,
+  opset: int,
+) -> None:
+  """Writes the file, once ONNX has checked it."""
   import onnx
 
   opsets = [onnx.helper.make_opsetid("", opset)]
@@ -131,8 +165,8 @@ def _save(path, builder, x, y, opset):
     onnx.helper.make_graph(
       builder.nodes,
       "network",
-      [_info(INPUT, x)],
-      [_info(OUTPUT, y)],
+      [info(name, x) for name, x in inputs.items()],
+      [info(OUTPUT, y)],
       list(builder.initializers.values()),
     ),
     opset_imports=opsets,
@@ -143,7 +177,8 @@ def _save(path, builder, x, y, opset):
   files.write_bytes(path, model.SerializeToString())
 
 
-def _info(name: str, value: Any):
+def info(name: str, value: Any) -> Any:
+  """An input or output of a graph, with its shape and dtype."""
   import onnx
 
   shape = [d if isinstance(d, int) else str(d) for d in value.shape]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from dr_jax.deploy.graph import GraphError, Node, Value
 _ELEMENTWISE = {
   "abs": "Abs",
   "add": "Add",
+  "and": "BitwiseAnd",
   "ceil": "Ceil",
   "cos": "Cos",
   "cosh": "Cosh",
@@ -174,12 +176,126 @@ def _product(emitter, node):
   emitter.put(node.output, name)
 
 
+def _cast(emitter, node):
+  (x,) = node.inputs
+  order = emitter.order(x)
+  name = emitter.builder.cast(emitter.tensor(x, order), node.output.dtype)
+  emitter.put(node.output, name, order)
+
+
+def _round(emitter, node):
+  if int(node.params["rounding_method"]) != 1:
+    raise GraphError("round away from zero has no counterpart in ONNX here")
+  _elementwise(emitter, node, "Round")
+
+
+def _shift_right(emitter, node):
+  """An arithmetic shift of integers below 2^24: Floor of an exact product."""
+  x, shift = node.inputs
+  if not isinstance(shift, np.ndarray):
+    raise GraphError("shift_right_arithmetic by no constant")
+  builder = emitter.builder
+  wide = builder.cast(emitter.tensor(x), np.float32)
+  factor = builder.constant(np.float32(2.0) ** -shift.astype(np.float32))
+  name = builder.add("Floor", builder.add("Mul", wide, factor))
+  emitter.put(node.output, builder.cast(name, node.output.dtype))
+
+
+def _select(emitter, node):
+  if len(node.inputs) != 3:
+    raise GraphError("select_n of more than two has no counterpart here")
+  condition, if_false, if_true = map(emitter.tensor, node.inputs)
+  name = emitter.builder.add("Where", condition, if_true, if_false)
+  emitter.put(node.output, name)
+
+
+def _broadcast(emitter, node):
+  (x, *_), shape = node.inputs, node.output.shape
+  if not all(isinstance(d, int) for d in shape):
+    raise GraphError(f"broadcast_in_dim to {shape} has an unknown size")
+  size = [1] * len(shape)
+  for axis, d in zip(node.params["broadcast_dimensions"], x.shape, strict=True):
+    size[axis] = d
+  builder = emitter.builder
+  target = builder.constant(np.array(size, np.int64))
+  name = builder.add("Reshape", emitter.tensor(x), target)
+  target = builder.constant(np.array(shape, np.int64))
+  emitter.put(node.output, builder.add("Expand", name, target))
+
+
+def _concatenate(emitter, node):
+  names = map(emitter.tensor, node.inputs)
+  axis = node.params["dimension"]
+  emitter.put(node.output, emitter.builder.add("Concat", *names, axis=axis))
+
+
+def _slice(emitter, node):
+  (x,) = node.inputs
+  params, builder = node.params, emitter.builder
+  starts, limits = params["start_indices"], params["limit_indices"]
+  if not all(isinstance(d, int) for d in (*starts, *limits[1:])):
+    raise GraphError("slice of the batch has no counterpart in ONNX here")
+  last = limits[0] if isinstance(limits[0], int) else np.iinfo(np.int64).max
+  arrays = [
+    starts,
+    (last, *limits[1:]),
+    range(len(x.shape)),
+    params["strides"] or [1] * len(x.shape),
+  ]
+  constants = [builder.constant(np.array(a, np.int64)) for a in arrays]
+  emitter.put(node.output, builder.add("Slice", emitter.tensor(x), *constants))
+
+
+def _square(emitter, node):
+  (x,) = node.inputs
+  order = emitter.order(x)
+  name = emitter.tensor(x, order)
+  emitter.put(node.output, emitter.builder.add("Mul", name, name), order)
+
+
+def _rsqrt(emitter, node):
+  (x,) = node.inputs
+  name = emitter.builder.add("Sqrt", emitter.tensor(x))
+  emitter.put(node.output, emitter.builder.add("Reciprocal", name))
+
+
+def _sum_pool(emitter, node):
+  """AveragePool that counts padding, times the size of the window."""
+  (x,) = node.inputs
+  params = node.params
+  order, spatial = _pool_order(node)
+  low, high = zip(*(params["padding"][d] for d in spatial), strict=True)
+  window = [params["window_dimensions"][d] for d in spatial]
+  if set(params["window_dilation"]) != {1}:
+    raise GraphError("reduce_window_sum with window_dilation")
+  name = emitter.builder.add(
+    "AveragePool",
+    emitter.tensor(x, order),
+    kernel_shape=window,
+    strides=[params["window_strides"][d] for d in spatial],
+    pads=[*low, *high],
+    count_include_pad=1,
+  )
+  factor = emitter.builder.constant(np.float32(math.prod(window)))
+  emitter.put(node.output, emitter.builder.add("Mul", name, factor), order)
+
+
 _OTHERS: dict[str, Callable[[Any, Node], None]] = {
+  "broadcast_in_dim": _broadcast,
+  "concatenate": _concatenate,
   "conv_general_dilated": _convolution,
+  "convert_element_type": _cast,
   "dot_general": _product,
   "expand_dims": _reshape,
   "reduce_window_max": _max_pool,
+  "reduce_window_sum": _sum_pool,
   "reshape": _reshape,
+  "round": _round,
+  "rsqrt": _rsqrt,
+  "select_n": _select,
+  "shift_right_arithmetic": _shift_right,
+  "slice": _slice,
+  "square": _square,
   "squeeze": _reshape,
   "transpose": _transpose,
 }

@@ -1,0 +1,165 @@
+"""ONNX nodes for convolutions and products of codes.
+
+product   DequantizeLinear, MatMul: integers in ONNX Runtime, float output
+fused     DequantizeLinear, Conv, QuantizeLinear: integers, 8-bit output
+float     DequantizeLinear, Conv: grouped convolutions with float output
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dr_jax.deploy.graph import Value
+from dr_jax.deploy.onnx import primitives, weights
+from dr_jax.deploy.onnx.builder import MICROSOFT
+from dr_jax.deploy.onnx.lower import Contract
+from dr_jax.deploy.onnx.windows import windows
+
+if TYPE_CHECKING:
+  from dr_jax.deploy.onnx.emit import Emitter
+
+# Bias codes, and what they are added to, stay far inside of int32.
+_LARGEST_BIAS = 2**30
+
+
+def emit(emitter: Emitter, step: Contract) -> None:
+  """Emits a contraction, and the quantizer that is computed with it."""
+  codes = emitter.codes(step.quantize)
+  order = None
+  if step.node.operation == "dot_general":
+    name = _product(emitter, step, emitter.tensor(codes))
+  else:
+    order = tuple(step.node.params["dimension_numbers"].out_spec)
+    bias = _bias_codes(step)
+    if step.requantize is not None and bias is not None:
+      name = _fused(emitter, step, codes, *bias)
+    elif step.node.params["feature_group_count"] > 1:
+      name = _convolution(emitter, step, codes)
+      name = emitter.offset(name, step, order)
+    else:
+      name, order = _windowed(emitter, step, codes), None
+  if step.requantize is None:
+    emitter.put(step.output, name, order)
+  else:
+    emitter.put_quantized(step.requantize, name, 1.0, order)
+
+
+def _windowed(emitter: Emitter, step: Contract, codes: Value) -> str:
+  """A convolution as a product of its windows."""
+  builder = emitter.builder
+  _, *size, _ = codes.shape
+  found = windows(tuple(size), step.weight.codes.shape, step.node.params)
+  name = emitter.tensor(codes)
+  if np.any(found.padding):
+    low, high = zip(*found.padding, strict=True)
+    pads = builder.constant(np.array([0, *low, 0, 0, *high, 0]))
+    zero = emitter.zero_point(step.quantize)
+    name = builder.add("Pad", name, pads, zero)
+  if found.index is not None:
+    name = _reshaped(builder, name, found.places)
+    name = builder.add("Gather", name, builder.constant(found.index), axis=1)
+    name = _reshaped(builder, name, found.rows)
+  name = _product(emitter, step, name, found.fold)
+  if found.fold > 1:
+    name = _reshaped(builder, name, step.node.output.shape[1:])
+  return name
+
+
+def _reshaped(builder, name, shape):
+  """All axes but the batch reshaped."""
+  return builder.add("Reshape", name, builder.constant(np.array([0, *shape])))
+
+
+def _product(emitter: Emitter, step: Contract, rows: str, fold: int = 1) -> str:
+  """gain * (rows * codes) + offset."""
+  builder, layer = emitter.builder, step.weight.layer
+  codes = weights.flat(
+    builder,
+    emitter.source(builder, step.weight),
+    step.weight.codes.shape,
+    fold,
+  )
+  scale = np.tile(step.gain / step.quantize.scale, fold)
+  scale = builder.constant(np.float32(scale), f"{layer}/weight_scale")
+  offset = np.tile(step.offset, fold).astype(np.float32)
+  if emitter.microsoft and np.any(offset):
+    return builder.add(
+      "MatMulIntegerToFloat",
+      rows,
+      codes,
+      builder.constant(np.float32(step.quantize.scale), "scale"),
+      scale,
+      emitter.zero_point(step.quantize),
+      builder.constant(np.zeros(offset.shape, np.int8)),
+      builder.constant(offset),
+      domain=MICROSOFT,
+      name=layer,
+    )
+  name = builder.add(
+    "MatMul",
+    emitter.dequantized(rows, step.quantize),
+    builder.add("DequantizeLinear", codes, scale, axis=1),
+    name=layer,
+  )
+  if np.any(offset):
+    name = builder.add("Add", name, builder.constant(offset))
+  return name
+
+
+def _convolution(
+  emitter: Emitter,
+  step: Contract,
+  codes: Value,
+  bias: str | None = None,
+  shift: int = 0,
+) -> str:
+  """DequantizeLinear and Conv, with weight codes shifted up."""
+  builder, layer, params = emitter.builder, step.weight.layer, step.node.params
+  dims = params["dimension_numbers"]
+  kernel = emitter.source(builder, step.weight)
+  kernel = weights.shifted(builder, kernel, shift)
+  scale = np.float32(step.gain / step.quantize.scale / 2**shift)
+  scale = builder.constant(scale, f"{layer}/weight_scale")
+  x = emitter.tensor(codes, dims.lhs_spec)
+  window = step.weight.codes.shape[:-2]
+  return builder.add(
+    "Conv",
+    emitter.dequantized(x, step.quantize),
+    builder.add(
+      "DequantizeLinear",
+      weights.ordered(builder, kernel, dims.rhs_spec),
+      scale,
+      axis=0,
+    ),
+    *([] if bias is None else [bias]),
+    name=layer,
+    **primitives.convolution_attributes(params, window),
+  )
+
+
+def _fused(emitter, step, codes, bias, shift):
+  """Conv with a bias in codes, as ONNX Runtime fuses it with QuantizeLinear."""
+  builder, layer = emitter.builder, step.weight.layer
+  name = builder.add(
+    "DequantizeLinear",
+    builder.constant(bias, f"{layer}/bias"),
+    builder.constant(np.float32(step.gain / 2**shift), f"{layer}/bias_scale"),
+    axis=0,
+  )
+  return _convolution(emitter, step, codes, name, shift)
+
+
+def _bias_codes(step: Contract) -> tuple[np.ndarray, int] | None:
+  """The offset in units of one code product, and the shift of weight codes.
+
+  Codes of less than 8 bits are shifted up, which makes that unit finer. None
+  where the offset is out of range, as with a gain of zero.
+  """
+  shift = weights.free_bits(step.weight.codes)
+  with np.errstate(all="ignore"):
+    bias = np.round(step.offset / step.gain * 2**shift)
+  if not np.all(np.abs(bias) < _LARGEST_BIAS):
+    return None
+  return bias.astype(np.int32), shift
