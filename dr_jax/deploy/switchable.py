@@ -8,6 +8,8 @@ at the bit-width with which it began, whatever is switched meanwhile.
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -22,6 +24,10 @@ from dr_jax.allocate import Allocation, LatencyTable
 from dr_jax.deploy import artifact as artifacts
 from dr_jax.deploy.artifact import Artifact
 from dr_jax.deploy.choices import Choice, Choices
+from dr_jax.deploy.missing import Missing
+
+# Backends that may have programs for the planes that are there, and no others.
+_WHOLE = ("planes", "auto")
 
 
 class _Snapshot(NamedTuple):
@@ -42,8 +48,10 @@ class Switchable:
   """Serves an artifact at a bit-width that can change at any time.
 
   Every method may be called from any thread. Stored codes are in memory once,
-  whatever the bit-width. A program is compiled for each shape and dtype of
-  inputs, at the first request that has them; a switch compiles nothing.
+  whatever the bit-width, and of those that nest only the planes that were
+  needed so far: a switch to more bits reads those that are missing. A program
+  is compiled for each shape and dtype of inputs, at the first request that has
+  them; a switch compiles nothing.
 
   >>> import tempfile
   >>> import jax.numpy as jnp
@@ -82,7 +90,8 @@ class Switchable:
     Args:
       artifact: a directory, or what `deploy.open` returned.
       bits: one bit-width to start with, or {layer: bits}; the highest by
-        default.
+        default, or what the artifact was opened with. No more is read than it
+        needs.
       model: the float network that was quantized, where the artifact names no
         architecture; see `deploy.load`.
       sample: anything with the shape and dtype of inputs (an array, a
@@ -93,6 +102,7 @@ class Switchable:
       latency: what budgets of milliseconds go by, a file of
         `python -m dr_jax.benchmarks.latency`, measured on this device.
       backend: how layers compute; see `nn.set_backend`. "auto" needs a sample.
+        With "planes" and "auto" all planes are read at once.
 
     Raises:
       ArtifactError: as `deploy.open` and `deploy.load`.
@@ -100,21 +110,22 @@ class Switchable:
         network, accuracy or latency lacks a choice, or the backend cannot
         compute a layer.
     """
-    if not isinstance(artifact, Artifact):
-      artifact = artifacts.open(artifact)
     if latency is not None and not isinstance(latency, LatencyTable):
       latency = LatencyTable.load(latency)
+    if not isinstance(artifact, Artifact):
+      artifact = artifacts.open(artifact, bits)
+    if backend in _WHOLE:
+      artifact = artifact.upgrade()
     self._choices = Choices(artifact, allocations, accuracy, latency)
+    self._missing = Missing(artifact)
     if sample is not None:
       sample = np.zeros(sample.shape, sample.dtype)
-    network = artifact.load(model=model)
-    nn.set_backend(network, backend, sample=sample)
+    network = artifact.load(model=model, backend=backend, sample=sample)
+    self._paths = _serve_all(network)
     apply, params, batch_stats, *_ = nn.functional(network)
     self._arrays = params, batch_stats
-    highest = self._choices.candidates[0]
-    self._serving = self._snapshot(
-      self._choices.at(highest if bits is None else bits)
-    )
+    self._switching = threading.Lock()
+    self._to(self._choices.at(artifact.opened if bits is None else bits))
 
     @jax.jit
     def serve(arrays, index, x):
@@ -125,6 +136,11 @@ class Switchable:
     self._compiling = threading.Lock()
     if sample is not None:
       self.predict(sample)
+
+  @property
+  def candidates(self) -> tuple[int, ...]:
+    """Candidate bit-widths, highest first."""
+    return self._choices.candidates
 
   @property
   def choices(self) -> tuple[Choice, ...]:
@@ -171,7 +187,9 @@ class Switchable:
   ) -> None:
     """Changes the bit-width of all requests that begin from now on.
 
-    Takes one argument, and leaves the bit-width as it is if that is wrong.
+    Takes one argument, and leaves the bit-width as it is if that is wrong. If
+    planes are missing, returns when they are read, layer by layer; until then
+    requests begin at the old bit-width.
 
     Args:
       bits: one bit-width, or {layer: bits}, such as an allocation of a search.
@@ -183,6 +201,7 @@ class Switchable:
         uniform.
 
     Raises:
+      ArtifactError: if missing planes cannot be read or are damaged.
       ValueError: if bits are not candidates, an allocation is of another
         network, a budget is below the smallest choice, not exactly one argument
         is given, or there is no latency table for milliseconds.
@@ -205,8 +224,45 @@ class Switchable:
       choice = choices.within_ms(budget_ms)
     else:
       choice = choices.at(bits)  # pyrefly: ignore[bad-argument-type]
-    self._serving = self._snapshot(choice)
+    with self._switching:
+      self._to(choice)
 
-  def _snapshot(self, choice):
-    index = choice.allocation.index(self._choices.candidates)
-    return _Snapshot(choice, jax.device_put(np.int32(index)), self._arrays)
+  def _to(self, choice):
+    """Reads what an assignment lacks, then serves it."""
+    for name, pieces in self._missing.of(choice.allocation).items():
+      params, stats = self._arrays
+      path = self._paths[name]
+      read = self._missing.read(name, pieces, _at(stats, path))
+      self._arrays = params, _replaced(stats, path, read)
+      # The same numbers at the old bit-width, so that old codes are let go.
+      self._serving = self._serving._replace(arrays=self._arrays)
+    index = jax.device_put(np.int32(choice.allocation.index(self.candidates)))
+    self._serving = _Snapshot(choice, index, self._arrays)
+
+
+def _serve_all(network):
+  """Lifts the limits of what was read; says where each module has its arrays.
+
+  The program is for every bit-width: no request begins at one that was not
+  read.
+  """
+  paths: dict[str, tuple[str, ...]] = {}
+  for path, module in nnx.iter_modules(network):
+    if isinstance(module, nn.layers.Stored):
+      module.first = 0
+      paths[module.name] = (*map(str, path), "encoded")
+    elif isinstance(module, nn.FoldedNorm):
+      module.held = tuple(range(module.rows))
+      paths["/".join(map(str, path))] = tuple(map(str, path))
+  return paths
+
+
+def _at(tree, path):
+  return functools.reduce(operator.getitem, path, tree)
+
+
+def _replaced(tree, path, arrays):
+  """A tree with other arrays at a path, which shares all else."""
+  if not path:
+    return tree | arrays
+  return tree | {path[0]: _replaced(tree[path[0]], path[1:], arrays)}

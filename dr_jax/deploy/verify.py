@@ -156,9 +156,27 @@ def _first(planes, packed):
 def _encoded(packed, shape, weight):
   """Unpacks a layer, and checks the values that its method gives bounds."""
   encoded = weight.storage.unpack(packed, shape)
-  missing = 0
-  if weight.storage.planes:
-    missing = weight.bits[0] - len(packed["codes"])
+  planes = len(packed["codes"]) if weight.storage.planes else weight.bits[0]
+  check_ranges(weight, encoded, planes)
+  return encoded
+
+
+def check_ranges(
+  weight: quant.WeightQuantizer,
+  encoded: Mapping[str, jax.Array | np.ndarray],
+  planes: int,
+) -> None:
+  """Checks encoded arrays that their method gives bounds.
+
+  Args:
+    weight: the method.
+    encoded: arrays of one layer.
+    planes: how many planes of its codes are there.
+
+  Raises:
+    ValueError: naming the array.
+  """
+  missing = weight.bits[0] - planes
   for name, smallest, largest in weight.storage.ranges:
     if name not in encoded:
       continue
@@ -170,7 +188,6 @@ def _encoded(packed, shape, weight):
         f"{name} must be in {smallest}..{largest}, got {array.min()}.."
         f"{array.max()}"
       )
-  return encoded
 
 
 def _norm(name, norm, pairs, pieces):
@@ -180,13 +197,22 @@ def _norm(name, norm, pairs, pieces):
     key = f"norms/{section_number(norm, row, pairs)}", name
     if key in pieces:
       found[row] = pieces[key]
-      _check_values(f"{name} row {row}", pieces[key])
+      check_norm_values(name, row, pieces[key])
   like = next(iter(found.values()))
   both = np.full((2, norm["rows"], norm["channels"]), np.nan, like.dtype)
   both[:, list(found)] = np.stack(list(found.values()), 1)
   return deployed.StoredNorm(
     tuple(norm["follows"]), *map(jnp.asarray, both), held=tuple(found)
   )
+
+
+def check_norm_values(name: str, row: int, array: np.ndarray) -> None:
+  """Checks gain and offset of one row of a norm.
+
+  Raises:
+    ValueError: naming both.
+  """
+  _check_values(f"{name} row {row}", array)
 
 
 def _check_values(name, array):
