@@ -265,8 +265,9 @@ def load(
       no more than some bits need, `open(path, bits).load()`.
     model: the float network that was quantized, with any weights; by default
       it is built from the architecture in the manifest.
-    backend: how layers compute: "float", "integer", "im2col", "carrier", or
-      "auto" for the fastest of them on this device; see `nn.set_backend`.
+    backend: how layers compute: "float", "integer", "im2col", "carrier",
+      "planes", or "auto" for the fastest of them on this device; see
+      `nn.set_backend`.
     sample: for "auto", inputs as the network will get them.
 
   Returns:

@@ -111,11 +111,17 @@ def _xla_sums(x, planes, bits, count):
 
 def _one_row(x, planes, bits):
   """One pass over the words: no weight is ever stored."""
-  k, words = x.shape[1], planes.shape[1]
-  x = jnp.pad(x[0].astype(jnp.float32), (0, words * WORD - k))
+  count, words, n = planes.shape
+  x = jnp.pad(x[0].astype(jnp.float32), (0, words * WORD - x.shape[1]))
   x = x.reshape(WORD, words, 1)
-  total = jnp.zeros(planes.shape[1:], jnp.float32)
-  for place, codes in lanes.weights(list(planes), bits):
+  # XLA:CPU fuses slices of rows; slices of a leading axis it would copy.
+  rows = planes.reshape(-1, n)
+  loaded = [
+    jax.lax.slice_in_dim(rows, plane * words, (plane + 1) * words)
+    for plane in range(count)
+  ]
+  total = jnp.zeros((words, n), jnp.float32)
+  for place, codes in lanes.weights(loaded, bits):
     total += x[place] * codes
   # XLA:CPU fuses a reduction with all that it reduces, in a slow library; a
   # product with ones it leaves alone.
