@@ -30,12 +30,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dr_jax import allocate, models, nn, quant
+from dr_jax import allocate, nn, quant
 from dr_jax.deploy.layout import layout_of, packed_layout, pieces_for
-from dr_jax.deploy.manifest import check_manifest, guarded, quantizers
+from dr_jax.deploy.manifest import check_manifest, quantizers
 from dr_jax.deploy.reader import ArtifactError, errors_of, open_file
 from dr_jax.deploy.store import Store, open_store
-from dr_jax.deploy.verify import check_architecture, checked_parts
+from dr_jax.deploy.verify import abstract_network, checked_parts
 from dr_jax.runtime import files, schema
 
 FORMAT = "dr_jax"
@@ -208,11 +208,7 @@ class Artifact:
     with errors_of(self.path / MANIFEST):
       tensors = self.store.header.tensors.values()
       stored = sum(math.prod(tensor.shape) for tensor in tensors)
-      check_architecture((name, options), self.parts, stored)
-      return guarded(
-        "architecture",
-        lambda: models.build(name, rngs=nnx.Rngs(0), **options),
-      )
+      return abstract_network((name, options), self.parts, stored)
 
 
 def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:

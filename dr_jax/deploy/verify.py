@@ -82,20 +82,24 @@ def checked_parts(
   return deployed.Parts(stored, norms, floats)
 
 
-def check_architecture(
+def abstract_network(
   architecture: tuple[str, Mapping[str, Any]],
   parts: deployed.Parts,
   stored: int,
-) -> None:
-  """Checks that a network is not larger than what is stored of it.
+) -> nnx.Module:
+  """Builds the network of an architecture without values, to hold the parts.
 
-  It is built without memory for its parameters, and no further than there are
-  parts: a depth or a width from a file could be any number.
+  It takes no memory for its parameters and draws no initial values, and is
+  built no further than there are parts: a depth or a width from a file could be
+  any number.
 
   Args:
     architecture: name and options of `models.build`.
     parts: of the artifact.
     stored: number of entries of all its tensors.
+
+  Raises:
+    ValueError: if it cannot be built, or is larger than what is stored.
   """
   name, options = architecture
   variables = len(parts.layers) + 2 * len(parts.norms) + len(parts.floats)
@@ -114,6 +118,7 @@ def check_architecture(
       f"architecture must have at most the {stored} parameters that are "
       f"stored, got {wanted}"
     )
+  return model
 
 
 class _CountedRngs(nnx.Rngs):

@@ -360,3 +360,12 @@ def test_a_layer_may_have_the_name_of_its_model(tmp_path):
   loaded = deploy.load(tmp_path / "model", model=Inner(nnx.Rngs(1)))
   np.testing.assert_array_equal(loaded(x), model(x))
   assert sorted(tmp_path.iterdir()) == [tmp_path / "model", neighbor]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenetv2"])
+def test_all_variables_of_a_network_are_among_its_parts(name):
+  # `load` builds networks without values: no state of dropout may be left out.
+  model = nnx.eval_shape(
+    lambda: models.build(name, num_classes=2, rngs=nnx.Rngs(0))
+  )
+  assert not jax.tree.leaves(nnx.state(model, nnx.RngState))
