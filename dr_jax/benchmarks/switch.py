@@ -1,0 +1,158 @@
+"""Time of a switch of a deployed network, compared with moving its bytes.
+
+  python -m dr_jax.benchmarks.switch [--model=resnet50] [--from=4] [--to=8]
+
+In memory, a switch is compared with a copy of the bytes of the whole network.
+A switch that reads missing bit-planes is compared with a plain read of the same
+bytes from the page cache; it also verifies them, unpacks them and merges them
+into the codes. Medians over rounds in which all take turns, in one process. The
+network has random weights: time depends on shapes.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import deploy, nn, quant
+from dr_jax.benchmarks import network
+from dr_jax.pipeline.summary import environment
+from dr_jax.runtime import compilation
+
+_MODEL = flags.DEFINE_enum("model", "resnet50", network.NAMES, "Network.")
+_FROM = flags.DEFINE_integer("from", 4, "Bit-width to start with.")
+_TO = flags.DEFINE_integer("to", 8, "Bit-width to switch to.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
+
+_BITS = (8, 6, 4, 2)
+
+
+class Measured(NamedTuple):
+  """Seconds of a switch and of what it is compared with, one for each round.
+
+  Attributes:
+    count: bytes that the comparison moves.
+    switch: seconds of switches.
+    plain: seconds of copying or reading so many bytes.
+  """
+
+  count: int
+  switch: list[float]
+  plain: list[float]
+
+
+def main(argv):
+  del argv
+  try:
+    compilation.cache_on_disk()
+    setting = network.Setting(_MODEL.value, bits=_BITS)
+    with tempfile.TemporaryDirectory() as folder:
+      path = save(setting, pathlib.Path(folder) / "model")
+      rows = {
+        "in memory": in_memory(path, setting, _ROUNDS.value),
+        "with missing planes": with_reading(
+          path, setting, _FROM.value, _TO.value, _ROUNDS.value
+        ),
+      }
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  title = f"{setting.model}, {_FROM.value} to {_TO.value} bits"
+  Console(width=120).print(table(title, rows), environment())
+
+
+def save(setting: network.Setting, path: pathlib.Path) -> pathlib.Path:
+  """Writes the artifact of an untrained network whose codes nest."""
+  deploy.save(
+    path,
+    nn.quantize(
+      setting.floating(),
+      weight=quant.double_rounding(setting.bits, rounding="half_up"),
+      activation=quant.lsq_activation(setting.bits),
+      # Any image will do: nothing here depends on statistics.
+      sample=setting._replace(image_size=32).batch(1)["image"],
+    ),
+  )
+  return path
+
+
+def in_memory(
+  path: pathlib.Path, setting: network.Setting, rounds: int
+) -> Measured:
+  """Switches between the candidates, all planes being there."""
+  served = deploy.Switchable(path, model=setting.floating())
+  model = np.ones(deploy.open(path).tensor_bytes, np.uint8)
+  target = np.empty_like(model)
+  switch, plain = [], []
+  for turn in range(10 * rounds):
+    bits = setting.bits[turn % len(setting.bits)]
+    switch.append(_seconds(lambda bits=bits: served.switch(bits)))
+    plain.append(_seconds(lambda: np.copyto(target, model)))
+  return Measured(model.nbytes, switch, plain)
+
+
+def with_reading(
+  path: pathlib.Path,
+  setting: network.Setting,
+  start: int,
+  end: int,
+  rounds: int,
+) -> Measured:
+  """Switches to bits whose planes were not read."""
+  opened, model = deploy.open(path, start), setting.floating()
+  count = opened.upgrade(end).read_bytes - opened.read_bytes
+  switch, plain = [], []
+  for _ in range(rounds):
+    served = deploy.Switchable(opened, model=model)
+    switch.append(_seconds(lambda served=served: served.switch(end)))
+    plain.append(_seconds(lambda: _read(path / "model.safetensors", count)))
+  return Measured(count, switch, plain)
+
+
+def _read(path, count):
+  """Reads the last bytes of a file, where its planes are."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    size = os.fstat(descriptor).st_size
+    return os.pread(descriptor, count, size - count)
+  finally:
+    os.close(descriptor)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+  started = time.perf_counter()
+  call()
+  return time.perf_counter() - started
+
+
+def table(title: str, rows: dict[str, Measured]) -> Table:
+  """Milliseconds, and how many times that of the plain copy or read."""
+  shown = Table(title=title)
+  shown.add_column("switch")
+  for column in ("MB", "switch ms", "copy or read ms", "ratio"):
+    shown.add_column(column, justify="right")
+  for name, (count, switch, plain) in rows.items():
+    median, other = statistics.median(switch), statistics.median(plain)
+    shown.add_row(
+      name,
+      f"{count / 1e6:.2f}",
+      f"{1000 * median:.3f}",
+      f"{1000 * other:.3f}",
+      f"{median / other:.2f}",
+    )
+  return shown
+
+
+if __name__ == "__main__":
+  app.run(main)
