@@ -16,6 +16,13 @@ CASES = {
   "adabits gain": quant.adabits(rescale=True),
   "matquant": quant.truncation(scheme="matquant"),
   "lsq single": quant.lsq((4,)),
+  "half up": quant.double_rounding(rounding="half_up"),
+  "half up of close bits": quant.double_rounding(
+    (7, 6, 5, 2), rounding="half_up"
+  ),
+  "floor": quant.double_rounding((8, 5, 3, 2), rounding="floor"),
+  "floor single": quant.double_rounding((8,), rounding="floor"),
+  "adabits one bit": quant.adabits((8, 4, 1)),
   "unshared": quant.double_rounding(shared=False),
 }
 WEIGHTS = {
@@ -41,3 +48,43 @@ def test_arrays_have_the_layout_and_the_ranges_that_are_declared(name):
     for key, smallest, largest in quantizer.storage.ranges:
       values = np.asarray(encoded.get(key, smallest))
       assert smallest <= values.min() and values.max() <= largest
+
+
+NESTED = {"bit_mixer", "truncation", "adabits", "adabits gain"} | {
+  name for name in CASES if name.startswith(("half up", "floor", "adabits one"))
+} - {"floor single"}
+
+
+@pytest.mark.parametrize("name", sorted(NESTED))
+def test_the_planes_that_bits_need_decode_to_the_same_weight(name):
+  quantizer = CASES[name]
+  planes = quantizer.storage.planes
+  assert len(planes) == len(quantizer.bits) > 1
+  assert list(planes) == sorted(planes, reverse=True)
+  w = WEIGHTS["depthwise"]
+  encoded = quantizer.encode(quantizer.init(w), w)
+  encoded["codes"] = jnp.arange(-128, 128, dtype=jnp.int8)[:, None]
+  encoded["codes"] >>= 8 - quantizer.bits[0]
+  for key in encoded.keys() - {"codes"}:
+    encoded[key] = encoded[key] if key == "gain" else encoded[key][0, 0]
+  packed = quantizer.storage.pack(encoded)
+  assert len(packed["codes"]) == quantizer.bits[0]
+  for index, count in enumerate(planes):
+    part = packed | {"codes": packed["codes"][:count]}
+    found = quantizer.storage.unpack(part, encoded["codes"].shape)
+    for lower in range(index, len(planes)):
+      np.testing.assert_array_equal(
+        quantizer.decode(found, lower), quantizer.decode(encoded, lower)
+      )
+
+
+def test_methods_that_drop_bits_are_stored_as_planes_and_no_others():
+  found = {name for name, q in CASES.items() if q.storage.planes}
+  assert found == NESTED
+  for name, planes in (
+    ("half up", (8, 7, 5, 3)),
+    ("half up of close bits", (7, 7, 6, 3)),
+    ("floor", (8, 5, 3, 2)),
+    ("adabits one bit", (8, 4, 1)),
+  ):
+    assert CASES[name].storage.planes == planes
