@@ -139,19 +139,21 @@ def open_store(
 
 def checksums_of(
   layout: Layout, pieces: Mapping[Piece, np.ndarray]
-) -> dict[str, np.ndarray]:
-  """Returns both tensors of checksums; none without sections."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Returns `checksums` and `subchecksums`, each by name; none of nothing."""
   whole, single = [], []
   for section in layout.sections:
     digests = [digest(pieces[section.name, name]) for name in section.shapes]
     single += digests
     whole.append(digest(b"".join(digests)))
-  tensors = {CHECKSUMS: whole, SUBCHECKSUMS: single}
-  return {
-    name: np.frombuffer(b"".join(rows), np.uint8).reshape(-1, DIGEST_BYTES)
-    for name, rows in tensors.items()
-    if rows
-  }
+  if not whole:
+    return {}, {}
+  both = (
+    np.frombuffer(b"".join(rows), np.uint8).reshape(-1, DIGEST_BYTES)
+    for rows in (whole, single)
+  )
+  checksums, subchecksums = both
+  return {CHECKSUMS: checksums}, {SUBCHECKSUMS: subchecksums}
 
 
 def sha256_of(header: bytes, data: bytes, layout: Layout) -> str:

@@ -83,12 +83,14 @@ def save(
   checked_parts(
     manifest, first.weight, first.activation, layout, tensors, pieces
   )
-  for section in layout.sections:
-    tensors[section.name] = _joined(
+  checksums, subchecksums = checksums_of(layout, pieces)
+  sections = {
+    section.name: _joined(
       section.name, [pieces[section.name, name] for name in section.shapes]
     )
-  tensors |= checksums_of(layout, pieces)
-  header, data = dumps(tensors)
+    for section in layout.sections
+  }
+  header, data = dumps(tensors | checksums | sections | subchecksums)
   manifest["sha256"] = sha256_of(header, data, layout)
   manifest["manifest_sha256"] = manifest_digest(manifest)
   text = json.dumps(manifest, separators=(",", ":"))
