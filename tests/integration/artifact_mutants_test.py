@@ -3,7 +3,7 @@
 What disks and networks do leaves the checksums as they were, and these find it.
 Whoever changes an artifact on purpose computes them again: then it is refused
 with one error within 5 seconds, or gives the same outputs; where the values of
-tensors or the method were changed, other ones that are not NaN.
+tensors, whose they are or the method were changed, other ones that are not NaN.
 """
 
 import copy
@@ -130,7 +130,8 @@ def case_of(path, method, architecture=False):
   files = {name: (path / name).read_bytes() for name in (MANIFEST, TENSORS)}
   manifest = json.loads(files[MANIFEST])
   del manifest["manifest_sha256"]
-  tensors = safetensors.numpy.load(files[TENSORS])
+  # The library returns them in any order; the choice among them is seeded.
+  tensors = dict(sorted(safetensors.numpy.load(files[TENSORS]).items()))
   given = None if architecture else model
   loaded = deploy.load(path, model=given)
   state = state_of(loaded)
@@ -385,18 +386,21 @@ def resigned(rng, case):
     case _:
       data = serialized(manifest, changed_tensors(rng, tensors))
   files = signed(manifest, data)
-  return files, data != case.files[TENSORS] or _is_another_method(
+  return files, data != case.files[TENSORS] or _is_another_network(
     case, manifest
   )
 
 
-def _is_another_method(case, manifest):
+def _is_another_network(case, manifest):
   keys = ("method", "activation")
   if any(manifest.get(key) != case.manifest[key] for key in keys):
     return True
-  signs = [layer["signed"] for layer in case.manifest["layers"]]
   try:
-    return signs != [layer["signed"] for layer in manifest["layers"]]
+    return any(
+      [entry(layer) for layer in manifest["layers"]]
+      != [entry(layer) for layer in case.manifest["layers"]]
+      for entry in (lambda layer: layer["signed"], lambda layer: layer["name"])
+    )
   except (TypeError, KeyError):
     return False  # It is refused.
 
