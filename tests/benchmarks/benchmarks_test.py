@@ -375,6 +375,10 @@ def test_processes_connect_and_their_speeds_are_printed():
   [
     (("scaling", "--devices=2"), "error: devices must be in 1..1, got 2"),
     (
+      ("sizes", "--model=resnet21"),
+      "error: model must be one of 'resnet8', ",
+    ),
+    (
       ("joint_step", "--model=resnet20", "--torch"),
       "error: torch must not be set with --model",
     ),
@@ -389,6 +393,23 @@ def test_bad_arguments_end_with_one_line(arguments, message):
   assert ended.returncode == 2
   assert ended.stderr.startswith(message)
   assert len(ended.stderr.splitlines()) == 1
+
+
+def test_sizes_fall_with_bits_only_where_planes_are_left_out():
+  found = on_disk.measure(SMALL, ["floor", "half_even"])
+  floor, even = found["floor"], found["half_even"]
+  assert floor.float_bytes == even.float_bytes
+  assert floor.separate == even.separate
+  assert floor.read[2] < floor.read[4] < floor.ours < floor.separate
+  assert even.read[2] == even.read[4] < even.ours < even.separate
+  # Of ResNet8's 75,000 quantized weights 2 bits of 4 are not read.
+  saved = floor.read[4] - floor.read[2]
+  assert saved == pytest.approx(75_000 * 2 / 8, rel=0.05)
+  row = cells(printed(on_disk.table("resnet8", found)), "floor")
+  assert row[0] == f"{floor.ours:,}"
+  assert float(row[1]) == pytest.approx(floor.ours / floor.separate, abs=1e-3)
+  percent = 100 * floor.read[2] / floor.float_bytes
+  assert row[-1] == f"{floor.read[2]:,} ({percent:.1f} %)"
 
 
 @pytest.mark.slow
