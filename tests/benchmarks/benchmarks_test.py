@@ -18,6 +18,7 @@ from dr_jax.benchmarks import (
   images,
   loopback,
   network,
+  on_disk,
   planes,
   post_training,
   scaling,
