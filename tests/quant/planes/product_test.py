@@ -1,7 +1,8 @@
 """Products with planes against exact ones, as XLA programs and as kernels.
 
 Inputs and codes are small integers and scales powers of two, so that every sum
-is exact in float32, in any order. Kernels run in Pallas' interpreter.
+is exact in float32, in any order. Kernels run in Pallas' interpreter, which
+takes seconds for each: `kernel_test` runs what a GPU would.
 """
 
 import functools
@@ -76,19 +77,15 @@ def test_xla_products_are_exact(shape, bits, rounding):
   check("xla", SHAPES[shape], bits, rounding, "float32")
 
 
-@pytest.mark.parametrize("bits, rounding", EVERY)
+@pytest.mark.parametrize("bits, rounding", [(8, "floor"), (3, "half_up")])
 def test_kernels_of_one_row_are_exact(bits, rounding, interpreted):
   check("pallas", SHAPES["one row"], bits, rounding, "float32")
 
 
-@pytest.mark.parametrize("backend", ["xla", "pallas"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_of_bfloat16_are_exact(backend, shape, interpreted):
+def test_products_of_bfloat16_are_exact(shape, interpreted):
+  backend = "xla" if shape == "one row" else "pallas"
   check(backend, SHAPES[shape], 4, "half_up", "bfloat16")
-
-
-def test_kernels_of_several_rows_are_exact(interpreted):
-  check("pallas", SHAPES["rows"], 2, "floor", "float32")
 
 
 @pytest.mark.slow
@@ -174,20 +171,6 @@ def test_leading_axes_of_inputs_are_kept():
   y = run(x)
   np.testing.assert_array_equal(run(x.reshape(2, 3, 40)), y.reshape(2, 3, 6))
   np.testing.assert_array_equal(run(x[0]), y[0])
-
-
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kernels_lower_for_gpus(rows, dtype):
-  x = jax.ShapeDtypeStruct((rows, 100), dtype)
-  planes = jax.ShapeDtypeStruct((8, 4, 70), jnp.uint32)
-  run = jax.jit(kernel.plane_sums, static_argnums=(2, 3))
-  try:
-    lowered = run.trace(x, planes, 4, 5).lower(lowering_platforms=("cuda",))
-  except RuntimeError as error:  # Newer versions of JAX want a device for it.
-    pytest.skip(str(error))
-  assert "triton" in lowered.as_text()
 
 
 def test_importing_quant_does_not_import_pallas():
