@@ -107,6 +107,29 @@ def test_the_examples_for_arrays_keep_what_they_say():
   exec(compile(block("Arrays"), "arrays.py", "exec"), {"w": w})
 
 
+def test_the_example_of_few_bits_reads_five_planes():
+  stored = {"codes": jnp.array([[100, -9], [8, 7]], jnp.int8)}
+  stored["scale"] = jnp.ones((1, 2))
+  names = {"quant": quant, "stored": stored, "x": jnp.array([[1.0, 2.0]])}
+  exec(block("Products with few bits"), names)
+  assert names["y"].tolist() == [[128.0, -16.0]]
+  assert len(names["part"]) == 5
+
+
+def test_the_example_of_bit_planes_serves_what_was_saved(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  rngs = nnx.Rngs(0)
+  model = nnx.Sequential(*(nnx.Linear(8, 8, rngs=rngs) for _ in range(3)))
+  names = {"deploy": deploy, "nn": nn, "quant": quant, "model": model}
+  x = names["x"] = jnp.ones((2, 8))
+  exec(block("From bit-planes"), names)
+  stored, network = names["stored"], names["network"]
+  nn.set_bits(network, 4)
+  np.testing.assert_allclose(stored(x), network(x), rtol=1e-5, atol=1e-6)
+  (layer,) = nn.layers.quantized_layers(stored).values()
+  assert "planes" in layer.encoded
+
+
 def test_it_has_ten_to_twenty_lines_without_imports_and_blanks(method):
   lines = [x for x in method.splitlines() if x and "import" not in x]
   assert 10 <= len(lines) <= 20

@@ -4,7 +4,8 @@ A program loads one block of words of each needed plane and uses every word 32
 times; the last sum, over the blocks of a column, is left to XLA. Nothing else
 of the weights is read. Ragged edges are masked.
 
-One row of inputs is multiplied elementwise; several take the tensor cores.
+One row of inputs is multiplied elementwise; several are matrix products, which
+bfloat16 computes in tensor cores.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 WORDS = 32
 COLUMNS = 32
 WARPS = 4
-# A block of several inputs: the least that tensor cores multiply.
+# A block of several inputs: the least that a matrix product of Triton has.
 INPUTS = 16
 
 

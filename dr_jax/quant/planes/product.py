@@ -1,9 +1,11 @@
 """The product x @ decode(codes) that reads the planes of its bit-width alone.
 
 With few rows of x, a product takes as long as its weights take to arrive from
-memory. At l bits it reads l + 1 planes under half_up, l under floor, and never
-makes a weight in memory: y = (x @ q_l) * (scale * 2^D), D = h - l, with sums
-in float32.
+memory. At l bits it reads l + 1 planes under half_up and l under floor:
+
+  y = (x @ q_l) * (scale * 2^D),   D = h - l,   sums in float32.
+
+The kernel makes weights in registers alone, the XLA program does for one row.
 """
 
 from __future__ import annotations
