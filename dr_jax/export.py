@@ -5,6 +5,7 @@ python -m dr_jax.export --artifact=runs/digits/export/model
 
 Formats; see dr_jax/deploy/README.md:
   stablehlo    a directory: program for CPU, CUDA and TPU, arrays, program.json
+  onnx         a file with integer weights, as ONNX Runtime computes
   safetensors  a file: integers and scales in the names and layouts of PyTorch
 
 Exit codes:
@@ -33,6 +34,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from dr_jax import allocate, deploy
+from dr_jax.deploy.onnx import export_onnx, export_onnx_switchable
+from dr_jax.deploy.onnx.export import ARITHMETICS, OPSET
 from dr_jax.deploy.stablehlo import PLATFORMS
 from dr_jax.runtime import compilation, files, processes
 
@@ -46,12 +49,12 @@ _BITS = flags.DEFINE_string(
   "bits",
   None,
   "A bit-width; an allocation's file, as a run's export/allocations/*.json; or "
-  "all: the program takes bits as an argument (stablehlo).",
+  "all: they are an input of what is written (stablehlo, onnx).",
 )
 _INPUT_SHAPE = flags.DEFINE_list(
   "input_shape",
   None,
-  "Shape of one input without the batch, as 224,224,3 (stablehlo).",
+  "Shape of one input without the batch, as 224,224,3 (stablehlo, onnx).",
 )
 _BATCH = flags.DEFINE_integer(
   "batch",
@@ -62,31 +65,58 @@ _BATCH = flags.DEFINE_integer(
 _PLATFORMS = flags.DEFINE_list(
   "platforms", list(PLATFORMS), "Which can run the program (stablehlo)."
 )
+_OPSET = flags.DEFINE_integer("opset", OPSET, "Of ONNX's operators (onnx).")
+_ARITHMETIC = flags.DEFINE_enum(
+  "arithmetic",
+  ARITHMETICS[0],
+  list(ARITHMETICS),
+  "exact, or fused: faster, and some codes differ by one (onnx).",
+)
 
 
 def _stablehlo(artifact, bits, output):
+  network, sample = _network(artifact)
   deploy.export_stablehlo(
     output,
-    _network(artifact),
-    _sample(),
+    network,
+    sample,
     bits=bits,
     batch=_BATCH.value,
     platforms=_PLATFORMS.value,
   )
 
 
+def _onnx(artifact, bits, output):
+  options = {"opset": _OPSET.value, "arithmetic": _ARITHMETIC.value}
+  network, sample = _network(artifact)
+  shape = sample.shape[1:]
+  try:
+    if bits is None:
+      export_onnx_switchable(output, network, shape, **options)
+    else:
+      export_onnx(output, network, shape, bits=bits, **options)
+  except ImportError as error:
+    raise ValueError(error) from None
+
+
 def _safetensors(artifact, bits, output):
   if bits is None:
-    raise ValueError("--bits=all must come with --format=stablehlo")
+    raise ValueError("--bits=all must come with --format=stablehlo or onnx")
   deploy.export_safetensors(output, artifact, bits=bits)
 
 
-_FORMATS = {"stablehlo": _stablehlo, "safetensors": _safetensors}
+_FORMATS = {
+  "stablehlo": _stablehlo,
+  "onnx": _onnx,
+  "safetensors": _safetensors,
+}
 # Flags that not all formats have.
 _FORMATS_OF = {
-  "input_shape": ("stablehlo",),
+  "input_shape": ("stablehlo", "onnx"),
   "batch": ("stablehlo",),
   "platforms": ("stablehlo",),
+  "opset": ("onnx",),
+  "arithmetic": ("onnx",),
 }
 _FORMAT = flags.DEFINE_enum("format", None, list(_FORMATS), "What to write.")
 
@@ -144,23 +174,28 @@ def _bits(given: str) -> Any:
 
 
 def _network(artifact):
+  """The network that the artifact names, and its input as a shape."""
   if artifact.manifest["architecture"] is None:
     raise ValueError(
       f"{artifact.path} names no architecture, of which the command builds the "
-      "network: call deploy.export_stablehlo with deploy.load(path, "
-      "model=network)"
+      "network: export deploy.load(path, model=network) in Python"
     )
-  return artifact.load()
-
-
-def _sample():
   sizes = _INPUT_SHAPE.value
   if not sizes or not all(n.isdecimal() and int(n) > 0 for n in sizes):
     raise ValueError(
       "--input_shape must be the sizes of one input without the batch, as "
       f"224,224,3, got {','.join(sizes or ['nothing'])}"
     )
-  return jax.ShapeDtypeStruct((1, *map(int, sizes)), jnp.float32)
+  network = artifact.load()
+  sample = jax.ShapeDtypeStruct((1, *map(int, sizes)), jnp.float32)
+  try:
+    jax.eval_shape(lambda x: network(x), sample)
+  except Exception as error:  # Networks raise what they like.
+    first = command.one_line(error.args[0] if error.args else error)
+    raise ValueError(
+      f"--input_shape={','.join(sizes)} must fit the network, but: {first}"
+    ) from None
+  return network, sample
 
 
 def start() -> None:

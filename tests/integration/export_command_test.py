@@ -78,6 +78,24 @@ def test_flags_say_batch_and_platforms_of_a_program_of_all_bits(
   assert about["arguments"][-2]["shape"] == [2, 8, 8, 1]
 
 
+@pytest.mark.parametrize("bits", [4, "all"])
+def test_an_onnx_file_computes_in_onnx_runtime(command, folder, tmp_path, bits):
+  runtime = pytest.importorskip("onnxruntime")
+  flags = {"format": "onnx", "input_shape": "8,8,1", "bits": bits}
+  ended = command(tmp_path / "net.onnx", **flags)
+  assert (ended.code, ended.err) == (0, "")
+  session = runtime.InferenceSession(tmp_path / "net.onnx")
+  given = {"input": small_artifact.images(3)}
+  if bits == "all":
+    given["bits"] = np.array(4)
+  (logits,) = session.run(None, given)
+  network = deploy.load(folder / "model", bits=4)
+  # Sums of another order.
+  np.testing.assert_allclose(
+    logits, network(given["input"]), rtol=1e-4, atol=1e-4
+  )
+
+
 def test_the_integers_of_an_artifact_are_written_for_pytorch(
   command, folder, tmp_path
 ):
@@ -102,8 +120,11 @@ def test_the_integers_of_an_artifact_are_written_for_pytorch(
     ({"format": "tflite"}, "flag --format=tflite: value should be one of"),
     ({"format": "safetensors"}, "--input_shape must come with --format=stable"),
     ({"input_shape": None}, "--input_shape must be the sizes of one input"),
-    ({"input_shape": "8,8,3"}, "input (batch, 8, 8, 3) must fit the network"),
+    ({"input_shape": "8,8,3"}, "--input_shape=8,8,3 must fit the network"),
     ({"input_shape": "8,-8,1"}, "--input_shape must be the sizes of one input"),
+    ({"format": "onnx", "input_shape": "8,8,3"}, "8,8,3 must fit the network"),
+    ({"format": "onnx", "opset": 3}, "opset must be in 18.."),
+    ({"arithmetic": "fused"}, "--arithmetic must come with --format=onnx"),
     ({"platforms": "tpu,vulkan"}, "platforms must be of cpu, cuda, tpu"),
     ({"artifact": "nowhere"}, "nowhere/manifest.json: No such file"),
     ({"nothing": 1}, "Unknown command line flag 'nothing'"),
@@ -128,7 +149,7 @@ def test_what_cannot_be_exported_is_one_line_and_exit_code_2(
 def test_all_bits_have_no_plain_file(command, tmp_path):
   ended = command(tmp_path / "new", format="safetensors", bits="all")
   assert ended.code == 2
-  assert "--bits=all must come with --format=stablehlo" in ended.err
+  assert "--bits=all must come with --format=stablehlo or onnx" in ended.err
 
 
 @pytest.mark.parametrize("format", ["stablehlo", "safetensors"])
@@ -157,9 +178,13 @@ def test_help_shows_an_example():
 def test_the_example_of_the_page_runs_a_program(command, tmp_path, monkeypatch):
   assert command(tmp_path / "program", bits=4, **STABLEHLO).code == 0
   page = (ROOT / "dr_jax" / "deploy" / "README.md").read_text()
-  section = page.partition("\n## Export\n")[2]
-  source = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+  section = page.partition("\n## Export\n")[2].partition("\n## ")[0]
+  program, *plain = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
   monkeypatch.chdir(tmp_path)
   names = {}
-  exec(source.replace("(5, 32, 32, 3)", "(5, 8, 8, 1)"), names)
+  exec(program.replace("(5, 32, 32, 3)", "(5, 8, 8, 1)"), names)
   assert names["logits"].shape == (5, 5)
+  pytest.importorskip("torch", reason="PyTorch is not installed")
+  command(tmp_path / "digits_4.safetensors", bits=4, format="safetensors")
+  exec(plain[0], names)
+  assert names["outputs"].shape == (1, 4, 8, 8)
