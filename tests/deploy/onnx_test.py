@@ -172,3 +172,64 @@ def test_one_file_for_all_bit_widths_stores_the_highest_codes_once(
   assert len(codes) == len(layers)
   total = sum(layer.encoded["codes"].size for layer in layers)
   assert sum(a.size for a in codes) == total
+
+
+@pytest.mark.parametrize(
+  ("weight_type", "bits", "opset"), [("int4", 4, 21), ("int2", 2, 25)]
+)
+def test_packed_weights_take_their_bits_and_predict_the_same(
+  network, digits, tmp_path, weight_type, bits, opset
+):
+  wide, narrow = tmp_path / "wide.onnx", tmp_path / "narrow.onnx"
+  options = {"bits": bits, "opset": opset}
+  export_onnx(wide, network, SHAPE, **options)
+  export_onnx(narrow, network, SHAPE, weight_type=weight_type, **options)
+  np.testing.assert_array_equal(run(narrow, digits), run(wide, digits))
+  codes = [
+    t
+    for t in onnx.load(narrow).graph.initializer
+    if t.name.endswith("weight_codes")
+  ]
+  assert len(codes) == len(nn.layers.quantized_layers(network))
+  for tensor in codes:
+    assert len(tensor.raw_data) == -(-np.prod(tensor.dims) * bits // 8)
+
+
+class Perceptron(nnx.Module):
+  def __init__(self):
+    self.hidden = nnx.Linear(20, 150, rngs=nnx.Rngs(0))
+    self.head = nnx.Linear(150, 5, rngs=nnx.Rngs(1))
+
+  def __call__(self, x):
+    return self.head(nnx.gelu(self.hidden(x)))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_linear_layers_of_float_input_stay_packed(tmp_path, bits):
+  sample = images(6, shape=(20,))
+  network = nn.quantize(
+    Perceptron(),
+    weight=quant.double_rounding((8, 4)),
+    sample=sample,
+    skip=(),
+  )
+  deploy.save(tmp_path / "model", network)
+  network = deploy.load(tmp_path / "model", model=Perceptron())
+  path = tmp_path / "model.onnx"
+  for arithmetic in ("exact", "fused"):
+    export_onnx(
+      path,
+      network,
+      (20,),
+      bits=bits,
+      arithmetic=arithmetic,
+      weight_type="int4",
+    )
+    np.testing.assert_allclose(
+      run(path, sample), expected(network, sample, bits), atol=1e-5
+    )
+  found = [node for node in onnx.load(path).graph.node if node.domain]
+  assert [node.op_type for node in found] == ["MatMulNBits"] * 2
+  assert [onnx.helper.get_node_attr_value(n, "bits") for n in found] == [
+    bits
+  ] * 2

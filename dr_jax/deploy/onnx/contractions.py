@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dr_jax.deploy.graph import Value
+from dr_jax.deploy.graph import Node, Value
 from dr_jax.deploy.onnx import primitives, weights
 from dr_jax.deploy.onnx.builder import MICROSOFT
-from dr_jax.deploy.onnx.lower import Contract
+from dr_jax.deploy.onnx.lower import Contract, Weight
 from dr_jax.deploy.onnx.windows import windows
 
 if TYPE_CHECKING:
@@ -44,6 +44,29 @@ def emit(emitter: Emitter, step: Contract) -> None:
     emitter.put(step.output, name, order)
   else:
     emitter.put_quantized(step.requantize, name, 1.0, order)
+
+
+def emit_packed(emitter: Emitter, node: Node, weight: Weight) -> None:
+  """Emits a product of floats with packed codes."""
+  builder = emitter.builder
+  c_in, c_out = weight.codes.shape
+  packed, bits = weights.blocks(weight.codes)
+  scale = np.broadcast_to(weight.scale, (c_out,)).astype(np.float32)
+  scale = np.repeat(scale[:, None], packed.shape[1], axis=1)
+  name = builder.add(
+    "MatMulNBits",
+    emitter.tensor(node.inputs[0]),
+    builder.constant(packed, f"{weight.layer}/weight_codes"),
+    builder.constant(scale, f"{weight.layer}/weight_scale"),
+    domain=MICROSOFT,
+    name=weight.layer,
+    K=c_in,
+    N=c_out,
+    bits=bits,
+    block_size=weights.BLOCK,
+    accuracy_level=1,  # float32
+  )
+  emitter.put(node.output, name)
 
 
 def _windowed(emitter: Emitter, step: Contract, codes: Value) -> str:

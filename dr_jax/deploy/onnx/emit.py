@@ -17,6 +17,7 @@ from dr_jax.deploy.onnx.lower import (
   Quantize,
   Step,
   Weight,
+  is_supported,
 )
 from dr_jax.deploy.onnx.weights import Source
 
@@ -37,10 +38,12 @@ class Emitter:
     builder: takes the nodes.
     source: where weight codes come from.
     microsoft: whether to use operators that only ONNX Runtime has.
+    packs_products: whether products of floats with a weight read packed codes.
   """
 
   def __init__(self, builder: Builder, source: Source, *, microsoft: bool):
     self.builder, self.source, self.microsoft = builder, source, microsoft
+    self.packs_products = False
     self._names: dict[int, dict[Order, str]] = {}
     self._codes: dict[int, tuple[Quantize, Value]] = {}
     self._weights: dict[int, Weight] = {}
@@ -59,7 +62,15 @@ class Emitter:
       case Contract():
         contractions.emit(self, step)
       case _:
-        primitives.emit(self, step)
+        self._primitive(step)
+
+  def _primitive(self, node):
+    is_product = node.operation == "dot_general" and is_supported(node)
+    weight = self._weights.get(id(node.inputs[-1])) if is_product else None
+    if weight is not None and self.packs_products:
+      contractions.emit_packed(self, node, weight)
+    else:
+      primitives.emit(self, node)
 
   def put(self, value: Value, name: str, order: Order | None = None) -> None:
     """Says that a tensor holds a value with its axes in an order."""
@@ -142,11 +153,15 @@ class Emitter:
     self.put(value, self.dequantized(self.tensor(codes, order), step), order)
 
   def _weight(self, step):
+    """A float weight, by Cast and Mul, as it is decoded.
+
+    Between DequantizeLinear and a product of floats, ONNX Runtime would round
+    the floats to 8 bits.
+    """
+    codes = self.builder.cast(self.source(self.builder, step), np.float32)
     scale = np.float32(step.scale)
-    axis = {"axis": step.codes.ndim - 1} if scale.ndim else {}
     scale = self.builder.constant(scale, f"{step.layer}/weight_scale")
-    codes = self.source(self.builder, step)
-    return self.builder.add("DequantizeLinear", codes, scale, **axis)
+    return self.builder.add("Mul", codes, scale)
 
   def _affine(self, step):
     order = self.order(step.x)

@@ -21,7 +21,8 @@ from dr_jax.runtime import files
 
 ARITHMETICS = ("exact", "fused")
 OPSET = 21
-_SMALLEST_OPSET = 18
+# By weight type.
+_SMALLEST_OPSET = {"int8": 18, "int4": 21, "int2": 25}
 INPUT, OUTPUT = "input", "output"
 
 
@@ -33,6 +34,7 @@ def export_onnx(
   bits: int | Mapping[str, int] | None = None,
   opset: int = OPSET,
   arithmetic: str = "exact",
+  weight_type: str = "int8",
 ) -> None:
   """Writes a network at one assignment of bit-widths as an ONNX file.
 
@@ -53,23 +55,27 @@ def export_onnx(
       and what stands between in float32. "fused" lets a convolution whose
       output only the next layer's codes are made of give them directly: its
       bias is then rounded to one unit of its sums, which moves some codes by
-      one.
+      one. It also uses operators that only ONNX Runtime has.
+    weight_type: the narrowest type for codes that fit into it: "int8", "int4"
+      (opset 21) or "int2" (opset 25). Kernels are widened when the file is
+      loaded; with "fused", linear layers of float input stay packed
+      (MatMulNBits).
 
   Raises:
     ImportError: if the onnx package is not installed.
-    ValueError: for another arithmetic, an opset that is too old, or bits that
-      are not candidates.
+    ValueError: for another arithmetic or weight type, an opset that is too old
+      for it, or bits that are not candidates.
     GraphError: naming what of the network has no counterpart in ONNX.
 
   References:
     ONNX QuantizeLinear, DequantizeLinear; ONNX Runtime, "Quantize ONNX models"
     (the QDQ format).
   """
-  check(opset, arithmetic)
+  check(opset, arithmetic, weight_type)
   network = _at_bits(network, bits)
   builder = Builder()
   builder.unique(INPUT)
-  source = weights.as_int8
+  source = weights.SOURCES[weight_type]
   x, y, name = add_network(builder, network, sample_shape, arithmetic, source)
   builder.add("Identity", name, output=OUTPUT)
   save(path, builder, {INPUT: x}, y, opset)
@@ -97,6 +103,7 @@ def add_network(
   layers = _integer_layers(network)
   graph = graphs.trace(network, sample_shape, layers=layers)
   emitter = Emitter(builder, source or derived(layers), microsoft=fused)
+  emitter.packs_products = fused and source in weights.PACKED
   (x,) = graph.inputs
   emitter.put(x, INPUT)
   for step in lower(graph, layers, fuse=fused):
@@ -109,20 +116,27 @@ def add_network(
   return x, y, emitter.tensor(y)
 
 
-def check(opset: int, arithmetic: str) -> None:
+def check(opset: int, arithmetic: str, weight_type: str = "int8") -> None:
   """Raises the errors of `export_onnx` that need no network."""
   if importlib.util.find_spec("onnx") is None:
     raise ImportError("ONNX files need onnx: pip install 'dr_jax[onnx]'")
   import onnx
 
-  newest = onnx.defs.onnx_opset_version()
-  if not isinstance(opset, int) or not _SMALLEST_OPSET <= opset <= newest:
-    raise ValueError(
-      f"opset must be in {_SMALLEST_OPSET}..{newest}, got {opset!r}"
-    )
   if arithmetic not in ARITHMETICS:
     raise ValueError(
       f"arithmetic must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}"
+    )
+  if weight_type not in _SMALLEST_OPSET:
+    raise ValueError(
+      f"weight_type must be one of {', '.join(_SMALLEST_OPSET)}, got "
+      f"{weight_type!r}"
+    )
+  smallest = _SMALLEST_OPSET[weight_type]
+  newest = onnx.defs.onnx_opset_version()
+  if not isinstance(opset, int) or not smallest <= opset <= newest:
+    raise ValueError(
+      f"opset must be in {smallest}..{newest} for {weight_type} weights, got "
+      f"{opset!r}"
     )
 
 

@@ -16,7 +16,7 @@ float32 once.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ class _Lowering:
       x = x.requantize
     if not (isinstance(x, Quantize) and isinstance(w, Weight)):
       return None
-    if w.codes.dtype != np.int8 or not _is_supported(node):
+    if w.codes.dtype != np.int8 or not is_supported(node):
       return None
     channels = node.output.shape[-1]
     gain = np.broadcast_to(w.scale * x.scale, channels)
@@ -393,7 +393,7 @@ def _affine(node, x, gain, offset):
   return Affine(x, node.output, gain, offset)
 
 
-def _is_supported(node: Node) -> Any:
+def is_supported(node: Node) -> bool:
   """Whether a contraction has the form that integers are computed in."""
   params = node.params
   rank = len(node.inputs[0].shape)

@@ -210,17 +210,21 @@ def _select(emitter, node):
 
 
 def _broadcast(emitter, node):
-  (x, *_), shape = node.inputs, node.output.shape
-  if not all(isinstance(d, int) for d in shape):
-    raise GraphError(f"broadcast_in_dim to {shape} has an unknown size")
+  """Reshape and Expand; a batch axis is one of x, or left to its readers."""
+  x, shape = node.inputs[0], node.output.shape
   size = [1] * len(shape)
   for axis, d in zip(node.params["broadcast_dimensions"], x.shape, strict=True):
-    size[axis] = d
+    size[axis] = d if isinstance(d, int) else -1
+  if size.count(-1) > 1:
+    raise GraphError(f"broadcast_in_dim to {shape} has two unknown sizes")
   builder = emitter.builder
   target = builder.constant(np.array(size, np.int64))
   name = builder.add("Reshape", emitter.tensor(x), target)
-  target = builder.constant(np.array(shape, np.int64))
-  emitter.put(node.output, builder.add("Expand", name, target))
+  # A size of 1 keeps the other's.
+  target = [d if isinstance(d, int) else 1 for d in shape]
+  if any(d > 1 and d != s for d, s in zip(target, size, strict=True)):
+    name = builder.add("Expand", name, builder.constant(np.array(target)))
+  emitter.put(node.output, name)
 
 
 def _concatenate(emitter, node):
@@ -244,6 +248,14 @@ def _slice(emitter, node):
   ]
   constants = [builder.constant(np.array(a, np.int64)) for a in arrays]
   emitter.put(node.output, builder.add("Slice", emitter.tensor(x), *constants))
+
+
+def _integer_pow(emitter, node):
+  (x,) = node.inputs
+  order = emitter.order(x)
+  exponent = np.array(node.params["y"], x.dtype)
+  names = emitter.tensor(x, order), emitter.builder.constant(exponent)
+  emitter.put(node.output, emitter.builder.add("Pow", *names), order)
 
 
 def _square(emitter, node):
@@ -287,6 +299,7 @@ _OTHERS: dict[str, Callable[[Any, Node], None]] = {
   "convert_element_type": _cast,
   "dot_general": _product,
   "expand_dims": _reshape,
+  "integer_pow": _integer_pow,
   "reduce_window_max": _max_pool,
   "reduce_window_sum": _sum_pool,
   "reshape": _reshape,

@@ -18,6 +18,9 @@ from dr_jax.deploy.onnx.lower import Weight
 # How the codes of a weight come into the graph: the name of an int8 tensor.
 Source = Callable[[Builder, Weight], str]
 
+# Inputs that share a scale in MatMulNBits; here all of a channel do.
+BLOCK = 128
+
 
 def as_int8(builder: Builder, weight: Weight) -> str:
   """One byte for each code."""
@@ -34,6 +37,30 @@ def as_int2(builder: Builder, weight: Weight) -> str:
   if _fits(weight.codes, 2):
     return _narrow(builder, weight, ml_dtypes.int2, 2)
   return as_int4(builder, weight)
+
+
+PACKED = (as_int4, as_int2)
+SOURCES: dict[str, Source] = {
+  "int8": as_int8,
+  "int4": as_int4,
+  "int2": as_int2,
+}
+
+
+def blocks(codes: np.ndarray) -> tuple[np.ndarray, int]:
+  """Codes as MatMulNBits packs them: [c_out, blocks, bytes], and their bits.
+
+  Codes [c_in, c_out] become unsigned, in blocks of `BLOCK` inputs, which are
+  filled up with the code of zero.
+  """
+  bits = 4 if _fits(codes, 4) else 8
+  zero = 2 ** (bits - 1)
+  padded = np.pad(codes, ((0, -len(codes) % BLOCK), (0, 0)))
+  unsigned = (padded.T.astype(np.int16) + zero).astype(np.uint8)
+  unsigned = unsigned.reshape(codes.shape[1], -1, BLOCK)
+  if bits == 4:
+    unsigned = unsigned[..., ::2] | unsigned[..., 1::2] << 4
+  return unsigned, bits
 
 
 def shifted(builder: Builder, codes: str, shift: int) -> str:
