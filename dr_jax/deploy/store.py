@@ -225,6 +225,11 @@ def _check_header(header, layout):
         f"tensor {name} must be {dtype or 'floats'} {shape}, got "
         f"{tensor.dtype} {tensor.shape}"
       )
+  floats = [section.name for section in sections if section.dtype is None]
+  dtypes = [header.tensors[name].dtype for name in floats]
+  for name, dtype in zip(floats, dtypes, strict=True):
+    if dtype != dtypes[0]:
+      raise Broken(f"tensor {name} must be {dtypes[0]}, as others, got {dtype}")
   for name in header.tensors:
     if name not in expected and not name.startswith("float/"):
       raise Broken(f"tensor {name} belongs to no layer or norm")

@@ -199,6 +199,8 @@ def test_tensors_have_the_dtypes_of_the_network_and_none_is_left_over(path):
 def test_a_norm_has_the_dtype_of_the_network(path):
   file = safetensors.numpy.load_file(path / "model.safetensors")
   rows = {name: file[name].astype("f2") for name in ("norms/0", "norms/1")}
+  rewrite(path, **{"norms/1": rows["norms/1"]})
+  refused(path, "tensor norms/1 must be float32, as others, got float16")
   rewrite(path, **rows)
   refused(path, r"norm norm float16 \(2,\) is not in this network")
 
