@@ -427,23 +427,32 @@ def mesh_of(devices, kind):
 OUTPUT_CHANNELS, INPUT_CHANNELS = P(None, None, None, "x"), P(None, None, "x")
 
 
-# One mesh of each kind; the others say the same, and compile as long.
-MESHES = [
+# One mesh of each kind for every method and its options. The others say the
+# same, and compile as long: for methods with their defaults, in the slow run.
+MESHES = (
   (2, AxisType.Auto, INPUT_CHANNELS),
   (4, AxisType.Explicit, OUTPUT_CHANNELS),
-  *(
-    pytest.param(*mesh, marks=pytest.mark.slow)
-    for mesh in (
-      (4, AxisType.Auto, OUTPUT_CHANNELS),
-      (2, AxisType.Explicit, OUTPUT_CHANNELS),
-      (4, AxisType.Explicit, INPUT_CHANNELS),
+)
+MORE_MESHES = (
+  (4, AxisType.Auto, OUTPUT_CHANNELS),
+  (2, AxisType.Explicit, OUTPUT_CHANNELS),
+  (4, AxisType.Explicit, INPUT_CHANNELS),
+)
+
+
+@pytest.mark.parametrize(
+  ("case", "devices", "kind", "spec"),
+  [
+    pytest.param(
+      case,
+      *mesh,
+      marks=[pytest.mark.slow] * bool(case.options or mesh in MORE_MESHES),
+      id=f"{label(case)}-{number}",
     )
-  ),
-]
-
-
-@pytest.mark.parametrize(("devices", "kind", "spec"), MESHES)
-@every_method
+    for case in CASES
+    for number, mesh in enumerate(MESHES + MORE_MESHES * (not case.options))
+  ],
+)
 def test_meshes_change_neither_values_nor_gradients(case, devices, kind, spec):
   quantizer, params, w, fake_quantize, gradients, _ = fitted(case)
   g = np.sin(kernel(seed=1))
