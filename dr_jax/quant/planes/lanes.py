@@ -1,8 +1,8 @@
-"""From words of bit-planes to weights, in registers: four codes at a time.
+"""From words of bit-planes to weights, in registers: many codes at a time.
 
-A word is four lanes of a byte. Bit b of all four is picked at once from every
-plane, so that two operations per plane serve four codes. The kernel and the
-XLA program of the product share this arithmetic.
+Rounding is bitwise arithmetic on planes: 32 codes in every operation. Then a
+word is four lanes of a byte, and two operations per plane put four codes
+together. The kernel and the XLA program of the product share this.
 """
 
 from __future__ import annotations
@@ -37,25 +37,33 @@ def weights(
   Returns:
     Integer-valued float32 in [-2^(bits-1), 2^(bits-1) - 1].
   """
+  planes = _rounded(planes, bits)
   for bit in range(_LANE_BITS):
-    codes = _code_bytes(planes, bit, bits)
+    codes = _code_bytes(planes, bit)
     for lane in range(LANES):
       yield lane * _LANE_BITS + bit, _floats(codes, lane, bits)
 
 
-def _code_bytes(planes, bit, bits):
-  """Codes + 2^(bits-1) of bit `bit` of each lane: bytes that are not signed."""
-  parts = [
-    _shift_right(plane, bit - place) & _every(1 << place)
-    for place, plane in zip(reversed(range(bits)), planes, strict=False)
-  ]
-  codes = functools.reduce(operator.or_, parts) ^ _every(1 << (bits - 1))
+def _rounded(planes, bits):
+  """Planes of codes + 2^(bits-1), which have no sign."""
+  words = [~planes[0], *planes[1:bits]]
   if len(planes) == bits:
-    return codes
-  codes = codes + (_shift_right(planes[bits], bit) & _every(1))
-  # Rounding up may pass the largest code by one: 2^bits, at most 128, so that
-  # no lane reaches the next.
-  return codes - (_shift_right(codes, bits) & _every(1))
+    return words
+  # Adds the plane to round by, but to the largest code, which has only ones.
+  carry = planes[bits] & ~functools.reduce(operator.and_, words)
+  for place in reversed(range(bits)):
+    words[place], carry = words[place] ^ carry, words[place] & carry
+  return words
+
+
+def _code_bytes(planes, bit):
+  """Codes at bit `bit` of each lane, as bytes."""
+  places = reversed(range(len(planes)))
+  parts = (
+    _shift_right(plane, bit - place) & np.uint32(_ONES << place)
+    for place, plane in zip(places, planes, strict=True)
+  )
+  return functools.reduce(operator.or_, parts)
 
 
 def _floats(codes, lane, bits):
@@ -65,10 +73,6 @@ def _floats(codes, lane, bits):
     byte | np.uint32(0x4B000000), jnp.float32
   )
   return shifted - np.float32(2**23 + 2 ** (bits - 1))
-
-
-def _every(byte):
-  return np.uint32(byte * _ONES)
 
 
 def _shift_right(words, count):
