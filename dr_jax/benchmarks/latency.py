@@ -40,34 +40,38 @@ from dr_jax.nn.observe import observed
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import compilation
 
-_ARTIFACT = flags.DEFINE_string("artifact", None, "Directory of an artifact.")
-_MODEL = flags.DEFINE_enum("model", None, network.NAMES, "Named network.")
-_BITS = flags.DEFINE_list(
-  "bits", ["8", "6", "4", "2"], "Bit-widths of a named network."
-)
-_BATCH = flags.DEFINE_integer("batch", 1, "Images per call.", lower_bound=1)
-_SIZE = flags.DEFINE_integer(
-  "image_size",
-  0,
-  "Height and width of an image; 0 for that of a named network.",
-  lower_bound=0,
-)
-_BACKEND = flags.DEFINE_enum(
-  "backend", "float", tuple(nn.BACKENDS), "How layers compute."
-)
-_ROUNDS = flags.DEFINE_integer(
-  "rounds", 11, "Timed calls of each.", lower_bound=1
-)
-_OUTPUT = flags.DEFINE_string("output", "latency.json", "File to write.")
-for _alias, _name in (
-  ("batch-size", "batch"),
-  ("batch_size", "batch"),
-  ("image-size", "image_size"),
-):
-  flags.DEFINE_alias(_alias, _name)
+FLAGS = flags.FLAGS
+
 
 # A call at one position among the candidate bit-widths.
 Call = Callable[[Any], Any]
+
+
+def define_flags() -> None:
+  """Defines what the command takes; some names are also those of others."""
+  flags.DEFINE_string("artifact", None, "Directory of an artifact.")
+  flags.DEFINE_enum("model", None, network.NAMES, "Named network.")
+  flags.DEFINE_list(
+    "bits", ["8", "6", "4", "2"], "Bit-widths of a named network."
+  )
+  flags.DEFINE_integer("batch", 1, "Images per call.", lower_bound=1)
+  flags.DEFINE_integer(
+    "image_size",
+    0,
+    "Height and width of an image; 0 for that of a named network.",
+    lower_bound=0,
+  )
+  flags.DEFINE_enum(
+    "backend", "float", tuple(nn.BACKENDS), "How layers compute."
+  )
+  flags.DEFINE_integer("rounds", 11, "Timed calls of each.", lower_bound=1)
+  flags.DEFINE_string("output", "latency.json", "File to write.")
+  for alias, name in (
+    ("batch-size", "batch"),
+    ("batch_size", "batch"),
+    ("image-size", "image_size"),
+  ):
+    flags.DEFINE_alias(alias, name)
 
 
 def main(argv):
@@ -80,47 +84,47 @@ def main(argv):
 
 
 def _main():
-  if (_ARTIFACT.value is None) == (_MODEL.value is None):
+  if (FLAGS.artifact is None) == (FLAGS.model is None):
     raise ValueError("one of artifact and model must be given")
   compilation.cache_on_disk()
-  served, channels, size = _from_artifact() if _ARTIFACT.value else _named()
-  nn.set_backend(served, _BACKEND.value)
-  shape = (_BATCH.value, size, size, channels)
+  served, channels, size = _from_artifact() if FLAGS.artifact else _named()
+  nn.set_backend(served, FLAGS.backend)
+  shape = (FLAGS.batch, size, size, channels)
   table = measure(
     served,
     np.random.default_rng(0).standard_normal(shape, np.float32),
-    rounds=_ROUNDS.value,
+    rounds=FLAGS.rounds,
     about={
-      "network": _ARTIFACT.value or _MODEL.value,
-      "batch": _BATCH.value,
+      "network": FLAGS.artifact or FLAGS.model,
+      "batch": FLAGS.batch,
       "image_size": size,
-      "backend": _BACKEND.value,
-      "rounds": _ROUNDS.value,
+      "backend": FLAGS.backend,
+      "rounds": FLAGS.rounds,
       "environment": environment(),
     },
   )
-  table.save(_OUTPUT.value)
+  table.save(FLAGS.output)
   Console(width=120).print(shown(table), environment())
 
 
 def _from_artifact():
   """A network, its channels and the size of its images."""
-  artifact = deploy.open(str(_ARTIFACT.value))
+  artifact = deploy.open(FLAGS.artifact)
   architecture = artifact.manifest["architecture"]
   if architecture is None:
     raise ValueError(
-      f"artifact must name its architecture, but {_ARTIFACT.value} does not"
+      f"artifact must name its architecture, but {FLAGS.artifact} does not"
     )
-  if not _SIZE.value:
+  if not FLAGS.image_size:
     raise ValueError("image_size must be >= 1 with an artifact, got 0")
-  return artifact.load(), architecture[1].get("channels", 3), _SIZE.value
+  return artifact.load(), architecture[1].get("channels", 3), FLAGS.image_size
 
 
 def _named():
-  if not all(b.isdecimal() for b in _BITS.value):
-    raise ValueError(f"bits must be integers, got {','.join(_BITS.value)}")
-  bits = tuple(map(int, _BITS.value))
-  setting = network.Setting(str(_MODEL.value), _SIZE.value, bits=bits)
+  if not all(b.isdecimal() for b in FLAGS.bits):
+    raise ValueError(f"bits must be integers, got {','.join(FLAGS.bits)}")
+  bits = tuple(map(int, FLAGS.bits))
+  setting = network.Setting(FLAGS.model, FLAGS.image_size, bits=bits)
   parts = nn.deployed.parts_of(setting.quantized())
   return nn.deployed.assemble(setting.floating(), parts), 3, setting.size
 
@@ -219,4 +223,5 @@ def shown(table: LatencyTable) -> Table:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -6,6 +6,7 @@ norm per bit-width, SGD, random images.
 
 from __future__ import annotations
 
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from dr_jax import models, nn, quant, train
+from dr_jax import deploy, models, nn, quant, train
 from dr_jax.config import TrainConfig
 from dr_jax.runtime.sharding import Layout
 
@@ -77,6 +78,18 @@ class Setting(NamedTuple):
       activation=quant.lsq_activation(self.bits),
       sample=self.batch(_SAMPLE)["image"],
     )
+
+  def save(self, path: pathlib.Path) -> pathlib.Path:
+    """Writes its artifact, with codes that nest; load it with `floating()`."""
+    network = nn.quantize(
+      self.floating(),
+      weight=quant.double_rounding(self.bits, rounding="half_up"),
+      activation=quant.lsq_activation(self.bits),
+      # Sizes and times do not depend on statistics.
+      sample=self._replace(image_size=32).batch(1)["image"],
+    )
+    deploy.save(path, network)
+    return path
 
   def macs(self) -> int:
     """Multiply-accumulates of all layers, float ones too, for one image."""

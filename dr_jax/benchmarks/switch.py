@@ -1,6 +1,6 @@
 """Time of a switch of a deployed network, compared with moving its bytes.
 
-  python -m dr_jax.benchmarks.switch [--model=resnet50] [--from=4] [--to=8]
+  python -m dr_jax.benchmarks.switch [--model=resnet50] [--lower=4] [--higher=8]
 
 In memory, a switch is compared with a copy of the bytes of the whole network.
 A switch that reads missing bit-planes is compared with a plain read of the same
@@ -25,15 +25,13 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from dr_jax import deploy, nn, quant
+from dr_jax import deploy
 from dr_jax.benchmarks import network
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import compilation
 
-_MODEL = flags.DEFINE_enum("model", "resnet50", network.NAMES, "Network.")
-_FROM = flags.DEFINE_integer("from", 4, "Bit-width to start with.")
-_TO = flags.DEFINE_integer("to", 8, "Bit-width to switch to.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
+FLAGS = flags.FLAGS
+
 
 _BITS = (8, 6, 4, 2)
 
@@ -52,39 +50,32 @@ class Measured(NamedTuple):
   plain: list[float]
 
 
+def define_flags() -> None:
+  """Defines what the command takes; some names are also those of others."""
+  flags.DEFINE_enum("model", "resnet50", network.NAMES, "Network.")
+  flags.DEFINE_integer("lower", 4, "Bit-width to start with.")
+  flags.DEFINE_integer("higher", 8, "Bit-width to switch to.")
+  flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
+
+
 def main(argv):
   del argv
   try:
     compilation.cache_on_disk()
-    setting = network.Setting(_MODEL.value, bits=_BITS)
+    setting = network.Setting(FLAGS.model, bits=_BITS)
     with tempfile.TemporaryDirectory() as folder:
-      path = save(setting, pathlib.Path(folder) / "model")
+      path = setting.save(pathlib.Path(folder) / "model")
       rows = {
-        "in memory": in_memory(path, setting, _ROUNDS.value),
+        "in memory": in_memory(path, setting, FLAGS.rounds),
         "with missing planes": with_reading(
-          path, setting, _FROM.value, _TO.value, _ROUNDS.value
+          path, setting, FLAGS.lower, FLAGS.higher, FLAGS.rounds
         ),
       }
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-  title = f"{setting.model}, {_FROM.value} to {_TO.value} bits"
+  title = f"{setting.model}, {FLAGS.lower} to {FLAGS.higher} bits"
   Console(width=120).print(table(title, rows), environment())
-
-
-def save(setting: network.Setting, path: pathlib.Path) -> pathlib.Path:
-  """Writes the artifact of an untrained network whose codes nest."""
-  deploy.save(
-    path,
-    nn.quantize(
-      setting.floating(),
-      weight=quant.double_rounding(setting.bits, rounding="half_up"),
-      activation=quant.lsq_activation(setting.bits),
-      # Any image will do: nothing here depends on statistics.
-      sample=setting._replace(image_size=32).batch(1)["image"],
-    ),
-  )
-  return path
 
 
 def in_memory(
@@ -155,4 +146,5 @@ def table(title: str, rows: dict[str, Measured]) -> Table:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

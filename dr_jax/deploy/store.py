@@ -11,6 +11,7 @@ in part by its subchecksums, and these by the checksum too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,18 @@ class Store:
       if name not in (CHECKSUMS, SUBCHECKSUMS)
     )
 
+  @functools.cached_property
+  def ranges(self) -> dict[Piece, tuple[int, int, Any, tuple[int, ...]]]:
+    """{piece: (first byte, the one after its last, dtype, shape)}."""
+    found = {}
+    for section in self.layout.sections:
+      dtype, _, begin, _ = self.header.tensors[section.name]
+      item = dtype.itemsize
+      for name, start, end in section.offsets():
+        ends = begin + start * item, begin + end * item
+        found[section.name, name] = (*ends, dtype, section.shapes[name])
+    return found
+
   def with_pieces(self, wanted: Sequence[Piece]) -> Store:
     """Reads the pieces that are missing, and nothing else.
 
@@ -73,7 +86,7 @@ class Store:
       return self._with_missing(reader, missing)
 
   def _with_missing(self, reader: Reader, missing: Sequence[Piece]) -> Store:
-    ranges = _ranges(self.header, self.layout)
+    ranges = self.ranges
     data = reader.read_all([ranges[piece][:2] for piece in missing])
     pieces = dict(self.pieces)
     for piece, content in zip(missing, data, strict=True):
@@ -244,15 +257,3 @@ def _has_dtype(found, expected):
     return jnp.issubdtype(found, jnp.floating)
   wide = (np.float32, np.float64)
   return found == expected or (found in wide and expected in wide)
-
-
-def _ranges(header, layout):
-  """{piece: (first byte, the one after its last, dtype, shape)}."""
-  found = {}
-  for section in layout.sections:
-    dtype, _, begin, _ = header.tensors[section.name]
-    item = dtype.itemsize
-    for name, start, end in section.offsets():
-      ends = begin + start * item, begin + end * item
-      found[section.name, name] = (*ends, dtype, section.shapes[name])
-  return found

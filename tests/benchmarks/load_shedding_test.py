@@ -1,37 +1,24 @@
-"""Tests of the burst of requests; real times are not tested."""
+"""Tests of the burst of requests; measured times are not tested."""
 
 import numpy as np
 import pytest
 from tables import cells, printed
 
-from dr_jax.benchmarks import load_shedding
-from dr_jax.benchmarks.load_shedding import HIGH, PATIENCE, Shedding
+from dr_jax import deploy
+from dr_jax.benchmarks import load_shedding, network
+from dr_jax.benchmarks.load_shedding import (
+  BITS,
+  HIGH,
+  PATIENCE,
+  Arrival,
+  Cost,
+  Memory,
+  Server,
+  Shedding,
+)
 
-SECONDS = {8: 0.010, 6: 0.006, 4: 0.004, 2: 0.003}
-
-
-class Fake:
-  """A network that takes as long as `SECONDS` says, and its clock."""
-
-  def __init__(self):
-    self.now, self.bits = 0.0, 8
-
-  def switch(self, bits):
-    self.bits = bits
-
-  def predict(self, x):
-    self.now += SECONDS[self.bits]
-    return x
-
-  def sleep(self, seconds):
-    self.now += seconds
-
-
-def run(policy, when):
-  fake = Fake()
-  return load_shedding.serve(
-    fake, np.ones(1), when, policy, clock=lambda: fake.now, sleep=fake.sleep
-  )
+COSTS = {b: Cost(100 * b, 0.001 * b) for b in BITS}
+SERVER = Server(COSTS, compute_seconds=0.01, storage=10_000.0, models=8)
 
 
 def test_bits_drop_while_requests_wait_and_rise_when_none_has_for_long():
@@ -46,61 +33,80 @@ def test_bits_drop_while_requests_wait_and_rise_when_none_has_for_long():
   assert [policy(0) for _ in range(PATIENCE)][-1] == 8
 
 
+def test_memory_reads_what_is_missing_and_lets_the_oldest_go():
+  memory = Memory(COSTS, size=1600)
+  assert memory.take(0, 8) == COSTS[8]
+  assert memory.take(0, 2) == Cost(0, 0)
+  assert memory.take(1, 2) == COSTS[2]
+  read = memory.take(1, 6)
+  assert (read.bytes, read.open_seconds) == (400, pytest.approx(0.004))
+  assert memory.held == {0: 8, 1: 6}
+  memory.take(0, 8)
+  memory.take(2, 4)
+  assert memory.held == {0: 8, 2: 4}
+
+
 def test_requests_are_served_in_order_and_count_those_behind_them():
-  when = {"a": np.array([0.0, 0.001, 0.002]), "b": np.array([0.1])}
-  found = run(lambda _: 8, when)
+  arrivals = {
+    "a": [Arrival(0.0, 0), Arrival(0.05, 0), Arrival(0.06, 0)],
+    "b": [Arrival(1.0, 1)],
+  }
+  found = SERVER.serve(arrivals, lambda _: 8)
   assert list(found) == ["a", "b"]
   assert [request.waiting for request in found["a"]] == [0, 1, 0]
+  # The first reads 800 bytes: 0.08 s, 0.008 s to open, 0.01 s to compute.
   np.testing.assert_allclose(
-    [request.finished for request in found["a"]], [0.01, 0.02, 0.03]
+    [request.finished for request in found["a"]], [0.098, 0.108, 0.118]
   )
-  np.testing.assert_allclose(
-    [request.latency for request in found["a"]], [0.01, 0.019, 0.028]
-  )
-  assert found["b"][0].latency == pytest.approx(0.01)
+  assert [request.read_bytes for request in found["a"]] == [800, 0, 0]
+  assert found["b"][0].finished == pytest.approx(1.098)
 
 
 def test_latency_holds_in_a_burst_only_where_bits_are_shed():
-  when = load_shedding.arrivals(SECONDS[8], 0)
-  fixed, shed = run(lambda _: 8, when), run(Shedding(load_shedding.BITS), when)
+  arrivals = SERVER.arrivals(0)
+  fixed = SERVER.serve(arrivals, lambda _: 8)
+  shed = SERVER.serve(arrivals, Shedding(BITS))
 
   def median(run, phase):
-    return np.median([request.latency for request in run[phase]])
+    return np.median([r.finished - r.arrived for r in run[phase]])
 
-  assert median(fixed, "burst") > 50 * SECONDS[8]
-  assert median(shed, "burst") < 4 * SECONDS[8]
-  assert {r.bits for r in shed["burst"]} > {4, 6}
+  assert median(fixed, "burst") > 10 * median(fixed, "before")
+  assert median(shed, "burst") < 3 * median(fixed, "before")
+  assert {r.bits for r in shed["burst"]} > {2, 4}
   assert shed["after"][-1].bits == 8
   text = printed(load_shedding.latency_table({"shed": shed}))
-  assert "400" in text and "burst" in text
+  assert "burst" in text and "300" in text
 
 
 def test_arrivals_have_the_rates_of_their_phases():
-  when = load_shedding.arrivals(0.01, 1)
-  everyone = np.concatenate(list(when.values()))
-  assert (np.diff(everyone) > 0).all()
-  for phase, (count, rate) in load_shedding.PHASES.items():
-    assert len(when[phase]) == count
-    mean = np.diff(when[phase]).mean()
-    # Four standard errors of an exponential.
-    assert mean == pytest.approx(0.01 / rate, rel=4 / count**0.5)
+  means = {}
+  for phase, arrivals in SERVER.arrivals(1).items():
+    count, rate = load_shedding.PHASES[phase]
+    assert len(arrivals) == count
+    times = [arrival.seconds for arrival in arrivals]
+    means[phase] = np.diff(times).mean() * rate
+    assert {arrival.model for arrival in arrivals} == set(range(8))
+  # Four standard errors of an exponential.
+  for phase, mean in means.items():
+    assert mean == pytest.approx(means["burst"], rel=0.4), phase
 
 
-def test_the_network_switches_and_every_cost_is_measured(tmp_path):
-  model, x = load_shedding.network(64, 2)
-  served = load_shedding.switchable(model, x)
-  answers = []
-  for bits in load_shedding.BITS:
-    served.switch(bits)
-    answers.append(np.asarray(served.predict(x)))
-  assert not np.array_equal(answers[0], answers[-1])
-  np.testing.assert_allclose(answers[0], model(x), atol=0.1)
-  costs = load_shedding.service_seconds(served, model, x, rounds=1)
-  assert list(costs) == [f"{b} bits" for b in load_shedding.BITS] + ["float32"]
-  text = printed(load_shedding.cost_table(costs | {"8 bits": 1.0, "half": 0.5}))
-  assert cells(text, "half") == ["500.00", "0.50"]
+def test_costs_are_those_of_opening_the_artifact(tmp_path):
+  path = network.Setting("resnet8", 8, bits=BITS).save(tmp_path / "model")
+  costs = load_shedding.open_costs(path, rounds=1)
+  assert list(costs) == list(BITS)
+  for b, cost in costs.items():
+    assert cost.bytes == deploy.open(path, b).read_bytes
+    assert cost.open_seconds > 0
+
+
+def test_costs_and_latencies_are_shown(tmp_path):
+  setting = network.Setting("resnet8", 8)
+  text = printed(load_shedding.cost_table(SERVER, setting))
+  assert cells(text, "8")[1:] == ["4", "8.0", "80.0"]
+  assert cells(text, "2")[1:] == ["8", "2.0", "20.0"]
   figure = load_shedding.figure(
-    {"8 bits": run(lambda _: 8, load_shedding.arrivals(0.01, 0))}
+    {"8 bits": SERVER.serve(SERVER.arrivals(0), lambda _: 8)}
   )
   load_shedding.save_figure(figure, tmp_path / "a.svg")
   assert (tmp_path / "a.svg").read_text().startswith("<?xml")

@@ -11,7 +11,7 @@ SMALL = network.Setting("resnet8")
 
 @pytest.mark.slow
 def test_a_switch_is_compared_with_the_bytes_that_it_reads(tmp_path):
-  path = switch.save(SMALL, tmp_path / "model")
+  path = SMALL.save(tmp_path / "model")
   measured = switch.with_reading(path, SMALL, 4, 8, rounds=2)
   assert len(measured.switch) == len(measured.plain) == 2
   opened = deploy.open(path, 4)

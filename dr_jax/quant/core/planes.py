@@ -91,6 +91,8 @@ def unpack_planes(
   # A signed code starts as the top bits of a byte, which a shift extends.
   top = 7 if signed else bits - 1
   for number in range(count):
+    if not planes[number].any():  # As where only further planes are at hand.
+      continue
     plane = np.unpackbits(planes[number], count=size, bitorder="little")
     codes |= plane << (top - number)
   return codes.view(np.int8) >> (8 - bits) if signed else codes
