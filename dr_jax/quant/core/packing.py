@@ -55,14 +55,8 @@ def pack(
   bits = checks.check_integer("bits", bits, 1, 16)
   codes = checks.check_integers("codes", codes)
   low, high = grid.code_range(bits, signed=signed)
-  if not isinstance(codes, jax.core.Tracer) and codes.size:
-    with jax.ensure_compile_time_eval():
-      smallest, largest = int(codes.min()), int(codes.max())
-    if smallest < low or largest > high:
-      raise ValueError(
-        f"codes must be in {low}..{high} for bits={bits}, got "
-        f"{smallest}..{largest}"
-      )
+  if not isinstance(codes, jax.core.Tracer):
+    return jnp.asarray(_pack_on_host(np.asarray(codes), bits, low, high))
   planes = (
     codes.reshape(-1, 1).astype(jnp.int32) >> jnp.arange(bits)[None]
   ) & 1
@@ -98,12 +92,36 @@ def unpack(
       f"data must have shape ({packed_size(size, bits)},) for {size} codes of "
       f"{bits} bits, got {data.shape}"
     )
+  if not isinstance(data, jax.core.Tracer):
+    return jnp.asarray(_unpack_on_host(np.asarray(data), bits, size, signed))
   stream = (data[:, None].astype(jnp.int32) >> jnp.arange(8)[None]) & 1
   planes = stream.reshape(-1)[: size * bits].reshape(size, bits)
   codes = (planes << jnp.arange(bits)[None]).sum(1)
   if signed:
     codes = jnp.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
   return codes.astype(_code_dtype(bits, signed))
+
+
+# Eagerly, JAX would compile a dozen programs for each size.
+def _pack_on_host(codes, bits, low, high):
+  if codes.size and not low <= codes.min() <= codes.max() <= high:
+    raise ValueError(
+      f"codes must be in {low}..{high} for bits={bits}, got "
+      f"{codes.min()}..{codes.max()}"
+    )
+  octets = codes.reshape(-1, 1).astype("<u2").view(np.uint8)
+  planes = np.unpackbits(octets, axis=1, count=bits, bitorder="little")
+  return np.packbits(planes.reshape(-1), bitorder="little")
+
+
+def _unpack_on_host(data, bits, size, signed):
+  planes = np.unpackbits(data, count=size * bits, bitorder="little")
+  octets = np.packbits(planes.reshape(size, bits), axis=1, bitorder="little")
+  codes = octets.view("<u2" if bits > 8 else np.uint8).reshape(size)
+  # A signed code moves to the top bits of its integer, which a shift extends.
+  unused = 8 * codes.itemsize - bits
+  dtype = np.dtype(_code_dtype(bits, signed))
+  return (codes << unused).view(dtype) >> unused
 
 
 def storage(

@@ -8,6 +8,10 @@ import pytest
 from dr_jax import quant
 
 BITS = range(1, 17)
+# On the host, and in a program.
+PLACES = pytest.mark.parametrize(
+  "place", [lambda function: function, jax.jit], ids=["host", "jit"]
+)
 
 
 def exact_bytes(codes, bits: int) -> bytes:
@@ -24,13 +28,16 @@ def codes_of(bits, signed, size, seed=0):
   return rng.integers(low, high, size, endpoint=True).astype(np.int32)
 
 
+@PLACES
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_every_code_round_trips_and_has_its_place_in_the_stream(bits, signed):
+def test_every_code_round_trips_and_has_its_place_in_the_stream(
+  bits, signed, place
+):
   low, high = quant.code_range(bits, signed=signed)
   codes = np.arange(low, high + 1, dtype=np.int32)
 
-  @jax.jit
+  @place
   def run(codes):
     data = quant.pack(codes, bits, signed=signed)
     return data, quant.unpack(data, bits, codes.size, signed=signed)
@@ -42,12 +49,13 @@ def test_every_code_round_trips_and_has_its_place_in_the_stream(bits, signed):
   np.testing.assert_array_equal(back, codes)
 
 
+@PLACES
 @pytest.mark.parametrize("bits", BITS)
-def test_bytes_are_exact_at_every_size_and_padded_with_zeros(bits):
+def test_bytes_are_exact_at_every_size_and_padded_with_zeros(bits, place):
   sizes = (0, 1, 3, 8, 17)
   codes = [codes_of(bits, True, size, seed=size) for size in sizes]
 
-  @jax.jit
+  @place
   def run(codes):
     data = [quant.pack(c, bits) for c in codes]
     pairs = zip(data, sizes, strict=True)
