@@ -1,7 +1,7 @@
 """A burst of requests, served at the same bits or at fewer while it lasts.
 
   python -m dr_jax.benchmarks.load_shedding [--output=load_shedding.svg]
-      [--model=resnet18] [--image-size=64] [--models=8] [--storage=200]
+      [--model=resnet18] [--image-size=64] [--models=8] [--storage=50]
 
 Several models share a memory that holds half of them at 8 bits. A request for
 one that is not there, or at fewer bits, waits until the missing bit-planes are
@@ -50,7 +50,7 @@ FLAGS = flags.FLAGS
 
 BITS = (8, 6, 4, 2)
 # Requests, and how many of them arrive in the time that 8 bits take for one.
-PHASES = {"before": (100, 0.5), "burst": (300, 1.6), "after": (200, 0.5)}
+PHASES = {"before": (100, 0.5), "burst": (300, 1.5), "after": (200, 0.5)}
 HIGH, PATIENCE = 3, 15
 
 
@@ -206,7 +206,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer("models", 8, "Number of models.", lower_bound=2)
   flags.DEFINE_float(
-    "storage", 200.0, "MB/s at which storage is read.", lower_bound=0.001
+    "storage", 50.0, "MB/s at which storage is read.", lower_bound=0.001
   )
   flags.DEFINE_integer(
     "rounds", 7, "Times that each cost is measured.", lower_bound=1
