@@ -19,6 +19,7 @@ batch have the prediction of the network that JAX computes.
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -211,7 +212,9 @@ def _seconds(sessions, images, rounds):
 
 def _agreement(session, network, images):
   (logits,) = session.run(None, {"input": images})
-  expected = jax.jit(lambda x: network(x))(images)
+  graph, state = nnx.split(network)
+  run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+  expected = run(state, images)
   return int((logits.argmax(-1) == np.asarray(expected).argmax(-1)).sum())
 
 
@@ -247,7 +250,8 @@ def main(argv):
     table.add_row(name, *cells)
   console = Console(width=100)
   console.print(table)
-  console.print(environment())
+  version = importlib.metadata.version("onnxruntime")
+  console.print(environment() | {"onnxruntime": version})
 
 
 if __name__ == "__main__":

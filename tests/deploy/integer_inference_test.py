@@ -1,88 +1,14 @@
 """Integer inference end to end: trained networks, every test image."""
 
-import gzip
-import pathlib
-
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
+from stored_networks import BITS, stored_network
 
-from dr_jax import data, models, nn, quant, train
+from dr_jax import nn
 
-BITS = (8, 4, 2)
-FASHION = pathlib.Path(__file__).parents[3] / "shared/data/fashion-mnist"
 INTEGER = [name for name in nn.BACKENDS if name != "float"]
-
-
-def digits():
-  """Training images and labels, and all test images."""
-  found = data.load(name="digits")
-  train, test = (
-    [source[i] for i in range(len(source))]
-    for source in (found.train, found.test)
-  )
-  return (
-    np.stack([example["image"] for example in train]),
-    np.array([example["label"] for example in train]),
-    np.stack([example["image"] for example in test]),
-  )
-
-
-def fashion():
-  if not FASHION.exists():
-    pytest.skip("shared/data has no Fashion-MNIST")
-
-  def read(name, header):
-    return np.frombuffer(gzip.open(FASHION / name).read(), np.uint8)[header:]
-
-  def images(name):
-    pixels = read(name, 16).reshape(-1, 28, 28, 1).astype(np.float32)
-    return pixels / 127.5 - 1
-
-  return (
-    images("train-images-idx3-ubyte.gz")[:5000],
-    read("train-labels-idx1-ubyte.gz", 8)[:5000].astype(np.int64),
-    images("t10k-images-idx3-ubyte.gz"),
-  )
-
-
-@pytest.fixture(scope="module", params=["digits", "fashion"])
-def trained(request):
-  """The stored network after a hundred joint steps, and all test images."""
-  images, labels, test = {"digits": digits, "fashion": fashion}[request.param]()
-  float_network = models.build(
-    "resnet",
-    depth=8,
-    num_classes=10,
-    channels=1,
-    widths=(8, 12, 16),
-    rngs=nnx.Rngs(0),
-  )
-  network = nn.quantize(
-    float_network,
-    weight=quant.double_rounding(BITS, rounding="half_up"),
-    activation=quant.lsq_activation(BITS),
-    sample=images[:64],
-  )
-  split = nn.functional(network)
-  trainer = train.make_trainer(
-    split,
-    train.make_optimizer("adam", param_labels=split.param_labels),
-    optax.constant_schedule(3e-3),
-    vectorize="sequential",
-  )
-  state = trainer.init(jax.random.key(0))
-  for step in range(100):
-    rows = slice(step * 100 % 1200, step * 100 % 1200 + 100)
-    batch = {"image": images[rows], "label": labels[rows].astype(np.int32)}
-    state, _ = trainer.step(state, batch)
-  nn.update(network, params=state.params, batch_stats=state.batch_stats)
-  return (
-    nn.deployed.assemble(float_network, nn.deployed.parts_of(network)),
-    test,
-  )
 
 
 def predictions(network, images):
@@ -104,12 +30,13 @@ def predictions(network, images):
 
 
 @pytest.mark.slow
-def test_predictions_in_integers_are_those_of_the_float_layers(trained):
-  stored, images = trained
+@pytest.mark.parametrize("name", ["digits", "fashion"])
+def test_predictions_in_integers_are_those_of_the_float_layers(name):
+  stored, images = stored_network(name)
   expected = predictions(stored, images)
   # The network has learned something: it tells classes apart.
   assert min(len(np.unique(row)) for row in expected) >= 6
   network = nnx.clone(stored)
-  for name in INTEGER:
-    nn.set_backend(network, name)
+  for backend in INTEGER:
+    nn.set_backend(network, backend)
     np.testing.assert_array_equal(predictions(network, images), expected)

@@ -8,7 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import stored_networks
+import training_network
 from flax import nnx
+from stored_networks import stored_network
 
 from dr_jax import data, deploy, models, nn, quant
 from dr_jax.deploy.graph import GraphError
@@ -109,6 +112,75 @@ def test_one_file_takes_batches_of_every_size(network, digits, tmp_path, batch):
   logits = run(tmp_path / "model.onnx", digits[:batch])
   wanted = expected(network, digits[:batch])
   np.testing.assert_allclose(logits, wanted, atol=1e-4)
+
+
+class Pooled(nnx.Module):
+  """Strides, a pool, depthwise and pointwise kernels, a sum, an average."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.stem = nnx.Conv(1, 6, (3, 3), strides=2, rngs=rngs)
+    self.depthwise = nnx.Conv(
+      6, 6, (3, 3), feature_group_count=6, use_bias=False, rngs=rngs
+    )
+    self.norm = nnx.BatchNorm(6, rngs=rngs)
+    self.project = nnx.Conv(6, 6, (1, 1), rngs=rngs)
+    self.wide = nnx.Conv(6, 8, (3, 3), strides=2, rngs=rngs)
+    self.head = nnx.Linear(8, 5, rngs=rngs)
+
+  def __call__(self, x):
+    x = nnx.max_pool(nnx.relu(self.stem(x)), (3, 3), (2, 2), "SAME")
+    y = nnx.relu6(self.norm(self.depthwise(x)))
+    x = x + self.project(y)
+    return self.head(nnx.relu(self.wide(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "fused"])
+def test_strides_pools_and_depthwise_kernels_are_those_of_the_network(
+  arithmetic, tmp_path
+):
+  shape = (17, 17, 1)
+  sample = images(8, shape=shape)
+  network = deployed(
+    tmp_path / "model", Pooled(), quant.double_rounding((4,)), sample=sample
+  )
+  path = tmp_path / "model.onnx"
+  export_onnx(path, network, shape, arithmetic=arithmetic)
+  logits, wanted = run(path, sample), expected(network, sample)
+  # When fused, a code that a rounding moves shows in the logits.
+  limit = 1e-5 if arithmetic == "exact" else 0.05 * np.abs(wanted).max()
+  assert np.median(np.abs(logits - wanted)) < limit
+
+
+METHODS = {
+  "lsq": (quant.lsq((8, 4)), None),
+  "bit_mixer": (quant.bit_mixer((8, 2)), None),
+  "odd_codes": (quant.adabits((8, 3), scheme="centered"), None),
+  "clipped": (quant.double_rounding((8, 4)), quant.pact_activation((8, 4))),
+  "unit": (quant.any_precision((8, 4)), quant.unit_activation((8, 4))),
+  "no_integers": (
+    quant.term_quantization((8, 4)),
+    quant.lsq_plus_activation((8, 4)),
+  ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_the_outputs_of_its_network(method, tmp_path):
+  weight, activation = METHODS[method]
+  sample = training_network.batch()["image"]
+  network = deployed(
+    tmp_path / "model",
+    training_network.Net(nnx.Rngs(0)),
+    weight,
+    sample=sample,
+    activation=activation,
+  )
+  bits = weight.bits[-1]
+  path = tmp_path / "model.onnx"
+  export_onnx(path, network, sample.shape[1:], bits=bits)
+  logits = run(path, np.asarray(sample))
+  np.testing.assert_allclose(logits, expected(network, sample, bits), atol=1e-5)
 
 
 class Sorts(nnx.Module):
@@ -233,3 +305,21 @@ def test_linear_layers_of_float_input_stay_packed(tmp_path, bits):
   assert [onnx.helper.get_node_attr_value(n, "bits") for n in found] == [
     bits
   ] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "fashion"])
+def test_trained_networks_predict_the_same_class_of_every_test_image(
+  name, tmp_path
+):
+  stored, x = stored_network(name)
+  path = tmp_path / "model.onnx"
+  for bits in stored_networks.BITS:
+    wanted = expected(stored, x, bits).argmax(-1)
+    export_onnx(path, stored, x.shape[1:], bits=bits)
+    np.testing.assert_array_equal(run(path, x).argmax(-1), wanted)
+    export_onnx(path, stored, x.shape[1:], bits=bits, arithmetic="fused")
+    differ = int((run(path, x).argmax(-1) != wanted).sum())
+    print(name, bits, differ, "of", len(x), "differ when fused")
+    # Codes that are moved by one.
+    assert differ <= len(x) / 100

@@ -142,7 +142,11 @@ class Emitter:
     return self.builder.constant(np.uint8(128 if step.low < 0 else 0), "zero")
 
   def _materialize(self, value):
-    """Computes the floats that codes stand for, where something reads them."""
+    """Computes the floats that codes stand for, where something reads them.
+
+    By Cast and Mul: behind DequantizeLinear, ONNX Runtime takes a layer of
+    float weights for one to be quantized, and rounds them to 8 bits.
+    """
     if id(value) in self._names:
       return
     if id(value) in self._weights:
@@ -150,14 +154,15 @@ class Emitter:
       return
     step, codes = self._codes[id(value)]
     order = self.order(codes)
-    self.put(value, self.dequantized(self.tensor(codes, order), step), order)
+    name = self.builder.cast(self.tensor(codes, order), np.float32)
+    if step.low < 0:
+      zero = self.builder.constant(np.float32(128))
+      name = self.builder.add("Sub", name, zero)
+    scale = self.builder.constant(np.float32(step.scale), "scale")
+    self.put(value, self.builder.add("Mul", name, scale), order)
 
   def _weight(self, step):
-    """A float weight, by Cast and Mul, as it is decoded.
-
-    Between DequantizeLinear and a product of floats, ONNX Runtime would round
-    the floats to 8 bits.
-    """
+    """A float weight, as it is decoded."""
     codes = self.builder.cast(self.source(self.builder, step), np.float32)
     scale = np.float32(step.scale)
     scale = self.builder.constant(scale, f"{step.layer}/weight_scale")
@@ -226,7 +231,9 @@ def derived(layers: Mapping[str, Layer]) -> Source:
         emitter.put(x, builder.constant(array, f"{weight.layer}/{key}"))
     for node in graph.nodes:
       emitter.emit(node)
-    return emitter.tensor(graph.outputs[0])
+    codes = emitter.tensor(graph.outputs[0])
+    narrow = graph.outputs[0].dtype == weight.codes.dtype
+    return codes if narrow else builder.cast(codes, weight.codes.dtype)
 
   return source
 

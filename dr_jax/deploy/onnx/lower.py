@@ -385,7 +385,10 @@ def _weight(node, layer):
   codes, scale = layer.weight.integers(layer.encoded, layer.index)
   scale = np.asarray(scale, np.float64)
   scale = scale.reshape(() if scale.size == 1 else -1)
-  return Weight(node.output, node.params["layer"], np.asarray(codes), scale)
+  codes = np.asarray(codes)
+  if codes.min() >= -128 and codes.max() <= 127:
+    codes = codes.astype(np.int8)
+  return Weight(node.output, node.params["layer"], codes, scale)
 
 
 def _affine(node, x, gain, offset):
