@@ -232,10 +232,13 @@ def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:
     layout = layout_of(manifest, weight, activation)
   opened = _checked(bits, manifest, weight.bits)
   index = [weight.bits.index(b) for b in opened.values()]
-  wanted = pieces_for(
-    layout, manifest, weight.storage, None if bits is None else index
+  # Of a manifest whose sections the file has: there can be many pieces.
+  store = open_store(path / TENSORS, manifest["sha256"], layout)
+  store = store.with_pieces(
+    pieces_for(
+      layout, manifest, weight.storage, None if bits is None else index
+    )
   )
-  store = open_store(path / TENSORS, manifest["sha256"], layout, wanted)
   with errors_of(path / TENSORS):
     parts = _parts(manifest, weight, activation, store)
   read_bytes = reader.read_bytes + store.read_bytes

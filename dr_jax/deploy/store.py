@@ -83,9 +83,9 @@ class Store:
     if not missing:
       return self
     with open_file(self.path) as reader:
-      return self._with_missing(reader, missing)
+      return self._with_read(reader, missing)
 
-  def _with_missing(self, reader: Reader, missing: Sequence[Piece]) -> Store:
+  def _with_read(self, reader: Reader, missing: Sequence[Piece]) -> Store:
     ranges = self.ranges
     data = reader.read_all([ranges[piece][:2] for piece in missing])
     pieces = dict(self.pieces)
@@ -127,16 +127,13 @@ class Store:
         )
 
 
-def open_store(
-  path: pathlib.Path, sha256: str, layout: Layout, wanted: Sequence[Piece]
-) -> Store:
-  """Reads what every bit-width needs, and some pieces.
+def open_store(path: pathlib.Path, sha256: str, layout: Layout) -> Store:
+  """Reads what every bit-width needs, and no pieces.
 
   Args:
     path: of the tensor file.
     sha256: what the manifest says.
     layout: what it says lies where.
-    wanted: pieces to read, in the order of the file.
 
   Raises:
     ArtifactError: naming the file, and the tensor that is damaged or is not
@@ -146,8 +143,7 @@ def open_store(
     header = read_header(reader)
     tensors = _read_whole(reader, header, layout, sha256)
     _check_header(header, layout)
-    store = Store(path, layout, header, tensors, {}, 0)
-    return store._with_missing(reader, wanted)
+    return Store(path, layout, header, tensors, {}, reader.read_bytes)
 
 
 def checksums_of(
