@@ -175,16 +175,33 @@ def test_help_shows_an_example():
   assert "--input_shape" in shown.stdout and not shown.stderr
 
 
-def test_the_example_of_the_page_runs_a_program(command, tmp_path, monkeypatch):
-  assert command(tmp_path / "program", bits=4, **STABLEHLO).code == 0
+def example(number):
+  """A Python block of the page's section on exports."""
   page = (ROOT / "dr_jax" / "deploy" / "README.md").read_text()
   section = page.partition("\n## Export\n")[2].partition("\n## ")[0]
-  program, *plain = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+  return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
+
+
+def test_the_example_of_the_page_runs_a_program(command, tmp_path, monkeypatch):
+  assert command(tmp_path / "program", bits=4, **STABLEHLO).code == 0
   monkeypatch.chdir(tmp_path)
   names = {}
-  exec(program.replace("(5, 32, 32, 3)", "(5, 8, 8, 1)"), names)
+  exec(example(0).replace("(5, 32, 32, 3)", "(5, 8, 8, 1)"), names)
   assert names["logits"].shape == (5, 5)
+
+
+def test_the_example_of_the_page_runs_a_layer_in_pytorch(
+  command, folder, tmp_path, monkeypatch
+):
   pytest.importorskip("torch", reason="PyTorch is not installed")
-  command(tmp_path / "digits_4.safetensors", bits=4, format="safetensors")
-  exec(plain[0], names)
-  assert names["outputs"].shape == (1, 4, 8, 8)
+  path = tmp_path / "digits_4.safetensors"
+  assert command(path, bits=4, format="safetensors").code == 0
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  exec(example(1), names)
+  layer = deploy.load(folder / "model", bits=4).stage1.block0.conv1
+  expected = np.asarray(layer(np.ones((1, 8, 8, 4), np.float32)))
+  # Sums of another order.
+  np.testing.assert_allclose(
+    names["outputs"].numpy(), expected.transpose(0, 3, 1, 2), rtol=1e-5
+  )
