@@ -534,6 +534,23 @@ def test_layers_compute_with_the_backend_that_is_chosen(artifact, expected):
     deploy.Switchable(artifact, backend="fast")
 
 
+def test_products_that_read_planes_switch_to_more_bits(tmp_path):
+  model = nnx.Linear(40, 6, rngs=nnx.Rngs(0))
+  x = np.asarray(jax.random.normal(jax.random.key(0), (1, 40)))
+  weight = quant.double_rounding(BITS, rounding="half_up")
+  network = nn.quantize(model, weight=weight, sample=x, skip=())
+  deploy.save(tmp_path / "model", network)
+  served = deploy.Switchable(
+    tmp_path / "model", model=model, bits=2, backend="planes", sample=x
+  )
+  for bits in (2, 8, 4):
+    served.switch(bits)
+    nn.set_bits(network, bits)
+    np.testing.assert_allclose(
+      served.predict(x), network(x), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_a_network_without_an_architecture_is_given(tmp_path):
   model = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
   network = nn.quantize(
