@@ -25,18 +25,25 @@ from dr_jax import nn
 from dr_jax.benchmarks import network
 from dr_jax.benchmarks.network import Setting
 
-_MODEL = flags.DEFINE_enum("model", "resnet20", network.NAMES, "Network.")
-_SIZE = flags.DEFINE_integer(
-  "image_size", 0, "Height and width of an image; 0 for the network's own.", 0
-)
-_BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Images per call.")
-_BITS = flags.DEFINE_list("bits", ["8", "4", "2"], "Bit-widths, highest first.")
-_BACKENDS = flags.DEFINE_list(
-  "backends", list(nn.BACKENDS), "Backends; those that cannot run are left out."
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 11, "Timed rounds.", 1)
+FLAGS = flags.FLAGS
 
 _FLOATS = ("float32", "bfloat16")
+
+
+def define_flags() -> None:
+  """Defines what the command takes; some names are also those of others."""
+  flags.DEFINE_enum("model", "resnet20", network.NAMES, "Network.")
+  flags.DEFINE_integer(
+    "image_size", 0, "Height and width of an image; 0 for the network's own.", 0
+  )
+  flags.DEFINE_list("batches", ["1", "32"], "Images per call.")
+  flags.DEFINE_list("bits", ["8", "4", "2"], "Bit-widths, highest first.")
+  flags.DEFINE_list(
+    "backends",
+    list(nn.BACKENDS),
+    "Backends; those that cannot run are left out.",
+  )
+  flags.DEFINE_integer("rounds", 11, "Timed rounds.", 1)
 
 
 class Program(NamedTuple):
@@ -128,13 +135,12 @@ def fastest(found: Sequence[Program], seconds: np.ndarray) -> str:
 def main(argv: Sequence[str]) -> None:
   """Measures and prints."""
   del argv
-  setting = Setting(
-    _MODEL.value, _SIZE.value, bits=tuple(map(int, _BITS.value))
-  )
-  found = programs(setting, _BACKENDS.value)
+  bits = tuple(map(int, FLAGS.bits))
+  setting = Setting(FLAGS.model, FLAGS.image_size, bits=bits)
+  found = programs(setting, FLAGS.backends)
   measured = {
-    batch: measure(found, setting.batch(batch)["image"], _ROUNDS.value)
-    for batch in map(int, _BATCHES.value)
+    batch: measure(found, setting.batch(batch)["image"], FLAGS.rounds)
+    for batch in map(int, FLAGS.batches)
   }
   console = Console(width=120)
   console.print(table(setting, found, measured))
@@ -168,4 +174,5 @@ def _at(call, index):
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -16,6 +16,7 @@ from tables import cells, printed
 from dr_jax.benchmarks import (
   concurrent_load,
   images,
+  inference,
   loopback,
   network,
   on_disk,
@@ -423,3 +424,20 @@ def test_without_training_fitted_scales_are_as_good_as_max_abs(kind):
     mean = np.mean([errors[method, "mse"] for errors in found], 0)
     at = dict(zip(post_training.BITS, mean, strict=True))
     assert at[8] <= 1.1 and at[4] < 1, (method, at)
+
+
+def test_inference_is_timed_for_every_backend_and_bit_width():
+  found = inference.programs(SMALL, ["float", "carrier", "planes"])
+  rows = [(program.name, program.bits) for program in found]
+  assert rows == [
+    ("float32", None), ("bfloat16", None), ("float", 4), ("float", 2),
+    ("carrier", 4), ("carrier", 2),
+  ]  # fmt: skip
+  images = SMALL.batch(1)["image"]
+  logits = [np.asarray(program.call(images)) for program in found]
+  np.testing.assert_allclose(logits[4], logits[2], rtol=1e-3, atol=1e-3)
+  assert abs(logits[2] - logits[3]).max() > 1e-2
+  seconds = np.array([[4, 5], [3, 3], [2, 2], [2, 2], [1, 1], [9, 9]]) / 1e3
+  text = printed(inference.table(SMALL, found, {1: seconds}))
+  assert cells(text, "bfloat16") == ["", "3.00", "0.68"]
+  assert inference.fastest(found, seconds) == "carrier"
