@@ -1,5 +1,6 @@
 """Strict numerics for every test: no implicit dtype or rank promotion."""
 
+import collections
 import json
 import os
 import pathlib
@@ -119,3 +120,17 @@ def golden():
     return np.load(folder / name)
 
   return load
+
+
+@pytest.fixture
+def compiled():
+  """Counts the programs that are compiled, or read from the disk, by name."""
+  counts = collections.Counter()
+
+  def count(event, seconds, **about):
+    if event == "/jax/core/compile/backend_compile_duration":
+      counts[about["fun_name"]] += 1
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  yield counts
+  jax.monitoring.unregister_event_duration_listener(count)

@@ -70,11 +70,9 @@ class NoKernel:
     return None
 
 
-class StoredCall:
-  """A layer of stored codes as its Flax class sees it during one call."""
+class LayerCall:
+  """A layer as its Flax class sees it during one call, without a kernel."""
 
-  # The bias is a part of the rescale, and codes are masked already.
-  use_bias, bias, mask = False, None, None
   kernel: Any = NoKernel()
 
   def __init__(self, layer: Any):
@@ -82,6 +80,13 @@ class StoredCall:
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self.layer, name)
+
+
+class StoredCall(LayerCall):
+  """A call of a layer of stored codes, in integers."""
+
+  # The bias is a part of the rescale, and codes are masked already.
+  use_bias, bias, mask = False, None, None
 
   def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
     inputs, kernel, _ = arrays

@@ -15,20 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax import quant
-from dr_jax.nn.contraction import NoKernel
+from dr_jax.nn.contraction import LayerCall
 from dr_jax.quant import WeightQuantizer
 
 
-class PlaneCall:
-  """A layer of stored planes as its Flax class sees it during one call."""
-
-  kernel: Any = NoKernel()
-
-  def __init__(self, layer: Any):
-    self.layer = layer
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self.layer, name)
+class PlaneCall(LayerCall):
+  """A call of a layer of stored planes."""
 
   def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
     inputs, _, bias = arrays

@@ -88,20 +88,6 @@ def expected(artifact, mixed):
   return outputs
 
 
-@pytest.fixture
-def compiled():
-  """Counts the programs that are compiled, or read from the disk, by name."""
-  counts = collections.Counter()
-
-  def count(event, seconds, **about):
-    if event == "/jax/core/compile/backend_compile_duration":
-      counts[about["fun_name"]] += 1
-
-  jax.monitoring.register_event_duration_secs_listener(count)
-  yield counts
-  jax.monitoring.unregister_event_duration_listener(count)
-
-
 def live_bytes():
   gc.collect()
   return sum(array.nbytes for array in jax.live_arrays())

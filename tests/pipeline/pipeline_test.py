@@ -1,13 +1,11 @@
 """Tests of the stages, in this process, on the smallest job there is."""
 
-import collections
 import dataclasses
 import json
 import os
 import shutil
 import types
 
-import jax
 import pytest
 
 from dr_jax import pipeline
@@ -87,20 +85,6 @@ def test_a_backend_that_the_quantizers_rule_out_is_an_error_before_training(
   with pytest.raises(ConfigError, match="quant.backend 'integer' cannot"):
     pipeline.run(dataclasses.replace(config, quant=quantized), tmp_path)
   assert not (tmp_path / "pretrain").exists()
-
-
-@pytest.fixture
-def compiled():
-  """Counts the programs that are compiled, or read from the disk, by name."""
-  counts = collections.Counter()
-
-  def count(event, seconds, **about):
-    if event == "/jax/core/compile/backend_compile_duration":
-      counts[about["fun_name"]] += 1
-
-  jax.monitoring.register_event_duration_secs_listener(count)
-  yield counts
-  jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.slow)])
