@@ -17,14 +17,20 @@ from dr_jax.models.imagenet_resnet import (
 from dr_jax.models.mobilenet import MobileNetV2
 from dr_jax.models.resnet import ResNet, resnet20, resnet32, resnet44, resnet56
 from dr_jax.models.torchvision import load_torchvision
+from dr_jax.models.transformer import Transformer
+from dr_jax.models.vit import ViT, vit_small, vit_tiny
 
 __all__ = [
   "NAMES",
+  "TASKS",
   "ImageNetResNet",
   "MobileNetV2",
   "ResNet",
+  "Transformer",
+  "ViT",
   "build",
   "load_torchvision",
+  "options_of",
   "resnet18",
   "resnet20",
   "resnet32",
@@ -32,9 +38,11 @@ __all__ = [
   "resnet44",
   "resnet50",
   "resnet56",
+  "vit_small",
+  "vit_tiny",
 ]
 
-_FACTORIES = {
+_CLASSIFIERS = {
   "resnet": ResNet,
   "resnet20": resnet20,
   "resnet32": resnet32,
@@ -44,9 +52,21 @@ _FACTORIES = {
   "resnet34": resnet34,
   "resnet50": resnet50,
   "mobilenetv2": MobileNetV2,
+  "vit": ViT,
+  "vit_tiny": vit_tiny,
+  "vit_small": vit_small,
 }
+_LANGUAGE_MODELS = {"transformer": Transformer}
+_FACTORIES = _CLASSIFIERS | _LANGUAGE_MODELS
 
 NAMES = tuple(_FACTORIES)
+# Names of networks by the task that they are for.
+TASKS = {
+  "classification": tuple(_CLASSIFIERS),
+  "language": tuple(_LANGUAGE_MODELS),
+}
+# Options that size what networks read and return, and their largest values.
+_SIZES = {"num_classes": 10**6, "channels": 1024}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -56,8 +76,9 @@ def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
   Args:
     name: one of `NAMES`.
     rngs: source of initial weights.
-    **options: arguments of that network; all take num_classes, channels, and
-      dtype, the type in which they compute.
+    **options: arguments of that network. All take dtype, the type in which
+      they compute; classifiers num_classes and channels, those that are made
+      for images of one size image_size; language models vocabulary and context.
 
   Raises:
     ValueError: for an unknown name, an option that the network does not have,
@@ -67,17 +88,14 @@ def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
   Traceback (most recent call last):
   ValueError: options of model 'resnet20' must be of num_classes, ...
   """
-  if name not in _FACTORIES:
-    known = ", ".join(NAMES)
-    raise ValueError(f"name must be one of {known}, got {name!r}")
-  known = _options(_FACTORIES[name])
+  known = options_of(name)
   for option in options:
     if option not in known:
       raise ValueError(
         f"options of model {name!r} must be of {', '.join(known)}, got "
         f"{option!r}"
       )
-  for option, most in (("num_classes", 10**6), ("channels", 1024)):
+  for option, most in _SIZES.items():
     if option in options:
       check_integer(option, options[option], 1, most)
   _check_dtype(options.get("dtype", jnp.float32))
@@ -87,8 +105,20 @@ def build(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
     raise ValueError(f"options of model {name!r}: {error}") from None
 
 
-def _options(factory: Any) -> list[str]:
-  """The options of a network; its depth is one unless its name says it."""
+def options_of(name: str) -> list[str]:
+  """Returns the options of a network by its registered name.
+
+  Raises:
+    ValueError: for an unknown name.
+
+  >>> options_of("mobilenetv2")
+  ['num_classes', 'width', 'channels', 'dtype']
+  """
+  if name not in _FACTORIES:
+    known = ", ".join(NAMES)
+    raise ValueError(f"name must be one of {known}, got {name!r}")
+  factory: Any = _FACTORIES[name]
+  # A depth is an option unless the name says it.
   network, taken = factory, ("self", "rngs")
   if not isinstance(factory, type):
     network = typing.get_type_hints(factory)["return"]

@@ -177,7 +177,9 @@ def test_a_dtype_that_networks_do_not_compute_in_raises_an_error(dtype):
     {"x": 1},
   ],
 )
-@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenetv2"])
+@pytest.mark.parametrize(
+  "name", ["resnet20", "resnet18", "mobilenetv2", "vit_tiny"]
+)
 def test_an_option_of_a_network_is_an_error_with_what_is_allowed(name, options):
   (option,) = options
   with pytest.raises(
