@@ -159,7 +159,8 @@ def _run(values):
   summary = pipeline.run(config, workdir, interrupted=_on_signals())
   tables = [report.summary_table(summary)]
   if search := summary["stages"].get("search"):
-    tables.append(report.search_table(search["rows"], title="searches"))
+    rows, task = search["rows"], summary["task"]
+    tables.append(report.search_table(rows, task, title="searches"))
   return tables, workdir
 
 

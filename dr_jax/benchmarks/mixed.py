@@ -79,7 +79,7 @@ def _search_table(seeds):
   table = Table(title=f"searches, {len(seeds)} seeds, test set")
   table.add_column("budget")
   table.add_column("search")
-  for column in (*report.COLUMNS, "eval loss"):
+  for column in ("accuracy %", *report.COLUMNS, "eval loss"):
     table.add_column(column, justify="right")
   before = None
   for rows in zip(*seeds, strict=True):

@@ -32,6 +32,9 @@ _LARGEST_DATA = 2**33
 _IMPLIED = {
   "num_classes": "the data",
   "channels": "the data",
+  "image_size": "the data",
+  "vocabulary": "the data",
+  "context": "the data",
   "dtype": "model.dtype",
 }
 

@@ -108,8 +108,10 @@ FILE_NAME = (
   "a file name of letters, digits and .,=+@-_, at most 60, the first one a "
   "letter or digit",
 )
-_FILES = ("name", ("folder", "tfds"))
+_FILES = ("name", ("folder", "tfds", "idx", "text"))
+_STORED_IMAGES = ("name", ("folder", "tfds"))
 _IMAGES = ("name", ("folder", "tfds", "synthetic"))
+_TEXT = ("name", ("text",))
 _SYNTHETIC = ("name", ("synthetic",))
 
 
@@ -139,17 +141,19 @@ class DataConfig:
   )
   workers: int = field(0, at_least=0, at_most=256, only_with=_IMAGES)
   on_decode_error: str = field(
-    "raise", one_of=("raise", "skip"), only_with=_FILES
+    "raise", one_of=("raise", "skip"), only_with=_STORED_IMAGES
   )
-  orient: bool = field(True, only_with=_FILES)
+  orient: bool = field(True, only_with=_STORED_IMAGES)
   classes: int = field(10, at_least=1, at_most=10**5, only_with=_SYNTHETIC)
   examples: int = field(64, at_least=1, at_most=10**7, only_with=_SYNTHETIC)
   channels: int = field(3, one_of=(1, 3), only_with=_SYNTHETIC)
+  length: int = field(128, at_least=1, at_most=2**16, only_with=_TEXT)
+  bytes: int = field(0, at_least=0, only_with=_TEXT)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A network of `models.build`; classes and channels come from the data.
+  """A network of `models.build`; classes and sizes come from the data.
 
   `weights` is the path of a safetensors file with torchvision's names, from
   which the float network starts; it may then be trained no further, with no

@@ -5,25 +5,50 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dr_jax.data import folder, synthetic, tfds, transforms
+from dr_jax.data import folder, idx, synthetic, text, tfds, transforms
 from dr_jax.data.image_source import Examples, ImageSource
 from dr_jax.data.sources import ArraySource, Source
 from dr_jax.runtime import files
 
-NAMES = ("digits", "folder", "tfds", "synthetic")
+NAMES = ("digits", "folder", "tfds", "idx", "synthetic", "text")
 
 
 class Dataset(NamedTuple):
-  """A data set: what to train on, what to test on, and its shape."""
+  """A data set: what to train on, what to test on, and what it is for.
+
+  Attributes:
+    train, test: sources of examples.
+    num_classes: labels are below it.
+    shape: of an example's input: (height, width, channels), or (bytes,).
+    task: a name of `runtime.tasks.TASKS`.
+  """
 
   train: Source
   test: Source
   num_classes: int
-  image_shape: tuple[int, int, int]  # height, width, channels
+  shape: tuple[int, ...]
+  task: str = "classification"
+
+  @property
+  def labels(self) -> int:
+    """Labels of an example: one, or one for each byte."""
+    return self.shape[0] if self.task == "language" else 1
+
+  @property
+  def model_options(self) -> dict[str, Any]:
+    """Sizes that the data decide, as options of `models.build`."""
+    if self.task == "language":
+      return {"vocabulary": self.num_classes, "context": self.shape[0]}
+    height, _, channels = self.shape
+    return {
+      "num_classes": self.num_classes,
+      "channels": channels,
+      "image_size": height,
+    }
 
 
 class _Stored(NamedTuple):
@@ -52,17 +77,21 @@ def load(
   classes: int = 10,
   examples: int = 64,
   channels: int = 3,
+  length: int = 128,
+  bytes: int = 0,
 ) -> Dataset:
   """Returns the data set called `name`.
 
   Args:
     name: one of `NAMES`: "digits"; "folder", see `folder.scan`; "tfds", see
-      `tfds.open_splits`; "synthetic", see `synthetic.generate`.
+      `tfds.open_splits`; "idx", see `idx.read_split`; "synthetic", see
+      `synthetic.generate`; "text", see `text.splits`.
     seed: draws the split into train and test of "digits", and the images of
       "synthetic". It is not a training seed: runs that are to be compared, or
       resumed, share it.
-    path: of a folder the directory that holds one directory per split; of
-      "tfds" its data directory, "" for the default of TFDS.
+    path: of a folder or a text the directory that holds one directory per
+      split, "" for Python's documentation; of "idx" the directory of the files;
+      of "tfds" its data directory, "" for the default of TFDS.
     dataset: name in TFDS.
     train_split: name of the split to train on.
     test_split: name of the split to test on.
@@ -77,9 +106,11 @@ def load(
     classes: of "synthetic".
     examples: of "synthetic", in each split.
     channels: of "synthetic".
+    length: bytes of a sequence of "text".
+    bytes: of each split of "text" to use; 0 for all.
 
   Returns:
-    A `Dataset`. Digits are neither augmented nor normalized.
+    A `Dataset`. Digits and idx files are neither augmented nor normalized.
 
   Raises:
     ValueError: if there is no data set of that name, or what it needs is
@@ -88,7 +119,7 @@ def load(
       that cannot be read.
 
   >>> digits = load("digits")
-  >>> len(digits.train), len(digits.test), digits.image_shape
+  >>> len(digits.train), len(digits.test), digits.shape
   (1257, 540, (8, 8, 1))
   """
   path = path and str(files.expand(path))
@@ -97,6 +128,13 @@ def load(
   _check_one_of("on_decode_error", on_decode_error, ("raise", "skip"))
   if name == "digits":
     return _digits(seed)
+  if name == "idx":
+    return _idx(path, train_split, test_split)
+  if name == "text":
+    train, test = text.splits(
+      path, train_split, test_split, length=length, size=bytes
+    )
+    return Dataset(train, test, text.VOCABULARY, (length,), "language")
   if name == "folder":
     stored = _folder(path, train_split, test_split, on_decode_error)
   elif name == "tfds":
@@ -160,6 +198,18 @@ def _synthetic(
   return _Stored(train, test, classes, channels)
 
 
+def _idx(path: str, train_split: str, test_split: str) -> Dataset:
+  train, test = (idx.read_split(path, s) for s in (train_split, test_split))
+  shape = train.images.shape[1:]
+  if test.images.shape[1:] != shape:
+    raise ValueError(
+      f"path must hold images of one size, got {shape} in {train_split!r} and "
+      f"{test.images.shape[1:]} in {test_split!r}"
+    )
+  num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+  return Dataset(train, test, num_classes, shape)
+
+
 def _digits(seed: int) -> Dataset:
   """Returns scikit-learn's 1,797 handwritten digits, 70 % for training."""
   # Both are slow to import and only this data set needs them.
@@ -176,5 +226,5 @@ def _digits(seed: int) -> Dataset:
     train=ArraySource(train_images, train_labels, num_classes=10),
     test=ArraySource(test_images, test_labels, num_classes=10),
     num_classes=10,
-    image_shape=(8, 8, 1),
+    shape=(8, 8, 1),
   )

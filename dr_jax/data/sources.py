@@ -1,7 +1,8 @@
 """Sources: random access to examples, one at a time or in batches.
 
-An example is {"image": float32 [H, W, C], "label": int32 []}, a batch the same
-with a leading axis. `batching` decides which examples a step sees, and asks for
+An example is {"image": float32 [H, W, C], "label": int32 []}, or of text
+{"image": int32 [T], "label": int32 [T]}; a batch is the same with a leading
+axis. `batching` decides which examples a step sees, and asks for
 them in two parts: `read` or `draw`, which worker processes may call, and
 `finish` in the process that trains.
 """

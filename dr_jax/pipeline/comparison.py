@@ -129,9 +129,9 @@ def run(
   """Runs all methods that are not done; writes compare.json and compare.md.
 
   Returns:
-    What compare.json holds: {"rows": {row: {"scores": {bits: {"accuracy",
-    "loss": {"mean", "std", "seeds"}}}, "bytes_at": {bits: n}, "tensor_bytes",
-    "train_seconds"}}, "seeds", "environment"}.
+    What compare.json holds: {"task", "rows": {row: {"scores": {bits:
+    {"accuracy", "loss": {"mean", "std", "seeds"}}}, "bytes_at": {bits: n},
+    "tensor_bytes", "train_seconds"}}, "seeds", "environment"}.
 
   Raises:
     As `pipeline.run`.
@@ -147,7 +147,7 @@ def run(
   for seed in comparison.seeds:
     directory = workdir / f"seed{seed}"
     config = dataclasses.replace(comparison.base, seed=seed)
-    start, row = _float_run(config, directory / "float", interrupted)
+    start, row, task = _float_run(config, directory / "float", interrupted)
     rows.setdefault("float", []).append(row)
     merged: dict[str, dict[str, Any]] = {}
     for name, entry in comparison.entries.items():
@@ -164,6 +164,7 @@ def run(
     for row, result in merged.items():
       rows.setdefault(row, []).append(result)
   results = {
+    "task": task,
     "rows": {row: _statistics(seeds) for row, seeds in rows.items()},
     "seeds": comparison.seeds,
     "environment": environment(),
@@ -174,14 +175,15 @@ def run(
 
 
 def _float_run(config, workdir, interrupted):
-  """The float network from which all methods start, and its row."""
+  """The float network from which all methods start, its row, and its task."""
   context = RunContext(config, workdir, interrupted)
   pipeline.check(context)
   with context.workdir.claim(config):
     network = float_network(context)
     size = context.float_bytes()
     row = context.workdir.finished("pretrain")
-    return network, row | {"tensor_bytes": size, "bytes_at": {"float": size}}
+    row |= {"tensor_bytes": size, "bytes_at": {"float": size}}
+    return network, row, context.data.task
 
 
 def _joined(before, result):

@@ -67,6 +67,7 @@ class RunContext:
     try:
       self.data, self.held_out = _datasets(config)
       _check_size(config, self.data)
+      _check_task(config, self.data)
       self.sample = self.batches()[0]["image"]
     except ValueError as error:
       raise prefixed("data", error) from error
@@ -90,11 +91,12 @@ class RunContext:
 
   def model_options(self) -> dict[str, Any]:
     """Keyword arguments of `models.build`, with those that the data imply."""
+    taken = models.options_of(self.config.model.name)
+    implied = self.data.model_options.items()
     return {
       **self.config.model.options,
       "dtype": self.config.model.dtype,
-      "num_classes": self.data.num_classes,
-      "channels": self.data.image_shape[-1],
+      **{name: value for name, value in implied if name in taken},
     }
 
   def untrained(self) -> nnx.Module:
@@ -124,9 +126,13 @@ class RunContext:
     )
 
   def epoch(self, source: Any, *, batch_size: int = 512) -> Any:
-    """All examples, in batches that divide among this process's devices."""
+    """All examples, in batches that divide among this process's devices.
+
+    A batch has at most 2^16 labels, if an example has not more.
+    """
     count = self.local.data
-    size = min(len(source), batch_size)
+    most = max(2**16 // self.data.labels, 1)
+    size = min(len(source), batch_size, most)
     return data.epoch(
       source,
       batch_size=-(-size // count) * count,
@@ -176,8 +182,8 @@ def _datasets(config):
 
 def _check_size(config, dataset):
   """Counts of steps fit an int32, and a batch fits in memory."""
-  batch = 4 * config.data.batch_size * math.prod(dataset.image_shape)
-  _check_memory("data.batch_size", "its images", batch)
+  batch = 4 * config.data.batch_size * math.prod(dataset.shape)
+  _check_memory("data.batch_size", "its inputs", batch)
   for name in ("pretrain", "train", "supernet"):
     epochs = getattr(config, name).epochs
     steps = epochs * len(dataset.train) // config.data.batch_size
@@ -186,6 +192,16 @@ def _check_size(config, dataset):
         f"{name}.epochs must make less than 2^31 steps, got {epochs}, which "
         f"makes {steps:,}"
       )
+
+
+def _check_task(config, dataset):
+  """Whether the network can do what the data are for."""
+  known = models.TASKS[dataset.task]
+  if config.model.name not in known:
+    raise ConfigError(
+      f"model.name must be one of {', '.join(known)} with data.name="
+      f"{config.data.name!r}, got {config.model.name!r}"
+    )
 
 
 def _check_memory(field, what, size):

@@ -17,6 +17,7 @@ def summarize(run: RunContext) -> dict[str, Any]:
   """Returns the results so far by stage, and the environment."""
   return {
     "name": run.config.name,
+    "task": run.data.task,
     "bits": run.bits,
     "stages": run.results,
     "environment": environment(),

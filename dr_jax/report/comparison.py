@@ -1,12 +1,12 @@
 """Tables and a figure of what a comparison of methods found.
 
-Results are what compare.json holds: {"rows": {row: {"scores": {bits:
+Results are what compare.json holds: {"task", "rows": {row: {"scores": {bits:
 {"accuracy", "loss": {"mean", "std", "seeds"}}}, "bytes_at": {bits: n},
 "tensor_bytes", "train_seconds"}}, "seeds", "environment"}.
 
     python -m dr_jax.report.comparison COMPARE.json FIGURE.svg
 
-draws accuracy against bytes for all methods.
+draws the task's metric against bytes for all methods.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from rich.table import Table
 
 from dr_jax.report.figure import new_figure, save_figure
 from dr_jax.runtime.files import read_json
-from dr_jax.runtime.schema import COUNT
+from dr_jax.runtime.schema import COUNT, Where
+from dr_jax.runtime.tasks import TASKS, Task
 
 Results = dict[str, Any]
 
@@ -31,18 +32,22 @@ _ROW = {
   "tensor_bytes": COUNT,
   "train_seconds": float,
 }
-_RESULTS = {"rows": {"float": _ROW, ...: _ROW}, ...: object}
+_RESULTS = {
+  "task": Where(str, TASKS.__contains__, f"one of {', '.join(TASKS)}"),
+  "rows": {"float": _ROW, ...: _ROW},
+  ...: object,
+}
 
 
 def comparison_table(results: Results) -> Table:
-  """One row per method; per bit-width accuracy, cross-entropy and bytes.
+  """One row per method; per bit-width the metric, cross-entropy and bytes.
 
   Bytes are those of all tensors, without names and manifest: of a copy whose
   weights serve one bit-width, with norms and input scales of every bit-width.
   """
   shown = Table(
-    title=f"accuracy % (mean and standard deviation of {len(results['seeds'])}"
-    " seeds), cross-entropy, bytes of a copy",
+    title=f"{TASKS[results['task']].metric} (mean and standard deviation of "
+    f"{len(results['seeds'])} seeds), cross-entropy, bytes of a copy",
     show_lines=True,
   )
   header, *rows = _cells(results, "\n")
@@ -63,7 +68,7 @@ def comparison_markdown(results: Results) -> str:
 
 def _cells(results, newline):
   """The table as text, header first."""
-  rows = results["rows"]
+  rows, task = results["rows"], TASKS[results["task"]]
   columns = list(
     dict.fromkeys(b for row in rows.values() for b in row["scores"])
   )
@@ -78,16 +83,21 @@ def _cells(results, newline):
     for b in columns:
       lines = []
       if b in row["scores"]:
-        accuracy, loss = (row["scores"][b][k] for k in ("accuracy", "loss"))
+        mean, std = (_part(row["scores"][b], part) for part in ("mean", "std"))
         lines = [
-          f"{accuracy['mean']:.2f} ± {accuracy['std']:.2f}",
-          f"{loss['mean']:.3f} ± {loss['std']:.3f}",
+          f"{task.shown(mean)} ± {task.shown(std)}",
+          f"{mean['loss']:.3f} ± {std['loss']:.3f}",
           f"{row['bytes_at'][b]:,}",
         ]
       cells.append(newline.join(lines))
     cells.append(f"{row['tensor_bytes']:,}")
     cells.append(f"{row['train_seconds']:.1f}")
     yield cells
+
+
+def _part(score, part):
+  """The means of {"accuracy", "loss"}, or their standard deviations."""
+  return {kind: spread[part] for kind, spread in score.items()}
 
 
 def _heading(bits):
@@ -97,11 +107,11 @@ def _heading(bits):
 
 
 def plot_comparison(path: str | os.PathLike, results: Results) -> None:
-  """Draws mean test accuracy against bytes, a line per method.
+  """Draws the task's metric, a mean on the test set, against bytes.
 
-  A point is a bit-width, at the bytes of a copy that serves it alone; the
-  dashed line is the float network's accuracy. Points more than 10 % below it
-  are not shown.
+  A line is a method, a point a bit-width, at the bytes of a copy that serves it
+  alone; the dashed line is the float network. Points further from it than the
+  task's `range` are not shown.
 
   Args:
     path: of an SVG or PNG file.
@@ -109,12 +119,12 @@ def plot_comparison(path: str | os.PathLike, results: Results) -> None:
   """
   figure = new_figure(9, 5)
   axes = figure.subplots()
-  rows = dict(results["rows"])
-  base = rows.pop("float")["scores"]["float"]["accuracy"]["mean"]
+  rows, task = dict(results["rows"]), TASKS[results["task"]]
+  base = _mean(task, rows.pop("float")["scores"]["float"])
   axes.axhline(base, color="0.5", linestyle="--", linewidth=1, label="float")
   for number, (name, row) in enumerate(rows.items()):
     points = [
-      (row["bytes_at"][bits], score["accuracy"]["mean"])
+      (row["bytes_at"][bits], _mean(task, score))
       for bits, score in row["scores"].items()
     ]
     ours = name.startswith("double rounding")
@@ -128,14 +138,19 @@ def plot_comparison(path: str | os.PathLike, results: Results) -> None:
       label=name,
     )
   # What breaks down at few bits would flatten all else.
-  axes.set_ylim(base - 10, base + 1.5)
+  worst = -task.range if task.higher_is_better else task.range
+  axes.set_ylim(*sorted((base + worst, base - 0.15 * worst)))
   axes.set_xlabel("bytes of a copy for one bit-width")
-  axes.set_ylabel("test accuracy, %")
+  axes.set_ylabel(f"{task.metric}, test set")
   axes.grid(alpha=0.3)
   axes.legend(
     loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", frameon=False
   )
   save_figure(figure, path)
+
+
+def _mean(task: Task, score):
+  return task.value(_part(score, "mean"))
 
 
 def main(arguments: Sequence[str]) -> None:

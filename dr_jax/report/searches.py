@@ -14,12 +14,12 @@ from typing import Any
 from rich.table import Table
 
 from dr_jax.report.figure import new_figure, save_figure
+from dr_jax.runtime.tasks import TASKS
 
 Row = dict[str, Any]
 
-# Of the table, after the budget and the search.
+# Of the table, after the budget, the search and the task's metric.
 COLUMNS = (
-  "accuracy %",
   "cross-entropy",
   "weight bytes",
   "MBOPs",
@@ -35,13 +35,15 @@ _AXES = {
 }
 
 
-def front(rows: Sequence[Row], cost: str, score: str = "accuracy") -> list[Row]:
+def front(
+  rows: Sequence[Row], cost: str, task: str = "classification"
+) -> list[Row]:
   """Returns the rows that no other row beats in cost and test score.
 
   Args:
     rows: what searches found.
     cost: a name in the rows' costs.
-    score: "accuracy" (more is better) or "loss".
+    task: a name of `runtime.tasks.TASKS`, whose metric is the score.
 
   Returns:
     Rows by rising cost, each with a better score than those before.
@@ -52,19 +54,18 @@ def front(rows: Sequence[Row], cost: str, score: str = "accuracy") -> list[Row]:
   >>> [r["cost"]["bits"] for r in front(rows, "bits")]
   [4, 8]
   """
-  sign = -1 if score == "accuracy" else 1
-  ranked = sorted(
-    rows, key=lambda r: (r["cost"][cost], sign * r["test"][score])
-  )
+  cost_of = TASKS[task].cost
+  ranked = sorted(rows, key=lambda r: (r["cost"][cost], cost_of(r["test"])))
   kept: list[Row] = []
   for row in ranked:
-    value = sign * row["test"][score]
-    if not kept or value < sign * kept[-1]["test"][score]:
+    if not kept or cost_of(row["test"]) < cost_of(kept[-1]["test"]):
       kept.append(row)
   return kept
 
 
-def search_summary(rows: Sequence[Row]) -> dict[str, Any]:
+def search_summary(
+  rows: Sequence[Row], task: str = "classification"
+) -> dict[str, Any]:
   """Returns the points of every search and the fronts over all of them.
 
   {"points": {strategy: [{"budget", "stored_bytes", "bops", "accuracy", "loss",
@@ -79,7 +80,7 @@ def search_summary(rows: Sequence[Row]) -> dict[str, Any]:
       for strategy in _strategies(rows)
     },
     "front": {
-      cost: [[r["strategy"], r["budget"]] for r in front(rows, cost)]
+      cost: [[r["strategy"], r["budget"]] for r in front(rows, cost, task)]
       for cost in _AXES
     },
   }
@@ -99,19 +100,22 @@ def _point(row):
   }
 
 
-def plot_searches(path: str | os.PathLike, rows: Sequence[Row]) -> None:
-  """Draws test accuracy against weight bytes and BOPs, as a PNG.
+def plot_searches(
+  path: str | os.PathLike, rows: Sequence[Row], task: str = "classification"
+) -> None:
+  """Draws the task's metric on the test set against weight bytes and BOPs.
 
-  A line per strategy, through its budgets; the front of all in gray.
+  A PNG; a line per strategy, through its budgets; the front of all in gray.
   """
+  metric = TASKS[task]
   figure = new_figure(12, 5)
   for axes, (cost, (label, unit)) in zip(
     figure.subplots(1, 2, sharey=True), _AXES.items(), strict=True
   ):
-    best = front(rows, cost)
+    best = front(rows, cost, task)
     axes.step(
       [row["cost"][cost] / unit for row in best],
-      [row["test"]["accuracy"] for row in best],
+      [metric.value(row["test"]) for row in best],
       where="post",
       color="0.85",
       linewidth=8,
@@ -122,7 +126,7 @@ def plot_searches(path: str | os.PathLike, rows: Sequence[Row]) -> None:
       mine.sort(key=lambda row: row["cost"][cost])
       axes.plot(
         [row["cost"][cost] / unit for row in mine],
-        [row["test"]["accuracy"] for row in mine],
+        [metric.value(row["test"]) for row in mine],
         marker="o",
         markersize=4,
         linewidth=1,
@@ -130,23 +134,28 @@ def plot_searches(path: str | os.PathLike, rows: Sequence[Row]) -> None:
       )
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
-  figure.axes[0].set_ylabel("test accuracy, %")
-  figure.axes[1].legend(loc="lower right", fontsize="small")
+  figure.axes[0].set_ylabel(f"{metric.metric}, test set")
+  figure.axes[1].legend(fontsize="small")
   save_figure(figure, path)
 
 
-def search_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
+def search_table(
+  rows: Sequence[Row],
+  task: str = "classification",
+  *,
+  title: str | None = None,
+) -> Table:
   """Lists what each search found, by budget."""
   table = Table(title=title)
   table.add_column("budget")
   table.add_column("search")
-  for column in COLUMNS:
+  for column in (TASKS[task].metric, *COLUMNS):
     table.add_column(column, justify="right")
   for row in rows:
     table.add_row(
       f"{row['budget']:g}",
       row["strategy"],
-      f"{row['test']['accuracy']:.2f}",
+      TASKS[task].shown(row["test"]),
       f"{row['test']['loss']:.4f}",
       f"{row['cost']['stored_bits'] / 8:,.0f}",
       f"{row['cost']['bops'] / 1e6:.2f}",

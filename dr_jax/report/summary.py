@@ -6,9 +6,11 @@ from typing import Any
 
 from rich.table import Table
 
+from dr_jax.runtime.tasks import TASKS, Task
+
 
 def summary_table(summary: dict[str, Any]) -> Table:
-  """Bit-width, accuracy and size, compared with the float network.
+  """Bit-width, the task's metric and size, compared with the float network.
 
   Args:
     summary: what summary.json holds.
@@ -16,16 +18,17 @@ def summary_table(summary: dict[str, Any]) -> Table:
   stages = summary["stages"]
   separate = any(name.startswith("separate/") for name in stages)
   export = stages.get("export")
-  columns = ["bits", "accuracy %", "cross-entropy", "bytes", "of float %"]
+  task = TASKS[summary["task"]]
+  columns = ["bits", task.metric, "cross-entropy", "bytes", "of float %"]
   shown = Table(*columns, title=summary["name"])
   if separate:
-    shown.add_column("separate LSQ %")
+    shown.add_column(f"separate LSQ, {task.metric}")
   for column in shown.columns:
     column.justify = "right"
   if "pretrain" in stages:
     score = stages["pretrain"]["scores"]["float"]
     size = export and export["float_bytes"]
-    shown.add_row(*_row("float", score, size, size))
+    shown.add_row(*_row(task, "float", score, size, size))
   for bits in summary["bits"]:
     result = export or stages.get("supernet") or stages.get("multi_precision")
     alone = stages.get(f"separate/{bits}")
@@ -33,9 +36,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
     if result is not None:
       size = export and export["bytes_at"][str(bits)]
       whole = export and export["float_bytes"]
-      row = _row(str(bits), result["scores"][str(bits)], size, whole)
+      row = _row(task, str(bits), result["scores"][str(bits)], size, whole)
     if alone is not None:
-      row.append(f"{alone['scores'][str(bits)]['accuracy']:.2f}")
+      row.append(task.shown(alone["scores"][str(bits)]))
     shown.add_row(*row)
   if export:
     stored, whole = export["stored_bytes"], export["float_bytes"]
@@ -46,10 +49,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
   return shown
 
 
-def _row(name, score, size, whole):
+def _row(task: Task, name, score, size, whole):
   return [
     name,
-    f"{score['accuracy']:.2f}",
+    task.shown(score),
     f"{score['loss']:.4f}",
     f"{size:,}" if size else "",
     f"{100 * size / whole:.1f}" if size else "",

@@ -1,7 +1,8 @@
 """What each bit-width learns from: labels, or logits of a higher one.
 
 With p_j the softmax at pass j of a step (0 the highest bit-width), y the
-one-hot labels, CE(target, p) = -sum target log p, and teachers detached:
+one-hot labels, CE(target, p) = -sum target log p, and teachers detached, each
+the mean over all labels: one of an image, one of every byte of a text.
 
   none        CE(y, p_j)
   recursive   CE(y, p_0); CE(p_{j-1}, p_j)      Any-Precision, AAAI 2021
@@ -42,8 +43,8 @@ class Distillation(NamedTuple):
   Attributes:
     teacher: whose logits a pass is given: "previous", "first", or None.
     loss: `loss(logits, labels, teacher, number, progress, memory) -> scalar`.
-      logits and teacher [n, classes], labels int [n], `number` the number of
-      the pass in the step (int, or traced int32), `progress` in (0, 1] how
+      logits and teacher [..., classes], labels int [...], `number` the number
+      of the pass in the step (int, or traced int32), `progress` in (0, 1] how
       much of the run is done. At pass 0 the teacher means nothing.
     init: `init(classes) -> memory`, what is carried from step to step.
     learn: `learn(memory, logits, labels) -> memory` from the first pass's
@@ -62,7 +63,7 @@ class Distillation(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Mean cross-entropy; logits [n, classes], labels int [n]; float32.
+  """Mean cross-entropy; logits [..., classes], labels int [...]; float32.
 
   NaN if a label is not one of the classes; there is no label to ignore (leave
   the example out, or give it mask 0 where `make_evaluate` scores).
@@ -75,7 +76,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Cross-entropy of each example, float32 [n]; see `cross_entropy`."""
+  """Cross-entropy of each label, float32 [...]; see `cross_entropy`."""
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits.astype(jnp.float32), labels
   )
@@ -83,7 +84,7 @@ def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Mean cross-entropy against probabilities [n, classes]; float32."""
+  """Mean cross-entropy against probabilities [..., classes]; float32."""
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
   return -(targets * log_p).sum(-1).mean()
 
@@ -139,7 +140,9 @@ def _class_means(logits, labels, teacher, number, progress, memory):
 
 
 def _learn_class_means(memory, logits, labels):
-  p = jax.nn.softmax(logits.astype(jnp.float32))
+  labels = labels.reshape(-1)
+  logits = logits.reshape(len(labels), -1).astype(jnp.float32)
+  p = jax.nn.softmax(logits)
   hard = jax.nn.one_hot(labels, p.shape[-1])
   right = hard * (p.argmax(-1) == labels).astype(jnp.float32)[:, None]
   count = right.sum(0)[:, None]  # of each class
@@ -156,7 +159,7 @@ def _is_class(labels, classes):
 def _one_hot(labels, classes):
   """One-hot rows; NaN where a label is not a class."""
   hard = jax.nn.one_hot(labels, classes)
-  return jnp.where(_is_class(labels, classes)[:, None], hard, jnp.nan)
+  return jnp.where(_is_class(labels, classes)[..., None], hard, jnp.nan)
 
 
 def _after_the_first(number, first, later):

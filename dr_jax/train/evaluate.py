@@ -37,10 +37,10 @@ def make_evaluate(
   """Builds `evaluate(params, batch_stats, index, batches) -> Score`.
 
   One program serves every bit assignment: `index` is traced. `batches` are
-  those of `data.epoch`: {"image", "label", "mask"}; an example with mask 0 does
-  not count, a label that is not a class makes the loss NaN, and batches without
-  an example raise ValueError. With a layout they are spread over its devices,
-  of this process alone.
+  those of `data.epoch`: {"image", "label", "mask"}; an example counts with the
+  mean over its labels, one with mask 0 does not count, a label that is not a
+  class makes the loss NaN, and batches without an example raise ValueError.
+  With a layout they are spread over its devices, of this process alone.
   """
 
   @jit
@@ -48,6 +48,7 @@ def make_evaluate(
     logits, _ = network.apply(params, batch_stats, index, batch["image"])
     losses = cross_entropies(logits, batch["label"])
     correct = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+    losses, correct = map(_of_examples, (losses, correct))
     mask = batch["mask"]
     losses = jnp.where(mask > 0, losses * mask, 0)
     return (correct * mask).sum(), losses.sum(), mask.sum()
@@ -73,3 +74,8 @@ def make_evaluate(
     return Score(accuracy=100 * correct / number, loss=loss / number)
 
   return evaluate
+
+
+def _of_examples(values):
+  """Means over the labels of each example, [n] of [n, ...]."""
+  return values.reshape(len(values), -1).mean(-1)

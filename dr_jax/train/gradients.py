@@ -188,7 +188,8 @@ def _teacher_logits(parts, carry, batch, logits, number, axis):
     if not parts.distillation.exchanges:
       return carry.memory, jnp.zeros_like(logits)
     # A gather, but as a sum: its result is the same on every device.
-    mine = jnp.arange(parts.passes)[:, None, None] == number
+    shape = (-1, *(1,) * logits.ndim)
+    mine = jnp.arange(parts.passes).reshape(shape) == number
     every = jax.lax.psum(jnp.where(mine, logits, 0), axis)
     memory = scheme.learn(carry.memory, every[0], labels)
     teacher = 0 if scheme.teacher == "first" else jnp.maximum(number - 1, 0)

@@ -39,7 +39,7 @@ def test_images_are_sorted_by_class_and_name(make_folder):
 
 def test_a_folder_is_loaded_as_its_files_are(make_folder, picture):
   loaded = data.load("folder", path=str(make_folder()))
-  assert loaded.num_classes == 2 and loaded.image_shape == (20, 24, 3)
+  assert loaded.num_classes == 2 and loaded.shape == (20, 24, 3)
   assert (len(loaded.train), len(loaded.test)) == (24, 10)
   example = loaded.train[12]
   assert example["image"].dtype == np.float32 and example["label"] == 1
@@ -106,7 +106,7 @@ def test_images_of_different_sizes_need_a_size(make_folder, picture, encoded):
   ):
     loaded.train[3]
   loaded = data.load("folder", path=str(path), image_size=8)
-  assert loaded.image_shape == (8, 8, 3)
+  assert loaded.shape == (8, 8, 3)
   assert next(data.epoch(loaded.train, batch_size=24))["image"].shape[1] == 8
 
 
@@ -356,7 +356,7 @@ def test_images_are_turned_as_viewers_show_them(
   for orient, image in ((True, shown), (False, stored)):
     loaded = data.load("folder", path=str(path), orient=orient)
     want = np.asarray(image) / np.float32(255)
-    assert loaded.image_shape == want.shape
+    assert loaded.shape == want.shape
     np.testing.assert_array_equal(loaded.train[0]["image"], want)
 
 

@@ -13,10 +13,10 @@ def digits():
 
 
 def test_digits_are_8x8_gray_images_between_0_and_1(digits):
-  assert (digits.num_classes, digits.image_shape) == (10, (8, 8, 1))
+  assert (digits.num_classes, digits.shape) == (10, (8, 8, 1))
   for source in (digits.train, digits.test):
     example = source[0]
-    assert example["image"].shape == digits.image_shape
+    assert example["image"].shape == digits.shape
     assert example["image"].dtype == np.float32
     assert example["label"].dtype == np.int32
     batch = source.gather(np.arange(len(source)))

@@ -14,7 +14,7 @@ def test_synthetic_images_have_the_requested_shapes_and_labels(channels):
     "synthetic", classes=5, examples=12, image_size=18, channels=channels
   )
   assert loaded.num_classes == 5
-  assert loaded.image_shape == (18, 18, channels)
+  assert loaded.shape == (18, 18, channels)
   for source in (loaded.train, loaded.test):
     batch = everything(source)
     assert batch["image"].shape == (12, 18, 18, channels)

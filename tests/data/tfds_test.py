@@ -23,7 +23,7 @@ def _by_number(directory, name, split):
 def test_a_data_set_is_read_as_tfds_reads_it(prepared, name, channels):
   loaded = data.load("tfds", dataset=name, path=prepared)
   assert loaded.num_classes == 3
-  assert loaded.image_shape == (20, 24, channels)
+  assert loaded.shape == (20, 24, channels)
   assert (len(loaded.train), len(loaded.test)) == (24, 10)
   for source, split in ((loaded.train, "train"), (loaded.test, "test")):
     records = _by_number(prepared, name, split)

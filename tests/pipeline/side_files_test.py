@@ -212,7 +212,12 @@ def show(stages):
   """Writes all that a run with these results ends with."""
   file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
   console = Console(file=file, width=160)
-  summary = {"name": "run", "bits": SMALL.quant.bits, "stages": stages}
+  summary = {
+    "name": "run",
+    "task": "classification",
+    "bits": SMALL.quant.bits,
+    "stages": stages,
+  }
   console.print(report.summary_table(summary))
   console.print(report.search_table(stages["search"]["rows"]))
   report.search_summary(stages["search"]["rows"])

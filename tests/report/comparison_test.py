@@ -22,6 +22,7 @@ def row(scores, bytes_at, tensor_bytes, seconds):
 
 
 RESULTS = {
+  "task": "classification",
   "rows": {
     "float": row({"float": 97.0}, {"float": 4000}, 4000, 10.0),
     "double rounding": row(
@@ -49,6 +50,15 @@ def test_every_method_has_a_row_and_every_bit_width_a_column():
     "1,100",
     "20.2",
   )
+
+
+def test_a_comparison_of_language_models_has_bits_per_byte():
+  results = {**RESULTS, "task": "language"}
+  lines = report.comparison_markdown(results).splitlines()
+  # 0.25 / ln 2 and 0.125 / ln 2.
+  assert "0.3607 ± 0.1803<br>0.250 ± 0.125<br>1,000" in lines[3]
+  title = report.comparison_table(results).title
+  assert str(title).startswith("bits per byte (mean")
 
 
 def test_the_text_file_has_the_same_cells():

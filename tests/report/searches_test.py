@@ -32,7 +32,7 @@ ROWS = [
 
 def test_the_front_holds_rows_that_no_cheaper_row_beats_on_the_test_set():
   assert report.front(ROWS, "stored_bits") == [ROWS[2], ROWS[0]]
-  assert report.front(ROWS, "stored_bits", "loss") == [ROWS[2], ROWS[1]]
+  assert report.front(ROWS, "stored_bits", "language") == [ROWS[2], ROWS[1]]
 
 
 def test_the_cheapest_of_equal_scores_is_on_the_front():

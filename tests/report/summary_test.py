@@ -13,6 +13,7 @@ def score(accuracy):
 
 SUMMARY = {
   "name": "small",
+  "task": "classification",
   "bits": (8, 2),
   "stages": {
     "pretrain": {"scores": {"float": score(97.0)}},
@@ -76,3 +77,10 @@ def test_the_caption_gives_the_size_of_the_artifact(without, caption):
   table = report.summary_table({**SUMMARY, "stages": stages})
   assert bool(table.caption) == caption
   assert not caption or "1,100 bytes, 27.5 % of float" in table.caption
+
+
+def test_a_language_model_has_bits_per_byte():
+  columns = report.summary_table({**SUMMARY, "task": "language"}).columns
+  assert columns[1].header == "bits per byte"
+  # 0.03 / ln 2 and 0.04 / ln 2.
+  assert list(columns[1].cells)[:2] == ["0.0433", "0.0577"]

@@ -65,6 +65,22 @@ def test_losses_match_the_formulas_for_constant_and_traced_passes(name):
     np.testing.assert_allclose(traced, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", distill.SCHEMES)
+def test_labels_of_a_sequence_count_as_labels_of_as_many_examples(name):
+  scheme = distill.get(name)
+  memory = {"means": jnp.asarray(MEANS, jnp.float32)}
+  labels = np.array([[0, 3], [1, 2]], np.int32)
+  logits, teacher = (x[:4].reshape(2, 2, 4) for x in (LOGITS, TEACHER))
+  of_sequences = scheme.loss(logits, labels, teacher, 1, 0.5, memory)
+  of_examples = scheme.loss(
+    LOGITS[:4], labels.reshape(-1), TEACHER[:4], 1, 0.5, memory
+  )
+  np.testing.assert_allclose(of_sequences, of_examples, rtol=1e-6)
+  learned = scheme.learn(memory, logits, labels)
+  expected = scheme.learn(memory, LOGITS[:4], labels.reshape(-1))
+  np.testing.assert_array_equal(learned["means"], expected["means"])
+
+
 def test_every_scheme_has_an_expectation_here():
   assert set(EXPECTED) == set(distill.SCHEMES)
 

@@ -54,3 +54,17 @@ def test_cross_entropy_of_a_label_that_is_no_class_is_nan():
   grads = jax.grad(train.cross_entropy)(logits, jnp.array([1]))
   p = jax.nn.softmax(logits)
   np.testing.assert_allclose(grads, p.at[0, 1].add(-1), rtol=1e-6)
+
+
+def test_an_example_of_several_labels_counts_with_their_mean(scored):
+  def sequences(labels, mask):
+    images = np.eye(8, dtype=np.float32)[: np.size(labels)]
+    return {
+      "image": images.reshape(*np.shape(labels), 8),
+      "label": np.array(labels, np.int32),
+      "mask": np.array(mask, np.float32),
+    }
+
+  labels = [[0, 1], [2, 0], [1, 1]]
+  score = scored([sequences(labels, [1, 1, 0])])
+  np.testing.assert_allclose(score, scored([batch([0, 1, 2, 0], [1] * 4)]))

@@ -16,7 +16,8 @@ def write_report(run: RunContext) -> None:
   if search is not None:
     directory = run.workdir.path / STAGE.name
     directory.mkdir(exist_ok=True)
-    report.plot_searches(directory / "pareto.png", search["rows"])
+    path = directory / "pareto.png"
+    report.plot_searches(path, search["rows"], run.data.task)
   write_json(run.workdir.path / "summary.json", summarize(run))
 
 

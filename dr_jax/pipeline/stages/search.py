@@ -82,7 +82,9 @@ def search(run: RunContext) -> None:
         write_json(path, _row(strategy, budget, budgets, found, test))
       rows.append(read_object(path, ROW))
   directory = run.workdir.path / STAGE.name
-  write_json(directory / "pareto.json", report.search_summary(rows))
+  write_json(
+    directory / "pareto.json", report.search_summary(rows, run.data.task)
+  )
   # The result last: a stage with a result is not looked at again.
   run.workdir.finish(STAGE.name, started, request=_request(run), rows=rows)
   # Of searches by gradient, whose results are there now.
