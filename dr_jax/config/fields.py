@@ -191,12 +191,14 @@ class QuantConfig:
 class TrainConfig:
   """A training recipe; the learning rate falls to zero as a cosine.
 
+  `warmup` is the fraction of the steps in which it rises before.
   For `Config.train`, `from_dict` takes what is not set from the method.
   """
 
   epochs: int = field(10, at_least=0, at_most=10**6)
   optimizer: str = field("adam", one_of="dr_jax.train:OPTIMIZERS")
   learning_rate: float = field(5e-4, at_least=0, at_most=1000)
+  warmup: float = field(0.0, at_least=0, below=1)
   weight_decay: float = field(5e-5, at_least=0, at_most=1000)
   momentum: float = field(
     0.9, at_least=0, below=1, only_with=("optimizer", ("sgd",))

@@ -74,22 +74,11 @@ def parse(arg: str | None, *words: str) -> tuple[str, str]:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-  """The same stages and network, on a few synthetic images; in place."""
-  for field in dataclasses.fields(DataConfig):
-    _, names = field.metadata.get("only_with", ("", ("synthetic",)))
-    if "synthetic" not in names:
-      config.data[field.name] = field.default
-  config.data.update(
-    name="synthetic",
-    classes=4,
-    examples=32,
-    channels=3,
-    # Smaller ones leave so few pixels to a norm that training diverges.
-    image_size=64,
-    augment="none",
-    batch_size=8,
-    workers=0,
-  )
+  """The same stages and network, on a few images or bytes; in place."""
+  if config.data.name == "text":
+    config.data.update(bytes=2**12, batch_size=8)
+  else:
+    _take_synthetic_images(config.data)
   config.pretrain.update(epochs=1, learning_rate=0.01)
   config.train.update(epochs=1, vectorize="sequential")
   config.checkpoint_every = 2
@@ -100,3 +89,21 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.hessian.update(images=8, batch_size=8, max_probes=8, rel_stderr=1e6)
     config.supernet.epochs = 1
   return config
+
+
+def _take_synthetic_images(data):
+  for field in dataclasses.fields(DataConfig):
+    _, names = field.metadata.get("only_with", ("", ("synthetic",)))
+    if "synthetic" not in names:
+      data[field.name] = field.default
+  data.update(
+    name="synthetic",
+    classes=4,
+    examples=32,
+    channels=3,
+    # Smaller ones leave so few pixels to a norm that training diverges.
+    image_size=64,
+    augment="none",
+    batch_size=8,
+    workers=0,
+  )

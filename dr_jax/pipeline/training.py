@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import optax
 from flax import nnx
 
 from dr_jax import nn, train
@@ -215,7 +214,7 @@ def _trainer(run, model, phase, steps):
     trainer = train.make_trainer(
       network,
       optimizer,
-      optax.cosine_decay_schedule(recipe.learning_rate, steps),
+      train.cosine_schedule(recipe.learning_rate, steps, warmup=recipe.warmup),
       schedule=recipe.schedule,
       vectorize=vectorize,
       alrs=recipe.alrs,

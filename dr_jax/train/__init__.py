@@ -7,7 +7,7 @@ from dr_jax.train.distill import cross_entropy
 from dr_jax.train.evaluate import Score, make_evaluate
 from dr_jax.train.loop import InterruptedRun, Loop, NonFiniteError
 from dr_jax.train.optimizer import NAMES as OPTIMIZERS
-from dr_jax.train.optimizer import make_optimizer
+from dr_jax.train.optimizer import cosine_schedule, make_optimizer
 from dr_jax.train.sampling import SAMPLINGS, Sampling
 from dr_jax.train.schedules import SCHEDULES, VECTORIZE, resolve_vectorize
 from dr_jax.train.state import TrainState, gather, shard_state
@@ -30,6 +30,7 @@ __all__ = [
   "TrainState",
   "Trainer",
   "gather",
+  "cosine_schedule",
   "cross_entropy",
   "hasb",
   "make_evaluate",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-NAMES = ("adam", "sgd")
+NAMES = ("adam", "adamw", "sgd")
 
 
 def make_optimizer(
@@ -29,9 +29,10 @@ def make_optimizer(
   """Builds the optimizer of a network; the learning rate is applied outside.
 
   Args:
-    name: "adam" (L2 decay added to the gradient, as torch.optim.Adam) or "sgd".
+    name: "adam" (L2 decay added to the gradient, as torch.optim.Adam), "adamw"
+      (decay added to the direction, arXiv 1711.05101), or "sgd".
     param_labels: what each parameter is; `nn.Functional.param_labels`.
-    weight_decay: L2 factor on the kernels.
+    weight_decay: factor on the kernels.
     momentum: of SGD, 0 for none; Adam's moments are 0.9 and 0.999.
 
   Returns:
@@ -41,15 +42,16 @@ def make_optimizer(
   Raises:
     ValueError: for an unknown name.
   """
-  if name == "adam":
+  if name in ("adam", "adamw"):
     inner = optax.scale_by_adam()
   elif name == "sgd":
     inner = optax.trace(momentum) if momentum else optax.identity()
   else:
     raise ValueError(f"optimizer must be one of {NAMES}, got {name!r}")
   decay = optax.add_decayed_weights(weight_decay)
+  decayed = (inner, decay) if name == "adamw" else (decay, inner)
   transforms = {
-    "weight": optax.chain(decay, inner),
+    "weight": optax.chain(*decayed),
     "vector": inner,
     "norm": elementwise(inner),
     "scale": elementwise(inner),
@@ -57,6 +59,27 @@ def make_optimizer(
   }
   present = set(jax.tree.leaves(param_labels))
   return optax.partition({k: transforms[k] for k in present}, param_labels)
+
+
+def cosine_schedule(
+  peak: float, steps: int, *, warmup: float = 0.0
+) -> optax.Schedule:
+  """Returns a learning rate that falls to zero as a cosine.
+
+  Args:
+    peak: the highest.
+    steps: length of the run.
+    warmup: fraction of the steps, rounded to whole ones, in which it rises to
+      the peak.
+
+  >>> rate = cosine_schedule(1.0, 10, warmup=0.2)
+  >>> [round(float(rate(step)), 2) for step in (0, 1, 2, 6, 10)]
+  [0.5, 0.75, 1.0, 0.5, 0.0]
+  """
+  rising = round(warmup * steps)
+  if not rising:
+    return optax.cosine_decay_schedule(peak, steps)
+  return optax.warmup_cosine_decay_schedule(peak / rising, peak, rising, steps)
 
 
 def elementwise(

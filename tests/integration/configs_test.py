@@ -13,11 +13,14 @@ from flax import nnx
 
 from dr_jax import models
 from dr_jax.config import from_dict
+from dr_jax.pipeline import comparison
+from dr_jax.runtime.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGENET = ("resnet18", "resnet50", "mobilenetv2")
 MIXED = ("resnet18_mixed", "resnet50_mixed")
 PAPER = (*IMAGENET, *MIXED, "resnet20_cifar10")
+TRANSFORMERS = ("language", "vit")
 
 
 def load(name):
@@ -34,7 +37,10 @@ def config(name, arg=None):
 
 def test_every_configuration_file_of_one_network_is_tested_here():
   files = {path.stem for path in (ROOT / "configs").glob("*.py")}
-  assert files == {*PAPER, "digits", "digits_mixed", "compare"}
+  assert files == {
+    *(*PAPER, *TRANSFORMERS),
+    *("digits", "digits_mixed", "compare", "language_compare"),
+  }
 
 
 def test_a_configuration_file_runs_no_other_one():
@@ -56,6 +62,55 @@ def test_a_configuration_is_one_that_the_library_accepts(name, arg):
     assert wanted.quant.bits == (8, 6, 4, 2)
   # Only different names make different directories.
   assert wanted.name == "_".join(filter(None, (name, *(arg or "").split(","))))
+
+
+@pytest.mark.parametrize(
+  ("name", "arg"),
+  [
+    *(("language", arg) for arg in (None, "84", "weights", "small", "smoke")),
+    *(("vit", arg) for arg in (None, "432", "fashion", "smoke", "432,smoke")),
+  ],
+)
+def test_a_configuration_of_a_transformer_builds_its_network(name, arg):
+  wanted = config(name, arg)
+  language = name == "language"
+  bits = (arg or "").partition(",")[0]
+  bits = bits if bits.isdecimal() else ("842" if language else "8642")
+  assert wanted.quant.bits == tuple(map(int, bits))
+  assert wanted.name == "_".join(filter(None, (name, *(arg or "").split(","))))
+  task = "language" if language else "classification"
+  assert wanted.model.name in models.TASKS[task]
+  implied = {}
+  if arg == "fashion":
+    implied = {"image_size": 28, "channels": 1, "num_classes": 10}
+  built = nnx.eval_shape(
+    lambda: models.build(
+      wanted.model.name, rngs=nnx.Rngs(0), **wanted.model.options, **implied
+    )
+  )
+  leaves = jax.tree.leaves(nnx.state(built, nnx.Param))
+  millions = {"small": 0.1, "fashion": 0.2}
+  size = millions.get(arg, 0.8 if language else 5.7)
+  assert round(sum(leaf.size for leaf in leaves) / 1e6, 1) == size
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_docstring_of_a_transformer_has_command_and_estimated_time(name):
+  text = " ".join(load(name).__doc__.split())
+  assert f"python -m dr_jax.main --config=configs/{name}.py" in text
+  assert "Time, an estimate and not a measurement" in text
+
+
+def test_a_comparison_of_language_models_trains_three_bit_widths_of_five():
+  compared = comparison.from_values(
+    load("language_compare").get_config().to_dict()
+  )
+  for name in ("matquant", "double rounding"):
+    recipe = compared.entries[name].config
+    trained = zip(recipe.quant.bits, recipe.train.loss_weights, strict=True)
+    assert [b for b, weight in trained if weight] == [8, 4, 2]
+    assert recipe.train.schedule == "accumulate"
+  assert {e.config.data.name for e in compared.entries.values()} == {"text"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -178,7 +233,7 @@ def test_the_docstring_has_the_command_the_targets_and_an_estimated_time(name):
     # Compilation takes minutes. The stages of resnet50_mixed and resnet18 run
     # in resnet18_mixed, the network of the first in resnet50.
     pytest.param(name, marks=pytest.mark.slow)
-    for name in PAPER
+    for name in (*PAPER, *TRANSFORMERS)
     if name not in ("resnet50_mixed", "resnet18")
   ],
 )
@@ -204,4 +259,4 @@ def test_a_smoke_run_ends_with_a_table_and_an_artifact(name, tmp_path):
   scores = summary["stages"]["export"]["scores"]
   assert list(scores) == [str(bits) for bits in wanted.quant.bits]
   for bits, score in scores.items():
-    assert f"{score['accuracy']:.2f}" in done.stdout, bits
+    assert TASKS[summary["task"]].shown(score) in done.stdout, bits

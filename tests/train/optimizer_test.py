@@ -21,7 +21,11 @@ def _tree(seed, shape=(3, 2)):
 
 @pytest.mark.parametrize(
   ("name", "make_reference"),
-  [("adam", lambda: optax.scale_by_adam()), ("sgd", lambda: optax.trace(0.9))],
+  [
+    ("adam", lambda: optax.scale_by_adam()),
+    ("adamw", lambda: optax.scale_by_adam()),
+    ("sgd", lambda: optax.trace(0.9)),
+  ],
 )
 def test_without_decay_every_label_gets_the_plain_optimizer(
   name, make_reference
@@ -48,6 +52,19 @@ def test_weight_decay_acts_on_weights_alone():
     np.testing.assert_array_equal(got[leaf], 0)
 
 
+def test_decay_of_adamw_is_not_scaled_by_its_moments():
+  params, gradients = _tree(0), _tree(1)
+  ours = make_optimizer("adamw", param_labels=KINDS, weight_decay=0.5)
+  got, _ = ours.update(gradients, ours.init(params), params)
+  reference = optax.chain(
+    optax.scale_by_adam(),
+    optax.add_decayed_weights(0.5, mask={"w": True, **dict.fromkeys("bns", 0)}),
+  )
+  expected, _ = reference.update(gradients, reference.init(params), params)
+  for leaf in KINDS:
+    np.testing.assert_allclose(got[leaf], expected[leaf], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_an_unused_row_rests_as_a_separate_parameter_would(name):
   """Row 0 is used in every other step; it must see only its own gradients."""
@@ -71,6 +88,7 @@ def test_an_unused_row_rests_as_a_separate_parameter_would(name):
 
 def test_an_unknown_optimizer_is_an_error_that_lists_the_known():
   with pytest.raises(
-    ValueError, match=r"optimizer must be one of \('adam', 'sgd'\), got 'lion'"
+    ValueError,
+    match=r"optimizer must be one of \('adam', 'adamw', 'sgd'\), .* 'lion'",
   ):
     make_optimizer("lion", param_labels=KINDS)
