@@ -3,7 +3,7 @@
 python -m dr_jax.export --artifact=runs/digits/export/model
     --format=stablehlo --bits=4 --input_shape=8,8,1 --output=digits_4
 
-Formats; see dr_jax/deploy/README.md:
+Formats; see dr_jax/deploy/export/README.md:
   stablehlo    a directory: program for CPU, CUDA and TPU, arrays, program.json
   onnx         a file with integer weights, as ONNX Runtime computes
   safetensors  a file: integers and scales in the names and layouts of PyTorch
@@ -34,9 +34,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from dr_jax import allocate, deploy
-from dr_jax.deploy.onnx import export_onnx, export_onnx_switchable
-from dr_jax.deploy.onnx.export import ARITHMETICS, OPSET
-from dr_jax.deploy.stablehlo import PLATFORMS
+from dr_jax.deploy.export.onnx.export import ARITHMETICS, OPSET
+from dr_jax.deploy.export.stablehlo import PLATFORMS
 from dr_jax.runtime import compilation, files, processes
 
 _ARTIFACT = flags.DEFINE_string(
@@ -92,9 +91,9 @@ def _onnx(artifact, bits, output):
   shape = sample.shape[1:]
   try:
     if bits is None:
-      export_onnx_switchable(output, network, shape, **options)
+      deploy.export_onnx_switchable(output, network, shape, **options)
     else:
-      export_onnx(output, network, shape, bits=bits, **options)
+      deploy.export_onnx(output, network, shape, bits=bits, **options)
   except ImportError as error:
     raise ValueError(error) from None
 

@@ -56,11 +56,11 @@ def imported(file):
       yield from (base + [alias.name] for alias in node.names)
 
 
-def offending(allowed):
+def offending(allowed, files=FILES):
   """Returns "file imports name" for every import that is not allowed."""
   return [
     f"{file.relative_to(ROOT)} imports {'.'.join(name)}"
-    for file in FILES
+    for file in files
     for name in imported(file)
     if not allowed(owner(module(file)), name)
   ]
@@ -77,6 +77,18 @@ def test_a_file_imports_from_its_own_part_and_from_lower_floors_only():
     return FLOORS.get(owner(name), 9) < FLOORS.get(part, 0)
 
   assert not offending(allowed)
+
+
+@pytest.mark.parametrize(
+  ("folder", "lower"),
+  [("artifact", {"artifact"}), ("export", {"artifact", "export"})],
+)
+def test_folders_of_deploy_do_not_import_its_serving_files(folder, lower):
+  def allowed(part, name):
+    return name[:2] != ["dr_jax", "deploy"] or name[2] in lower
+
+  files = (ROOT / "dr_jax/deploy" / folder).rglob("*.py")
+  assert not offending(allowed, files)
 
 
 def test_models_import_nothing_from_the_rest_of_the_package():

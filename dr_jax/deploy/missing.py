@@ -15,15 +15,15 @@ import jax
 import numpy as np
 
 from dr_jax.deploy.artifact import Artifact
-from dr_jax.deploy.layout import (
+from dr_jax.deploy.artifact.layout import (
   CHECKSUMS,
   Piece,
   has_pairs,
   pieces_for,
   section_number,
 )
-from dr_jax.deploy.reader import errors_of
-from dr_jax.deploy.verify import check_norm_values, check_ranges
+from dr_jax.deploy.artifact.reader import errors_of
+from dr_jax.deploy.artifact.verify import check_norm_values, check_ranges
 
 Arrays = dict[str, jax.Array]
 

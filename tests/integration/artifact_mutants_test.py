@@ -20,7 +20,7 @@ import safetensors.numpy
 from flax import nnx
 
 from dr_jax import deploy, models, nn, quant
-from dr_jax.deploy.artifact import MANIFEST, TENSORS
+from dr_jax.deploy.artifact.manifest import MANIFEST, TENSORS
 from tests.support.forged import serialized, signed
 
 BITS = (8, 4, 2)

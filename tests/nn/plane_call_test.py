@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dr_jax import nn, quant
-from dr_jax.deploy.specialize import specialize
+from dr_jax.deploy.export.specialize import specialize
 
 BITS = (8, 4, 2)
 

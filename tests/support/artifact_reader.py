@@ -1,4 +1,4 @@
-"""Reads an artifact of Double Rounding as dr_jax/deploy/README.md says.
+"""Reads artifacts of Double Rounding as dr_jax/deploy/artifact/README.md says.
 
 Nothing of dr_jax is imported here: only the format page was used.
 """

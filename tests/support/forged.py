@@ -6,7 +6,7 @@ import json
 import numpy as np
 import safetensors.numpy
 
-from dr_jax.deploy.artifact import MANIFEST, TENSORS, manifest_digest
+from dr_jax.deploy.artifact.manifest import MANIFEST, TENSORS, manifest_digest
 
 CHECKSUMS = ("checksums", "subchecksums")
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from dr_jax import deploy, models, nn, quant
-from dr_jax.deploy import reader
-from dr_jax.deploy.specialize import specialize
+from dr_jax.deploy.artifact import reader
+from dr_jax.deploy.export.specialize import specialize
 from tests.support.artifact_reader import Reader
 
 BITS = (8, 6, 4, 2)

@@ -18,9 +18,9 @@ from flax import nnx
 
 from dr_jax import nn
 from dr_jax.deploy.artifact import Artifact
-from dr_jax.deploy.graph import Value
-from dr_jax.deploy.onnx.builder import Builder
-from dr_jax.deploy.onnx.export import (
+from dr_jax.deploy.export.graph import Value
+from dr_jax.deploy.export.onnx.builder import Builder
+from dr_jax.deploy.export.onnx.export import (
   INPUT,
   OPSET,
   OUTPUT,

@@ -17,8 +17,13 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import models, quant
-from dr_jax.deploy.layout import Layout, Piece, has_pairs, section_number
-from dr_jax.deploy.manifest import Broken, guarded, with_sign
+from dr_jax.deploy.artifact.layout import (
+  Layout,
+  Piece,
+  has_pairs,
+  section_number,
+)
+from dr_jax.deploy.artifact.manifest import Broken, guarded, with_sign
 from dr_jax.nn import deployed, layers
 from dr_jax.nn.deployed import LARGEST
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dr_jax import quant
-from dr_jax.deploy.manifest import Broken, guarded, with_sign
+from dr_jax.deploy.artifact.manifest import Broken, guarded, with_sign
 from dr_jax.nn.norm import row_at
 from dr_jax.runtime import schema
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dr_jax.deploy.graph import GraphError, Node, Value
+from dr_jax.deploy.export.graph import GraphError, Node, Value
 
 # Elementwise, by name: of one operand, or of several that broadcast.
 _ELEMENTWISE = {

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import nn
-from dr_jax.deploy import graph as graphs
 from dr_jax.deploy.artifact import Artifact
-from dr_jax.deploy.onnx import weights
-from dr_jax.deploy.onnx.builder import MICROSOFT, Builder
-from dr_jax.deploy.onnx.emit import Emitter, derived
-from dr_jax.deploy.onnx.lower import lower, quantizer
+from dr_jax.deploy.export import graph as graphs
+from dr_jax.deploy.export.onnx import weights
+from dr_jax.deploy.export.onnx.builder import MICROSOFT, Builder
+from dr_jax.deploy.export.onnx.emit import Emitter, derived
+from dr_jax.deploy.export.onnx.lower import lower, quantizer
 from dr_jax.runtime import files
 
 ARITHMETICS = ("exact", "fused")

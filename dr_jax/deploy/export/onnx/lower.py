@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dr_jax.deploy.graph import (
+from dr_jax.deploy.export.graph import (
   Graph,
   Layer,
   Node,

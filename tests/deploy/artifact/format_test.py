@@ -1,4 +1,4 @@
-"""The format page of dr_jax/deploy/README.md, against a file."""
+"""The format in dr_jax/deploy/artifact/README.md, against a file."""
 
 import ast
 import json
@@ -13,11 +13,12 @@ import safetensors.numpy
 from flax import nnx
 
 from dr_jax import deploy, nn, quant
-from dr_jax.deploy.manifest import _MANIFEST
+from dr_jax.deploy.artifact.manifest import _MANIFEST
 from tests.support.artifact_reader import Reader
 
-ROOT = pathlib.Path(__file__).parents[2]
-PAGE = (ROOT / "dr_jax/deploy/README.md").read_text().split("\n## Format\n")[1]
+ROOT = pathlib.Path(__file__).parents[3]
+README = ROOT / "dr_jax/deploy/artifact/README.md"
+PAGE = README.read_text().split("\n## Format\n")[1]
 WEIGHT = [[2.5, -4.0], [1.5, -0.5], [3.5, 1.0]]
 
 

@@ -31,7 +31,7 @@ from flax import nnx
 from jax import export
 
 from dr_jax import nn
-from dr_jax.deploy.specialize import specialize
+from dr_jax.deploy.export.specialize import specialize
 from dr_jax.nn.layers import quantized_layers
 from dr_jax.runtime import files
 from dr_jax.runtime.tree import named_leaves

@@ -20,16 +20,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dr_jax.deploy.layout import (
+from dr_jax.deploy.artifact.layout import (
   CHECKSUMS,
   DIGEST_BYTES,
   SUBCHECKSUMS,
   Layout,
   Piece,
 )
-from dr_jax.deploy.manifest import Broken
-from dr_jax.deploy.reader import Reader, open_file
-from dr_jax.deploy.tensor_file import Header, parse_header, read_header
+from dr_jax.deploy.artifact.manifest import Broken
+from dr_jax.deploy.artifact.reader import Reader, open_file
+from dr_jax.deploy.artifact.tensor_file import Header, parse_header, read_header
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from flax import nnx
 from stored_networks import stored_network
 
 from dr_jax import data, deploy, models, nn, quant
-from dr_jax.deploy.graph import GraphError
-from dr_jax.deploy.onnx import export_onnx, export_onnx_switchable
+from dr_jax.deploy.export.graph import GraphError
+from dr_jax.deploy.export.onnx import export_onnx, export_onnx_switchable
 
 OPTIONS = {"depth": 8, "num_classes": 10, "channels": 1, "widths": (4, 6, 8)}
 BITS = (8, 6, 4, 2)

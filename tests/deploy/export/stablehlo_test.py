@@ -17,7 +17,7 @@ from jax import export
 from small_artifact import BITS, images
 
 from dr_jax import deploy, nn, quant
-from dr_jax.deploy.stablehlo import export_stablehlo, inference
+from dr_jax.deploy.export.stablehlo import export_stablehlo, inference
 
 
 def deployed(directory, model, weight, sample, **kwargs):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dr_jax.deploy.graph import Node, Value
-from dr_jax.deploy.onnx import primitives, weights
-from dr_jax.deploy.onnx.builder import MICROSOFT
-from dr_jax.deploy.onnx.lower import Contract, Weight
-from dr_jax.deploy.onnx.windows import windows
+from dr_jax.deploy.export.graph import Node, Value
+from dr_jax.deploy.export.onnx import primitives, weights
+from dr_jax.deploy.export.onnx.builder import MICROSOFT
+from dr_jax.deploy.export.onnx.lower import Contract, Weight
+from dr_jax.deploy.export.onnx.windows import windows
 
 if TYPE_CHECKING:
-  from dr_jax.deploy.onnx.emit import Emitter
+  from dr_jax.deploy.export.onnx.emit import Emitter
 
 # Bias codes, and what they are added to, stay far inside of int32.
 _LARGEST_BIAS = 2**30

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import os
 import pathlib
@@ -31,16 +29,18 @@ import jax
 from flax import nnx
 
 from dr_jax import allocate, nn, quant
-from dr_jax.deploy.layout import layout_of, packed_layout, pieces_for
-from dr_jax.deploy.manifest import check_manifest, quantizers
-from dr_jax.deploy.reader import ArtifactError, errors_of, open_file
-from dr_jax.deploy.store import Store, open_store
-from dr_jax.deploy.verify import abstract_network, checked_parts
-from dr_jax.runtime import files, schema
+from dr_jax.deploy.artifact.layout import layout_of, packed_layout, pieces_for
+from dr_jax.deploy.artifact.manifest import (
+  MANIFEST,
+  TENSORS,
+  quantizers,
+  read_manifest,
+)
+from dr_jax.deploy.artifact.reader import ArtifactError, errors_of, open_file
+from dr_jax.deploy.artifact.store import Store, open_store
+from dr_jax.deploy.artifact.verify import abstract_network, checked_parts
+from dr_jax.runtime import files
 
-FORMAT = "dr_jax"
-VERSION = 3
-TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 # Of ten thousand layers; JSON takes a second.
 _LARGEST_MANIFEST = 2**22
 
@@ -227,7 +227,7 @@ def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:
   """
   path = files.expand(path)
   with open_file(path / MANIFEST, _LARGEST_MANIFEST) as reader:
-    manifest = _verified_manifest(reader.read(0, reader.size))
+    manifest = read_manifest(reader.read(0, reader.size))
     weight, activation = quantizers(manifest)
     layout = layout_of(manifest, weight, activation)
   opened = _checked(bits, manifest, weight.bits)
@@ -281,13 +281,6 @@ def load(
   return open(path).load(bits=bits, model=model, backend=backend, sample=sample)
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-  """The SHA-256 that a manifest carries of itself."""
-  return hashlib.sha256(
-    json.dumps(manifest, sort_keys=True).encode()
-  ).hexdigest()
-
-
 def _checked(bits, manifest, candidates):
   """{layer: bits} in the order of the layers, the highest for None."""
   names = [layer["name"] for layer in manifest["layers"]]
@@ -305,19 +298,3 @@ def _parts(manifest, weight, activation, store):
   return checked_parts(
     manifest, weight, activation, store.layout, store.tensors, store.pieces
   )
-
-
-def _verified_manifest(text):
-  manifest = schema.parse(text)
-  schema.check(manifest, {...: object})
-  if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-    raise ValueError(
-      f"must have format {FORMAT!r} version {VERSION}, got "
-      f"{schema.shown(manifest.get('format'))} version "
-      f"{schema.shown(manifest.get('version'))}"
-    )
-  expected = manifest.pop("manifest_sha256", None)
-  if manifest_digest(manifest) != expected:
-    raise ValueError("is damaged: its checksum differs")
-  check_manifest(manifest)
-  return manifest

@@ -11,23 +11,23 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import nn, quant
-from dr_jax.deploy.artifact import (
-  FORMAT,
-  MANIFEST,
-  TENSORS,
-  VERSION,
-  manifest_digest,
-)
-from dr_jax.deploy.layout import (
+from dr_jax.deploy.artifact.layout import (
   has_pairs,
   layout_of,
   packed_layout,
   section_number,
 )
-from dr_jax.deploy.manifest import check_manifest
-from dr_jax.deploy.store import checksums_of, sha256_of
-from dr_jax.deploy.tensor_file import dumps
-from dr_jax.deploy.verify import checked_parts
+from dr_jax.deploy.artifact.manifest import (
+  FORMAT,
+  MANIFEST,
+  TENSORS,
+  VERSION,
+  check_manifest,
+  manifest_digest,
+)
+from dr_jax.deploy.artifact.store import checksums_of, sha256_of
+from dr_jax.deploy.artifact.tensor_file import dumps
+from dr_jax.deploy.artifact.verify import checked_parts
 from dr_jax.quant.core.grid import SCALE_MIN
 from dr_jax.runtime import files
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dr_jax.deploy.graph import Layer, Operand, Value, trace_function
-from dr_jax.deploy.onnx import contractions, primitives
-from dr_jax.deploy.onnx.builder import Builder
-from dr_jax.deploy.onnx.lower import (
+from dr_jax.deploy.export.graph import Layer, Operand, Value, trace_function
+from dr_jax.deploy.export.onnx import contractions, primitives
+from dr_jax.deploy.export.onnx.builder import Builder
+from dr_jax.deploy.export.onnx.lower import (
   Affine,
   Clip,
   Contract,
@@ -19,7 +19,7 @@ from dr_jax.deploy.onnx.lower import (
   Weight,
   is_supported,
 )
-from dr_jax.deploy.onnx.weights import Source
+from dr_jax.deploy.export.onnx.weights import Source
 
 Order = tuple[int, ...]
 

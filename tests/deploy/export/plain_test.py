@@ -13,7 +13,7 @@ from flax import nnx
 from small_artifact import BITS, images
 
 from dr_jax import deploy, nn, quant
-from dr_jax.deploy.plain import export_safetensors
+from dr_jax.deploy.export.plain import export_safetensors
 
 
 def read(path):

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dr_jax.deploy.manifest import NAME, Broken
-from dr_jax.deploy.reader import Reader
+from dr_jax.deploy.artifact.manifest import NAME, Broken
+from dr_jax.deploy.artifact.reader import Reader
 from dr_jax.runtime import schema
 from dr_jax.runtime.schema import COUNT, Where
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +16,10 @@ from typing import Any, TypeVar
 from dr_jax import quant
 from dr_jax.runtime import schema
 from dr_jax.runtime.schema import COUNT, Where
+
+FORMAT = "dr_jax"
+VERSION = 3
+TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 
 # Of layers, norms and tensors: one line, also in a message.
 NAME = Where(
@@ -91,6 +96,70 @@ def guarded(
     raise Broken(f"{what}: {first[:_LONGEST]}") from None
 
 
+def read_manifest(text: bytes) -> dict[str, Any]:
+  """Returns what a manifest says, without its own checksum.
+
+  Raises:
+    ValueError: if it is damaged, of another format, or has a wrong field.
+  """
+  manifest = schema.parse(text)
+  schema.check(manifest, {...: object})
+  if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    raise ValueError(
+      f"must have format {FORMAT!r} version {VERSION}, got "
+      f"{schema.shown(manifest.get('format'))} version "
+      f"{schema.shown(manifest.get('version'))}"
+    )
+  expected = manifest.pop("manifest_sha256", None)
+  if manifest_digest(manifest) != expected:
+    raise ValueError("is damaged: its checksum differs")
+  check_manifest(manifest)
+  return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+  """The SHA-256 that a manifest carries of itself."""
+  return hashlib.sha256(
+    json.dumps(manifest, sort_keys=True).encode()
+  ).hexdigest()
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+  """Checks what a manifest says on its own.
+
+  Raises:
+    ValueError: naming the field that is wrong.
+  """
+  schema.check(manifest, _MANIFEST)
+  layers = manifest["layers"]
+  names = collections.Counter(layer["name"] for layer in layers)
+  name, times = names.most_common(1)[0]
+  if times > 1:
+    raise Broken(f"layers must have different names, got {name} twice")
+  for layer in layers:
+    decided = layer["signed"] is not None
+    if decided != (manifest["activation"] is not None):
+      raise Broken(
+        f"layer {layer['name']}: signed must be null without an activation, "
+        f"true or false with one, got {layer['signed']}"
+      )
+  for key, lengths in manifest["streams"].items():
+    if len(lengths) != len(layers):
+      raise Broken(
+        f"streams must have a length for each of {len(layers)} layers, got "
+        f"{len(lengths)} of {schema.shown(key)}"
+      )
+  for name, norm in manifest["norms"].items():
+    schema.check(name, NAME, "norm")
+    follows = norm["follows"]
+    neighbors = len(follows) == 1 or follows[0] == follows[1] - 1
+    if max(follows) >= len(layers) or not neighbors:
+      raise Broken(
+        f"norm {name} must follow a layer, or it and the one before, "
+        f"got {follows}"
+      )
+
+
 def quantizers(
   manifest: Mapping[str, Any],
 ) -> tuple[quant.WeightQuantizer, quant.ActivationQuantizer | None]:
@@ -135,39 +204,3 @@ def _built(spec):
     for key, value in spec["options"].items()
   }
   return quant.get(spec["name"], **options)
-
-
-def check_manifest(manifest: Mapping[str, Any]) -> None:
-  """Checks what a manifest says on its own.
-
-  Raises:
-    ValueError: naming the field that is wrong.
-  """
-  schema.check(manifest, _MANIFEST)
-  layers = manifest["layers"]
-  names = collections.Counter(layer["name"] for layer in layers)
-  name, times = names.most_common(1)[0]
-  if times > 1:
-    raise Broken(f"layers must have different names, got {name} twice")
-  for layer in layers:
-    decided = layer["signed"] is not None
-    if decided != (manifest["activation"] is not None):
-      raise Broken(
-        f"layer {layer['name']}: signed must be null without an activation, "
-        f"true or false with one, got {layer['signed']}"
-      )
-  for key, lengths in manifest["streams"].items():
-    if len(lengths) != len(layers):
-      raise Broken(
-        f"streams must have a length for each of {len(layers)} layers, got "
-        f"{len(lengths)} of {schema.shown(key)}"
-      )
-  for name, norm in manifest["norms"].items():
-    schema.check(name, NAME, "norm")
-    follows = norm["follows"]
-    neighbors = len(follows) == 1 or follows[0] == follows[1] - 1
-    if max(follows) >= len(layers) or not neighbors:
-      raise Broken(
-        f"norm {name} must follow a layer, or it and the one before, "
-        f"got {follows}"
-      )

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from dr_jax.deploy.manifest import Broken
+from dr_jax.deploy.artifact.manifest import Broken
 from dr_jax.runtime import files
 
 # A file of this size or more must not consist of holes, which read as zeros.

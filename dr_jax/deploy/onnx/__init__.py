@@ -1,6 +1,0 @@
-"""Deployed networks as ONNX files with integer weights."""
-
-from dr_jax.deploy.onnx.export import export_onnx
-from dr_jax.deploy.onnx.switchable import export_onnx_switchable
-
-__all__ = ["export_onnx", "export_onnx_switchable"]
