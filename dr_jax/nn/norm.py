@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,30 +49,33 @@ class Rows:
   @property
   def orders(self) -> tuple[int, ...]:
     """Numbers of the layers it follows: (own,) or (previous, own)."""
-    own = self.bits.order
-    return (own,) if self.previous is None else (self.previous.order, own)
+    return tuple(bits.order for bits in self._followed())
 
   @property
   def row(self) -> int | jax.Array:
     """Row of the bits in use; weights [rows] where they are a mixture."""
-    if self.rows == 1:
-      return 0
-    own = self.bits.get_value()
-    if self.previous is None:
-      return own
-    previous = self.previous.get_value()
-    if is_mixture(own):
-      return jnp.outer(previous, own).ravel()
-    return previous * math.isqrt(self.rows) + own
+    index = {bits.order: bits.get_value() for bits in self._followed()}
+    return row_at(self.orders, self.rows, index)
+
+  def _followed(self):
+    return [self.bits] if self.previous is None else [self.previous, self.bits]
 
 
-def row_at(orders: Sequence[int], rows: int, index: Sequence[int]) -> int:
+def row_at(
+  orders: Sequence[int],
+  rows: int,
+  index: Mapping[int, Any] | Sequence[Any],
+) -> Any:
   """Row of a norm where layers are at given positions in the candidates.
 
   Args:
     orders: numbers of the layers it follows, (own,) or (previous, own).
     rows: how many it has.
-    index: position of every quantized layer.
+    index: by the number of a layer, its position, or weights [candidates] of a
+      mixture.
+
+  Returns:
+    The row; weights [rows] of a mixture.
 
   >>> row_at((0,), 4, [1, 2]), row_at((0, 1), 16, [1, 2])
   (1, 6)
@@ -79,7 +83,11 @@ def row_at(orders: Sequence[int], rows: int, index: Sequence[int]) -> int:
   if rows == 1:
     return 0
   *previous, own = (index[order] for order in orders)
-  return own + math.isqrt(rows) * previous[0] if previous else own
+  if not previous:
+    return own
+  if is_mixture(own):
+    return jnp.outer(previous[0], own).ravel()
+  return previous[0] * math.isqrt(rows) + own
 
 
 class BatchNorm(Rows, nnx.BatchNorm):
