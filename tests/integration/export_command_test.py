@@ -176,10 +176,9 @@ def test_help_shows_an_example():
 
 
 def example(number):
-  """A Python block of the page's section on exports."""
-  page = (ROOT / "dr_jax" / "deploy" / "README.md").read_text()
-  section = page.partition("\n## Export\n")[2].partition("\n## ")[0]
-  return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
+  """A Python block of the page on exports."""
+  page = (ROOT / "dr_jax/deploy/export/README.md").read_text()
+  return re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number]
 
 
 def test_the_example_of_the_page_runs_a_program(command, tmp_path, monkeypatch):
