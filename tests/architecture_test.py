@@ -21,7 +21,7 @@ FLOORS = {
       "search",
       "config report",
       "pipeline",
-      "main export benchmarks",
+      "main export generate benchmarks",
     ],
     start=1,
   )

@@ -2,6 +2,7 @@
 
 from dr_jax.deploy.artifact import Artifact, ArtifactError, load, open, save
 from dr_jax.deploy.choices import Choice
+from dr_jax.deploy.decoder import Decoder
 from dr_jax.deploy.export import (
   export_onnx,
   export_onnx_switchable,
@@ -14,6 +15,7 @@ __all__ = [
   "Artifact",
   "ArtifactError",
   "Choice",
+  "Decoder",
   "Switchable",
   "export_onnx",
   "export_onnx_switchable",

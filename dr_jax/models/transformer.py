@@ -245,7 +245,7 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     arXiv 2104.09864, equation 34, with halves for its neighbors.
   """
   half = x.shape[-1] // 2
-  rates = _BASE ** -(np.arange(half, dtype=np.float32) / half)
+  rates = jnp.asarray(_BASE ** -(np.arange(half) / half), jnp.float32)
   angles = jnp.outer(positions.astype(jnp.float32), rates)[None, :, None]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -123,14 +123,14 @@ class Block(nnx.Module):
     return x + self.down(y)
 
 
-def vit_tiny(**kwargs) -> ViT:
+def vit_tiny(*, width: int = 192, heads: int = 3, **kwargs) -> ViT:
   """ViT-Ti: width 192, 12 blocks, 3 heads; see `ViT` for arguments."""
-  return ViT(12, **{"width": 192, "heads": 3, **kwargs})
+  return ViT(12, width=width, heads=heads, **kwargs)
 
 
-def vit_small(**kwargs) -> ViT:
+def vit_small(*, width: int = 384, heads: int = 6, **kwargs) -> ViT:
   """ViT-S: width 384, 12 blocks, 6 heads."""
-  return ViT(12, **{"width": 384, "heads": 6, **kwargs})
+  return ViT(12, width=width, heads=heads, **kwargs)
 
 
 def _norm(width, dtype, rngs):

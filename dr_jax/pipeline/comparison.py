@@ -147,7 +147,7 @@ def run(
   for seed in comparison.seeds:
     directory = workdir / f"seed{seed}"
     config = dataclasses.replace(comparison.base, seed=seed)
-    start, row, task = _float_run(config, directory / "float", interrupted)
+    start, row = _float_run(config, directory / "float", interrupted)
     rows.setdefault("float", []).append(row)
     merged: dict[str, dict[str, Any]] = {}
     for name, entry in comparison.entries.items():
@@ -164,7 +164,7 @@ def run(
     for row, result in merged.items():
       rows.setdefault(row, []).append(result)
   results = {
-    "task": task,
+    "task": rows["float"][0]["task"],
     "rows": {row: _statistics(seeds) for row, seeds in rows.items()},
     "seeds": comparison.seeds,
     "environment": environment(),
@@ -175,7 +175,7 @@ def run(
 
 
 def _float_run(config, workdir, interrupted):
-  """The float network from which all methods start, its row, and its task."""
+  """The float network from which all methods start, and its row."""
   context = RunContext(config, workdir, interrupted)
   pipeline.check(context)
   with context.workdir.claim(config):
@@ -183,7 +183,7 @@ def _float_run(config, workdir, interrupted):
     size = context.float_bytes()
     row = context.workdir.finished("pretrain")
     row |= {"tensor_bytes": size, "bytes_at": {"float": size}}
-    return network, row, context.data.task
+    return network, row | {"task": context.data.task}
 
 
 def _joined(before, result):
