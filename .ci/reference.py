@@ -10,7 +10,9 @@ import inspect
 import pathlib
 import pkgutil
 import sys
+import types
 import warnings
+from collections.abc import Iterator
 
 import pdoc
 
@@ -19,15 +21,21 @@ import dr_jax
 
 def main(folder: str) -> None:
   warnings.simplefilter("error", UserWarning)  # pdoc's
-  for found in pkgutil.walk_packages(dr_jax.__path__, "dr_jax."):
-    if "benchmarks" in found.name:  # Programs, whose flags have the same names.
-      continue
-    module = importlib.import_module(found.name)
+  for module in documented():
     for _, kind in inspect.getmembers(module, inspect.isclass):
       if issubclass(kind, tuple) and hasattr(kind, "_fields"):
         kind.__new__.__module__ = kind.__module__
   pdoc.render.configure(docformat="google")
   pdoc.pdoc("dr_jax", output_directory=pathlib.Path(folder))
+
+
+def documented() -> Iterator[types.ModuleType]:
+  """Yields all modules but commands, whose flags have the same names."""
+  for name in dr_jax.__all__:
+    part = importlib.import_module(f"dr_jax.{name}")
+    yield part
+    for found in pkgutil.walk_packages(part.__path__, f"{part.__name__}."):
+      yield importlib.import_module(found.name)
 
 
 if __name__ == "__main__":
