@@ -3,9 +3,9 @@
   python -m dr_jax.main --config=configs/language_compare.py [--workdir=DIR]
   python -m dr_jax.main --config=configs/language_compare.py:matquant,alone
 
-The network of configs/language.py:small, its weights quantized and its inputs
-float, as in arXiv 2502.06786 (MatQuant), which says of language models of 2 to
-9 billion parameters:
+The network of configs/language.py:small on the first 2^20 bytes; weights are
+quantized and inputs stay float, as in arXiv 2502.06786 (MatQuant), which says
+of language models of 2 to 9 billion parameters:
 
   the 2-bit model inside a nested one is better than one trained alone;
   models of 6 and 3 bits, for which nothing was trained, come for free: they are
@@ -63,14 +63,15 @@ _ENTRIES = {
   "matquant codistilled": _nested(
     "matquant", _MATQUANT, distillation="online_label_highest"
   ),
-  **{f"matquant_alone_{b}": _alone("matquant", b) for b in (8, 4, 3, 2)},
+  **{f"matquant_alone_{b}": _alone("matquant", b) for b in NESTED},
   "double rounding": _nested("double_rounding", _EQUAL),
   "double rounding alternate": {
     "method": "double_rounding",
     "quant": {"bits": (8, 4, 2), "activation": "none"},
     "train": {},
   },
-  **{f"lsq_alone_{b}": _alone("lsq", b) for b in (4, 2)},
+  "lsq": _nested("lsq", _EQUAL),
+  "lsq_alone_2": _alone("lsq", 2),
   "double rounding inputs": {
     "method": "double_rounding",
     "quant": {"bits": (8, 4, 2)},
@@ -85,8 +86,9 @@ _ENTRIES = {
 # Names of the argument, each one or several entries.
 GROUPS = {
   "matquant": ("matquant", "matquant codistilled"),
-  "alone": tuple(name for name in _ENTRIES if "_alone_" in name),
+  "alone": tuple(f"matquant_alone_{b}" for b in NESTED),
   "double_rounding": ("double rounding", "double rounding alternate"),
+  "lsq": ("lsq", "lsq_alone_2"),
   "inputs": ("double rounding inputs", "lsq inputs"),
 }
 
@@ -103,7 +105,9 @@ def get_config(arg=None):
   config.seeds = (0, 1, 2)
   config.checkpoint_every = 1000
   config.log_every = 20
-  config.data = files.group(DataConfig, name="text", length=64, batch_size=64)
+  config.data = files.group(
+    DataConfig, name="text", length=64, batch_size=64, bytes=2**20
+  )
   config.devices = files.group(DevicesConfig)
   config.model = files.group(
     ModelConfig,
