@@ -103,11 +103,11 @@ def _log_scores(run, stage, found, steps):
   """Writes scores to the metrics; returns the seconds of training."""
   with MetricsWriter(run.workdir.metrics) as metrics:
     # A process that was killed here has written some of them already.
-    metrics.resume(stage, steps, names=("loss", "images_per_second"))
+    metrics.resume(stage, steps, names=("loss", "examples_per_second"))
     for key, score in found.items():
       named = {f"test_{name}": value for name, value in score.items()}
       bits_or_none = None if key == "float" else int(key)
       metrics.write(stage, steps, named, bits=bits_or_none)
     return metrics.training_seconds(
-      stage, images_per_step=run.config.data.batch_size
+      stage, examples_per_step=run.config.data.batch_size
     )

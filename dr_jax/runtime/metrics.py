@@ -120,7 +120,7 @@ class MetricsWriter:
     self._file.write("".join(line + "\n" for line in lines))
     self._file.flush()
 
-  def training_seconds(self, stage: str, *, images_per_step: int) -> float:
+  def training_seconds(self, stage: str, *, examples_per_step: int) -> float:
     """Returns the seconds that the steps of `stage` and of its phases took.
 
     Steps times the median speed that was logged, so that neither compilation
@@ -131,14 +131,14 @@ class MetricsWriter:
     for record in self._records:
       phase = record["stage"]
       if (
-        record["name"] == "images_per_second"
+        record["name"] == "examples_per_second"
         and f"{phase}/".startswith(f"{stage}/")
         and float(record["value"]) > 0
       ):
         steps[phase] = record["step"]
         speeds[phase].append(float(record["value"]))
     return sum(
-      steps[phase] * images_per_step / statistics.median(speeds[phase])
+      steps[phase] * examples_per_step / statistics.median(speeds[phase])
       for phase in steps
     )
 

@@ -53,17 +53,17 @@ class Lossy:
 
 
 class _Past(NamedTuple):
-  """When how many steps were done, and how many images seen."""
+  """When how many steps were done, and how many examples seen."""
 
   time: float
   step: int
-  images: int
+  examples: int
 
 
 class Progress:
   """How far a stage has come: a bar on a terminal, else a line now and then.
 
-      multi_precision  step 120/400  loss 0.123  5230 images/s  0:42 left
+      multi_precision  step 120/400  loss 0.123  5230 examples/s  0:42 left
 
   Speed and time left come from the last 30 seconds, and count from the first
   update on, so that compilation does not enter.
@@ -92,7 +92,7 @@ class Progress:
     stream: Any = Lossy(sys.stderr)
     self._console = console or rich.console.Console(file=stream)
     self._stage, self._total, self._step = stage, total_steps, start
-    self._clock, self._images = clock, 0
+    self._clock, self._examples = clock, 0
     self._loss: Any = None
     self._history: collections.deque[_Past] = collections.deque()
     self._shown_at, self._shown_step = clock(), start
@@ -121,18 +121,18 @@ class Progress:
     if self._bar:
       self._bar.stop()
 
-  def update(self, step: int, *, images: int = 0, loss: Any = None) -> None:
+  def update(self, step: int, *, examples: int = 0, loss: Any = None) -> None:
     """Records a finished step, and shows it if it is time to.
 
     Args:
       step: the number of steps done.
-      images: how many images were seen since the last update.
+      examples: how many examples were seen since the last update.
       loss: a scalar. A JAX array is waited for only when it is shown.
     """
     now = self._clock()
     self._step, self._loss = step, loss
-    self._images += images
-    self._history.append(_Past(now, step, self._images))
+    self._examples += examples
+    self._history.append(_Past(now, step, self._examples))
     while self._history[0].time < now - _WINDOW_S and len(self._history) > 2:
       self._history.popleft()
     if now - self._shown_at >= self._interval:
@@ -156,8 +156,10 @@ class Progress:
     if len(self._history) > 1:
       first, last = self._history[0], self._history[-1]
       seconds = max(last.time - first.time, 1e-9)
-      if last.images > first.images:
-        parts.append(f"{(last.images - first.images) / seconds:.0f} images/s")
+      if last.examples > first.examples:
+        parts.append(
+          f"{(last.examples - first.examples) / seconds:.0f} examples/s"
+        )
       if last.step > first.step:
         steps_left = self._total - last.step
         left = steps_left * seconds / (last.step - first.step)

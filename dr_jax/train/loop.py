@@ -197,7 +197,7 @@ class _Losses:
     self._pending: collections.deque = collections.deque()
     self._copy: _Copy | None = None
     self._sum = np.zeros(len(loop.labels))
-    self._count, self._images, self._since = 0, 0, time.monotonic()
+    self._count, self._examples, self._since = 0, 0, time.monotonic()
     if loop.metrics is not None:
       # A checkpoint between two entries: the next one is the mean of all steps
       # since the last, also of those before the checkpoint.
@@ -209,8 +209,8 @@ class _Losses:
         self._count = int(count)
         self._sum[:] = [sums[label] for label in loop.labels]
 
-  def add(self, step, losses, images, progress):
-    self._pending.append((step, losses, images))
+  def add(self, step, losses, examples, progress):
+    self._pending.append((step, losses, examples))
     if len(self._pending) > _AHEAD:
       self._take(progress)
 
@@ -227,7 +227,7 @@ class _Losses:
       self._take(progress)
 
   def _take(self, progress):
-    step, losses, images = self._pending.popleft()
+    step, losses, examples = self._pending.popleft()
     losses = np.asarray(losses)
     for label, loss in zip(self._loop.labels, losses, strict=True):
       if not np.isfinite(loss):
@@ -238,8 +238,8 @@ class _Losses:
         )
     self._sum += losses
     self._count += 1
-    self._images += images
-    progress.update(step, images=images, loss=losses.mean())
+    self._examples += examples
+    progress.update(step, examples=examples, loss=losses.mean())
     if step % self._loop.log_every == 0 or step == self._loop.steps:
       self._log(step)
     if self._copy is not None and self._copy.step == step:
@@ -274,10 +274,12 @@ class _Losses:
         )
       seconds = max(time.monotonic() - self._since, 1e-9)
       self._loop.metrics.write(
-        self._loop.stage, step, {"images_per_second": self._images / seconds}
+        self._loop.stage,
+        step,
+        {"examples_per_second": self._examples / seconds},
       )
     self._sum[:] = 0
-    self._count, self._images, self._since = 0, 0, time.monotonic()
+    self._count, self._examples, self._since = 0, 0, time.monotonic()
 
 
 @jax.jit

@@ -43,7 +43,7 @@ def losses(workdir):
   return [
     (r["step"], r["name"], r["value"])
     for r in records
-    if r["name"] != "images_per_second"
+    if r["name"] != "examples_per_second"
   ]
 
 

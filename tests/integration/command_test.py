@@ -89,14 +89,14 @@ def test_the_job_prints_a_table_and_writes_what_it_showed(finished):
   for bits in ("8", "2"):
     assert f"{export[bits]['accuracy']:.2f}" in out
   assert summary["environment"]["jax"]
-  assert "images/s" in err and "left" in err
+  assert "examples/s" in err and "left" in err
   names = {
     json.loads(x)["name"]
     for x in (workdir / "metrics.jsonl").read_text().splitlines()
   }
   assert names == {
     "loss",
-    "images_per_second",
+    "examples_per_second",
     "test_accuracy",
     "test_loss",
   }

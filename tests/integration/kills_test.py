@@ -159,7 +159,7 @@ def essence(workdir):
     record
     for record in map(json.loads, lines)
     # Speeds differ, and so do the steps at which a run was stopped.
-    if record["name"] not in ("images_per_second", "loss_sum", "losses")
+    if record["name"] not in ("examples_per_second", "loss_sum", "losses")
   ]
   summary = timeless(json.loads((workdir / "summary.json").read_text()))
   model = workdir / "export" / "model" / "model.safetensors"

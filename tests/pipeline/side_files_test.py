@@ -86,7 +86,7 @@ def written(tmp_path_factory):
   Allocation({"a": 8, "b": 4}).save(path / "export/allocations/greedy_6.json")
   with MetricsWriter(path / "metrics.jsonl") as metrics:
     for step in range(4):
-      values = {"loss": float("nan"), "images_per_second": 100.0}
+      values = {"loss": float("nan"), "examples_per_second": 100.0}
       metrics.write(
         "pretrain", step, values, bits=(None, 8, "random")[step % 3]
       )
@@ -176,7 +176,7 @@ def read(workdir, name):
   elif name == "metrics.jsonl":
     with MetricsWriter(path) as metrics:
       metrics.resume("pretrain", 1)
-      metrics.training_seconds("pretrain", images_per_step=8)
+      metrics.training_seconds("pretrain", examples_per_step=8)
   elif name.endswith("traces.json"):
     hessian.load(path)
   elif "allocations" in name:
@@ -272,10 +272,10 @@ def test_a_result_without_what_is_shown_or_with_a_path_is_an_error(
 def test_speeds_that_cannot_be_take_no_seconds(tmp_path, speed):
   with MetricsWriter(tmp_path / "metrics.jsonl") as metrics:
     for value in (speed, 100.0):
-      metrics.write("train", 10, {"images_per_second": float(value)})
-    metrics.write("other", 10, {"images_per_second": float(speed)})
-    assert metrics.training_seconds("train", images_per_step=8) == 0.8
-    assert metrics.training_seconds("other", images_per_step=8) == 0
+      metrics.write("train", 10, {"examples_per_second": float(value)})
+    metrics.write("other", 10, {"examples_per_second": float(speed)})
+    assert metrics.training_seconds("train", examples_per_step=8) == 0.8
+    assert metrics.training_seconds("other", examples_per_step=8) == 0
 
 
 def test_a_figure_is_not_written_through_a_link(tmp_path):

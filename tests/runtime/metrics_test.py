@@ -97,7 +97,7 @@ def test_training_seconds_are_steps_times_the_median_speed_of_each_phase(
       ("jointly", 10, 1.0),
       ("float", 10, 1.0),
     ):
-      writer.write(stage, step, {"images_per_second": speed, "loss": 9.0})
-    seconds = writer.training_seconds("joint", images_per_step=8)
+      writer.write(stage, step, {"examples_per_second": speed, "loss": 9.0})
+    seconds = writer.training_seconds("joint", examples_per_step=8)
     assert seconds == pytest.approx(30 * 8 / 100 + 10 * 8 / 50)
-    assert writer.training_seconds("absent", images_per_step=8) == 0
+    assert writer.training_seconds("absent", examples_per_step=8) == 0

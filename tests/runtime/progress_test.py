@@ -29,7 +29,7 @@ def run(stage, total, seconds, *, start=0, terminal=False, texts=(), width=100):
   with progress:
     for step in range(start + 1, total + 1):
       clock.now += seconds
-      progress.update(step, images=128, loss=jnp.float32(1 / step))
+      progress.update(step, examples=128, loss=jnp.float32(1 / step))
       for text in texts:
         progress.print(text)
   return file.getvalue()
@@ -37,9 +37,9 @@ def run(stage, total, seconds, *, start=0, terminal=False, texts=(), width=100):
 
 def test_without_a_terminal_there_is_a_line_every_five_seconds_and_a_last():
   assert run("train", 12, 1.0).splitlines() == [
-    "train  step 5/12  loss 0.2  128 images/s  0:07 left",
-    "train  step 10/12  loss 0.1  128 images/s  0:02 left",
-    "train  step 12/12  loss 0.08333  128 images/s  0:00 left",
+    "train  step 5/12  loss 0.2  128 examples/s  0:07 left",
+    "train  step 10/12  loss 0.1  128 examples/s  0:02 left",
+    "train  step 12/12  loss 0.08333  128 examples/s  0:00 left",
   ]
 
 
@@ -50,14 +50,14 @@ def test_speed_and_time_left_leave_out_compilation_and_steps_of_before():
     "train", 1000, start=700, console=console, clock=clock
   ) as progress:
     clock.now += 600  # compiles
-    progress.update(701, images=10)
+    progress.update(701, examples=10)
     for step in range(702, 713):
       clock.now += 0.5
-      progress.update(step, images=10)
+      progress.update(step, examples=10)
   assert file.getvalue().splitlines() == [
     "train  step 701/1000",
-    "train  step 711/1000  20 images/s  2:24 left",
-    "train  step 712/1000  20 images/s  2:24 left",
+    "train  step 711/1000  20 examples/s  2:24 left",
+    "train  step 712/1000  20 examples/s  2:24 left",
   ]
 
 
@@ -89,7 +89,7 @@ def test_a_terminal_gets_a_bar_that_ends_full():
   shown = run("train", 4, 1.0, terminal=True)
   last = shown.splitlines()[-2]  # the last one shows the cursor again
   assert "train ━━━" in last
-  assert "step 4/4  loss 0.25  128 images/s  0:00 left" in last
+  assert "step 4/4  loss 0.25  128 examples/s  0:00 left" in last
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -114,15 +114,15 @@ def test_a_narrow_terminal_has_lines_with_all_numbers(width):
   with Progress("train", 12, console=console, clock=clock) as progress:
     for step in range(1, 13):
       clock.now += 1
-      progress.update(step, images=128, loss=jnp.float32(1 / step))
+      progress.update(step, examples=128, loss=jnp.float32(1 / step))
   assert file.getvalue().splitlines()[0] == (
-    "train  step 5/12  loss 0.2  128 images/s  0:07 left"
+    "train  step 5/12  loss 0.2  128 examples/s  0:07 left"
   )
 
 
 def test_the_numbers_beside_a_bar_are_whole():
   shown = run("multi_precision", 12, 1.0, terminal=True, width=80)
-  assert "step 12/12  loss 0.08333  128 images/s  0:00 left" in shown
+  assert "step 12/12  loss 0.08333  128 examples/s  0:00 left" in shown
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -142,5 +142,5 @@ def test_a_reader_that_went_away_does_not_end_a_stage(terminal):
     with Progress("train", 9, console=console, clock=clock) as progress:
       for step in range(1, 10):
         clock.now += 3
-        progress.update(step, images=1, loss=1.0)
+        progress.update(step, examples=1, loss=1.0)
       progress.print("a line")

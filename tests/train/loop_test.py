@@ -190,14 +190,14 @@ def test_the_last_step_is_logged_wherever_it_falls(tmp_path):
   assert [r["step"] for r in records if r["bits"] == 8] == [5, 7]
 
 
-def test_images_per_second_counts_the_images_since_the_last_entry(
+def test_examples_per_second_counts_the_examples_since_the_last_entry(
   tmp_path, monkeypatch
 ):
   monkeypatch.setattr(loop_module.time, "monotonic", lambda: 0.0)
   with MetricsWriter(tmp_path / "m.jsonl") as metrics:
     _loop(tmp_path, None, metrics, steps=7).run(_state())
   records = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
-  rates = [r["value"] for r in records if r["name"] == "images_per_second"]
+  rates = [r["value"] for r in records if r["name"] == "examples_per_second"]
   # Batches of 4, five of them and then two, in the shortest time counted.
   assert rates == [20 / 1e-9, 8 / 1e-9]
 
