@@ -15,13 +15,7 @@ import jax
 import numpy as np
 
 from dr_jax.deploy.artifact import Artifact
-from dr_jax.deploy.artifact.layout import (
-  CHECKSUMS,
-  Piece,
-  has_pairs,
-  pieces_for,
-  section_number,
-)
+from dr_jax.deploy.artifact.layout import CHECKSUMS, Piece, plane_pieces
 from dr_jax.deploy.artifact.reader import errors_of
 from dr_jax.deploy.artifact.verify import check_norm_values, check_ranges
 
@@ -35,7 +29,7 @@ class Missing:
   """
 
   def __init__(self, artifact: Artifact):
-    self._manifest, self._weight = artifact.manifest, artifact.weight
+    self._weight = artifact.weight
     self._shapes = {n: s.shape for n, s in artifact.parts.layers.items()}
     self._held = set(artifact.store.pieces)
     store = artifact.store
@@ -44,13 +38,8 @@ class Missing:
 
   def of(self, bits: Mapping[str, int]) -> dict[str, list[Piece]]:
     """Returns what an assignment needs and was not read, by layer or norm."""
-    candidates = self._weight.bits
-    index = [candidates.index(bits[name]) for name in self._shapes]
-    wanted = pieces_for(
-      self._store.layout, self._manifest, self._weight.storage, index
-    )
     found: dict[str, list[Piece]] = {}
-    for piece in wanted:
+    for piece in self._store.layout.pieces_for(bits):
       if piece not in self._held:
         found.setdefault(piece[1], []).append(piece)
     return found
@@ -77,13 +66,12 @@ class Missing:
     return {key: jax.device_put(value) for key, value in joined.items()}
 
   def _codes(self, name, read, arrays):
-    numbers = {
-      int(section.removeprefix("planes/")): section for section, _ in read
-    }
-    size = next(iter(read.values())).size
-    planes = np.zeros((max(numbers) + 1, size), np.uint8)
-    for number, section in numbers.items():
-      planes[number] = read[section, name]
+    keys = plane_pieces(name, self._weight.bits[0])
+    numbers = [number for number, key in enumerate(keys) if key in read]
+    size = read[keys[numbers[0]]].size
+    planes = np.zeros((numbers[-1] + 1, size), np.uint8)
+    for number in numbers:
+      planes[number] = read[keys[number]]
     storage = self._weight.storage
     added = storage.unpack({"codes": planes}, self._shapes[name])["codes"]
     codes = np.asarray(arrays["codes"]) | np.asarray(added)
@@ -91,12 +79,9 @@ class Missing:
     return {"codes": codes}
 
   def _rows(self, name, read, arrays):
-    norm = self._manifest["norms"][name]
-    pairs = has_pairs(self._manifest["norms"])
     both = np.stack([np.asarray(arrays[key]) for key in ("gain", "offset")])
-    for row in range(norm["rows"]):
-      section = f"norms/{section_number(norm, row, pairs)}"
-      if (section, name) in read:
-        both[:, row] = read[section, name]
+    for row, key in enumerate(self._store.layout.row_pieces(name)):
+      if key in read:
+        both[:, row] = read[key]
         check_norm_values(name, row, both[:, row])
     return {"gain": both[0], "offset": both[1]}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -73,18 +73,60 @@ class Layout(NamedTuple):
   """All tensors of an artifact but `float/...` and the checksums.
 
   Attributes:
+    weight: quantizer of all layers.
+    names: of the quantized layers, in call order.
+    norms: of the manifest.
     layers, inputs: {key: tensor}, read as a whole.
     sections: read piece by piece, in the order of the file.
+    pairs: whether a norm follows two layers.
   """
 
+  weight: quant.WeightQuantizer
+  names: tuple[str, ...]
+  norms: Mapping[str, Any]
   layers: dict[str, Joined]
   inputs: dict[str, Joined]
   sections: tuple[Joined, ...]
+  pairs: bool
 
   @property
   def pieces(self) -> list[Piece]:
     """All pieces, in the order of the file and of `SUBCHECKSUMS`."""
     return [(s.name, name) for s in self.sections for name in s.shapes]
+
+  def pieces_for(self, bits: Mapping[str, int] | None) -> list[Piece]:
+    """What must be read to serve an assignment, in the order of the file.
+
+    Args:
+      bits: {layer: bits}; None for all that is stored.
+    """
+    if bits is None:
+      return self.pieces
+    index = [self.weight.bits.index(bits[name]) for name in self.names]
+    wanted = set()
+    if planes := self.weight.storage.planes:
+      for name, position in zip(self.names, index, strict=True):
+        wanted.update(plane_pieces(name, planes[position]))
+    for name, norm in self.norms.items():
+      row = row_at(norm["follows"], norm["rows"], index)
+      wanted.add(self.row_pieces(name)[row])
+    return [piece for piece in self.pieces if piece in wanted]
+
+  def row_pieces(self, name: str) -> list[Piece]:
+    """The pieces of a norm, row after row.
+
+    In a network with norms that follow two layers, one that follows one layer
+    counts it twice: row i lies where the others have the pair (i, i).
+    """
+    norm = self.norms[name]
+    diagonal = self.pairs and len(norm["follows"]) == 1
+    step = norm["rows"] + 1 if diagonal else 1
+    return [(f"norms/{row * step}", name) for row in range(norm["rows"])]
+
+
+def plane_pieces(name: str, count: int) -> list[Piece]:
+  """The first bit-planes of a layer's codes."""
+  return [(f"planes/{p}", name) for p in range(count)]
 
 
 def layout_of(
@@ -114,51 +156,16 @@ def layout_of(
     if activation is not None:
       signed = with_sign(activation, layer["signed"])
       _append(inputs, "inputs", name, guarded(where, _input_layout, signed))
-  sections = _norm_sections(manifest["norms"], len(weight.bits))
+  norms = manifest["norms"]
+  pairs = any(len(norm["follows"]) == 2 for norm in norms.values())
+  sections = _norm_sections(norms, len(weight.bits), pairs)
   if planes:
     byte = np.dtype(np.uint8)
     sections += [
       Joined(f"planes/{p}", byte, planes) for p in range(weight.bits[0])
     ]
-  return Layout(layers, inputs, tuple(sections))
-
-
-def pieces_for(
-  layout: Layout,
-  manifest: Mapping[str, Any],
-  storage: quant.Storage,
-  index: Sequence[int] | None,
-) -> list[Piece]:
-  """Returns what must be read to serve an assignment, in order of the file.
-
-  Args:
-    layout, manifest: of the artifact.
-    storage: of its method.
-    index: position of every layer in the candidate bit-widths; None for all.
-  """
-  if index is None:
-    return layout.pieces
-  wanted = set()
-  if storage.planes:
-    for layer, position in zip(manifest["layers"], index, strict=True):
-      count = storage.planes[position]
-      wanted |= {(f"planes/{p}", layer["name"]) for p in range(count)}
-  norms = manifest["norms"]
-  pairs = has_pairs(norms)
-  for name, norm in norms.items():
-    row = row_at(norm["follows"], norm["rows"], index)
-    wanted.add((f"norms/{section_number(norm, row, pairs)}", name))
-  return [piece for piece in layout.pieces if piece in wanted]
-
-
-def section_number(norm: Mapping[str, Any], row: int, pairs: bool) -> int:
-  """Number T of the section norms/T that holds a row of a norm.
-
-  In a network with norms that follow two layers (`pairs`), one that follows one
-  layer counts it twice: row i lies where the others have the pair (i, i).
-  """
-  single = len(norm["follows"]) == 1
-  return row * (norm["rows"] + 1) if pairs and single else row
+  names = tuple(layer["name"] for layer in manifest["layers"])
+  return Layout(weight, names, norms, layers, inputs, tuple(sections), pairs)
 
 
 def _append(joined, prefix, name, layout, lengths: Mapping[str, int] = {}):
@@ -171,7 +178,7 @@ def _append(joined, prefix, name, layout, lengths: Mapping[str, int] = {}):
     tensor.shapes[name] = like.shape
 
 
-def _norm_sections(norms, candidates):
+def _norm_sections(norms, candidates, pairs):
   for name, norm in norms.items():
     rows = {1: (1, candidates), 2: (candidates**2,)}[len(norm["follows"])]
     if norm["rows"] not in rows:
@@ -179,7 +186,6 @@ def _norm_sections(norms, candidates):
         f"rows of norm {name} must be {' or '.join(map(str, rows))}, got "
         f"{schema.shown(norm['rows'])}"
       )
-  pairs = has_pairs(norms)
   count = max((norm["rows"] for norm in norms.values()), default=0)
 
   # Sections of equal norms share one dict: there are candidates^2 of them.
@@ -196,11 +202,6 @@ def _norm_sections(norms, candidates):
     Joined(f"norms/{t}", None, shapes(t == 0, t % every == 0))
     for t in range(count)
   ]
-
-
-def has_pairs(norms: Mapping[str, Any]) -> bool:
-  """Whether a norm follows two layers, each pair of bit-widths a row."""
-  return any(len(norm["follows"]) == 2 for norm in norms.values())
 
 
 @functools.lru_cache(maxsize=256)

@@ -29,7 +29,7 @@ import jax
 from flax import nnx
 
 from dr_jax import allocate, nn, quant
-from dr_jax.deploy.artifact.layout import layout_of, packed_layout, pieces_for
+from dr_jax.deploy.artifact.layout import Layout, layout_of, packed_layout
 from dr_jax.deploy.artifact.manifest import (
   MANIFEST,
   TENSORS,
@@ -98,7 +98,8 @@ class Artifact:
     Raises:
       ValueError: if the layers or bits are not the artifact's.
     """
-    wanted = self._pieces(_checked(bits, self.manifest, self.bits))
+    layout = self.store.layout
+    wanted = layout.pieces_for(_assignment(bits, layout))
     return all(piece in self.store.pieces for piece in wanted)
 
   def upgrade(self, bits: Assignment | None = None) -> Artifact:
@@ -115,8 +116,9 @@ class Artifact:
       ArtifactError: if the file is damaged, or not the one that was opened.
       ValueError: if the layers or bits are not the artifact's.
     """
-    opened = _checked(bits, self.manifest, self.bits)
-    wanted = self._pieces(None if bits is None else opened)
+    layout = self.store.layout
+    opened = _assignment(bits, layout)
+    wanted = layout.pieces_for(None if bits is None else opened)
     store = self.store.with_pieces(wanted)
     read = store.read_bytes - self.store.read_bytes
     parts = self.parts
@@ -182,7 +184,7 @@ class Artifact:
     Raises:
       ValueError: if the layers or bits are not the artifact's.
     """
-    bits = _checked(bits, self.manifest, self.bits)
+    bits = _assignment(bits, self.store.layout)
     layers = self.layer_bytes
     return self.tensor_bytes + sum(
       layer[bits[name]] - layer["stored"] for name, layer in layers.items()
@@ -198,11 +200,6 @@ class Artifact:
     if self.weight.storage.planes:
       stored += math.prod(packed_layout(self.weight, shape)["codes"].shape)
     return stored
-
-  def _pieces(self, opened):
-    index = opened and [self.bits.index(b) for b in opened.values()]
-    storage = self.weight.storage
-    return pieces_for(self.store.layout, self.manifest, storage, index)
 
   def _architecture(self, name, options):
     with errors_of(self.path / MANIFEST):
@@ -230,15 +227,10 @@ def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:
     manifest = read_manifest(reader.read(0, reader.size))
     weight, activation = quantizers(manifest)
     layout = layout_of(manifest, weight, activation)
-  opened = _checked(bits, manifest, weight.bits)
-  index = [weight.bits.index(b) for b in opened.values()]
+  opened = _assignment(bits, layout)
   # Of a manifest whose sections the file has: there can be many pieces.
   store = open_store(path / TENSORS, manifest["sha256"], layout)
-  store = store.with_pieces(
-    pieces_for(
-      layout, manifest, weight.storage, None if bits is None else index
-    )
-  )
+  store = store.with_pieces(layout.pieces_for(None if bits is None else opened))
   with errors_of(path / TENSORS):
     parts = _parts(manifest, weight, activation, store)
   read_bytes = reader.read_bytes + store.read_bytes
@@ -281,9 +273,9 @@ def load(
   return open(path).load(bits=bits, model=model, backend=backend, sample=sample)
 
 
-def _checked(bits, manifest, candidates):
+def _assignment(bits, layout: Layout) -> dict[str, int]:
   """{layer: bits} in the order of the layers, the highest for None."""
-  names = [layer["name"] for layer in manifest["layers"]]
+  candidates, names = layout.weight.bits, layout.names
   if bits is None:
     bits = candidates[0]
   if not isinstance(bits, Mapping):

@@ -20,8 +20,7 @@ from dr_jax import models, quant
 from dr_jax.deploy.artifact.layout import (
   Layout,
   Piece,
-  has_pairs,
-  section_number,
+  plane_pieces,
 )
 from dr_jax.deploy.artifact.manifest import Broken, guarded, with_sign
 from dr_jax.nn import deployed, layers
@@ -70,9 +69,8 @@ def checked_parts(
       ),
       first=_first(weight.storage.planes, arrays),
     )
-  pairs = has_pairs(manifest["norms"])
   norms = {
-    name: _norm(name, norm, pairs, pieces)
+    name: _norm(name, norm, layout.row_pieces(name), pieces)
     for name, norm in manifest["norms"].items()
   }
   floats = {
@@ -151,7 +149,7 @@ def _by_layer(joined, tensors):
 
 def _planes(name, count, pieces):
   """The first planes of a layer's codes, [planes, bytes]."""
-  keys = [(f"planes/{p}", name) for p in range(count)]
+  keys = plane_pieces(name, count)
   return np.stack([pieces[key] for key in keys if key in pieces])
 
 
@@ -200,14 +198,11 @@ def check_ranges(
       )
 
 
-def _norm(name, norm, pairs, pieces):
+def _norm(name, norm, keys, pieces):
   """Gain and offset of the rows that were read, NaN in the others."""
-  found = {}
-  for row in range(norm["rows"]):
-    key = f"norms/{section_number(norm, row, pairs)}", name
-    if key in pieces:
-      found[row] = pieces[key]
-      check_norm_values(name, row, pieces[key])
+  found = {row: pieces[key] for row, key in enumerate(keys) if key in pieces}
+  for row, piece in found.items():
+    check_norm_values(name, row, piece)
   like = next(iter(found.values()))
   both = np.full((2, norm["rows"], norm["channels"]), np.nan, like.dtype)
   both[:, list(found)] = np.stack(list(found.values()), 1)

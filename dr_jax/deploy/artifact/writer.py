@@ -12,10 +12,9 @@ from flax import nnx
 
 from dr_jax import nn, quant
 from dr_jax.deploy.artifact.layout import (
-  has_pairs,
   layout_of,
   packed_layout,
-  section_number,
+  plane_pieces,
 )
 from dr_jax.deploy.artifact.manifest import (
   FORMAT,
@@ -79,7 +78,10 @@ def save(
   manifest = _manifest(parts, packed, architecture)
   check_manifest(manifest | {"sha256": "0" * 64})
   layout = layout_of(manifest, first.weight, first.activation)
-  tensors, pieces = _tensors(parts, packed, layout), _pieces(parts, packed)
+  tensors, pieces = (
+    _tensors(parts, packed, layout),
+    _pieces(parts, packed, layout),
+  )
   checked_parts(
     manifest, first.weight, first.activation, layout, tensors, pieces
   )
@@ -114,20 +116,16 @@ def _tensors(parts, packed, layout):
   return tensors
 
 
-def _pieces(parts, packed):
+def _pieces(parts, packed, layout):
   """The pieces of all sections."""
   pieces = {}
-  norms = _norms(parts)
-  pairs = has_pairs(norms)
   for name, norm in parts.norms.items():
-    both = np.stack([norm.gain, norm.offset], 1)
-    for row, piece in enumerate(both):
-      number = section_number(norms[name], row, pairs)
-      pieces[f"norms/{number}", name] = piece
-  for name, layer in parts.layers.items():
-    if layer.weight.storage.planes:
-      for number, plane in enumerate(packed[name]["codes"]):
-        pieces[f"planes/{number}", name] = plane
+    rows = np.stack([norm.gain, norm.offset], 1)
+    pieces.update(zip(layout.row_pieces(name), rows, strict=True))
+  if layout.weight.storage.planes:
+    for name, arrays in packed.items():
+      planes = arrays["codes"]
+      pieces.update(zip(plane_pieces(name, len(planes)), planes, strict=True))
   return pieces
 
 
@@ -173,20 +171,16 @@ def _manifest(parts, packed, architecture):
     "streams": {
       key: [len(arrays[key]) for arrays in packed.values()] for key in streams
     },
-    "norms": _norms(parts),
+    "norms": {
+      name: {
+        "follows": norm.orders,
+        "rows": norm.gain.shape[0],
+        "channels": norm.gain.shape[1],
+      }
+      for name, norm in parts.norms.items()
+    },
   }
   return json.loads(json.dumps(manifest))
-
-
-def _norms(parts):
-  return {
-    name: {
-      "follows": list(norm.orders),
-      "rows": norm.gain.shape[0],
-      "channels": norm.gain.shape[1],
-    }
-    for name, norm in parts.norms.items()
-  }
 
 
 def _spec(quantizer):
