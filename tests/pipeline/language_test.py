@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dr_jax import deploy, nn, pipeline
+from dr_jax import deploy, nn, pipeline, report
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.runtime.tasks import TASKS
 
@@ -77,6 +77,29 @@ def test_an_artifact_is_the_network_with_every_projection_at_every_bit_width(
     f"blocks/0/{layer}"
     for layer in ("attention/key", "attention/out", "gated/up", "gated/down")
   }
+
+
+@pytest.mark.slow
+def test_searches_show_bits_per_byte_of_what_they_found(text, tmp_path):
+  stages = ("pretrain", "multi_precision", "hessian", "supernet", "search")
+  config = from_dict(
+    values(
+      text,
+      stages=(*stages, "export", "report"),
+      data=values(text)["data"] | {"holdout": 0.3},
+      supernet={"epochs": 1, "vectorize": "sequential"},
+      hessian={"images": 32, "batch_size": 32, "rel_stderr": 0.5},
+      search={"strategies": ("uniform", "hessian_ilp"), "budgets": (8.0, 2.0)},
+    )
+  )
+  summary = pipeline.run(config, tmp_path / "run")
+  rows = summary["stages"]["search"]["rows"]
+  table = report.search_table(rows, summary["task"])
+  assert table.columns[2].header == "bits per byte"
+  uniform = {row["budget"]: row["test"] for row in rows[::2]}
+  scores = summary["stages"]["export"]["scores"]
+  assert uniform == {8.0: scores["8"], 2.0: scores["2"]}
+  assert (tmp_path / "run" / "report" / "pareto.png").exists()
 
 
 @pytest.mark.parametrize(
