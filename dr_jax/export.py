@@ -25,18 +25,16 @@ if __name__ == "__main__":
   command.stop_on_interrupt("nothing was written")
 
 import os
-import sys
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from dr_jax import allocate, deploy
 from dr_jax.deploy.export.onnx.export import ARITHMETICS, OPSET
 from dr_jax.deploy.export.stablehlo import PLATFORMS
-from dr_jax.runtime import compilation, files, processes
+from dr_jax.runtime import files
 
 _ARTIFACT = flags.DEFINE_string(
   "artifact", None, "Directory of the artifact, as a run's export/model."
@@ -120,42 +118,27 @@ _FORMATS_OF = {
 _FORMAT = flags.DEFINE_enum("format", None, list(_FORMATS), "What to write.")
 
 
-def main(argv: list[str]) -> int:
-  """Exports an artifact; returns the exit code (see above)."""
-  warnings.showwarning = command.warn
-  try:
-    command.check_no_arguments(argv)
-    compilation.cache_on_disk()
-    output = _export()
-  except Exception as error:
-    if processes.exit_code(error) != 2:
-      raise
-    command.report(error)
-    return 2
-  return command.show(
-    lambda: print(f"{output}: {files.size(output):,} bytes"), output
-  )
+def start() -> None:
+  """Runs the command with the arguments of this process, and ends it."""
+  command.start(_export)
 
 
 def _export():
-  """Writes what the flags say; returns where."""
-  required = (_ARTIFACT, _FORMAT, _BITS, _OUTPUT)
-  given: dict[str, Any] = {flag.name: flag.value for flag in required}
-  for name, value in given.items():
-    if value is None:
-      raise ValueError(f"--{name} must be set; see --help")
+  """Writes what the flags say; returns how to report it, and where it is."""
+  path, format, bits, output = command.required(
+    _ARTIFACT, _FORMAT, _BITS, _OUTPUT
+  )
   for name, formats in _FORMATS_OF.items():
-    if flags.FLAGS[name].present and given["format"] not in formats:
+    if flags.FLAGS[name].present and format not in formats:
       raise ValueError(
         f"--{name} must come with --format={' or '.join(formats)}, got "
-        f"--format={given['format']}"
+        f"--format={format}"
       )
-  output = files.expand(given["output"])
+  output = files.expand(output)
   files.check_absent(output)
-  bits = _bits(given["bits"])
-  artifact = deploy.open(given["artifact"], bits)
-  _FORMATS[given["format"]](artifact, bits, output)
-  return output
+  bits = _bits(bits)
+  _FORMATS[format](deploy.open(path, bits), bits, output)
+  return lambda: print(f"{output}: {files.size(output):,} bytes"), output
 
 
 def _bits(given: str) -> Any:
@@ -195,15 +178,6 @@ def _network(artifact):
       f"--input_shape={','.join(sizes)} must fit the network, but: {first}"
     ) from None
   return network, sample
-
-
-def start() -> None:
-  """Runs the command with the arguments of this process, and ends it."""
-  command.run(
-    lambda: app.run(
-      lambda argv: sys.exit(main(argv)), flags_parser=command.parse_flags
-    )
-  )
 
 
 if __name__ == "__main__":

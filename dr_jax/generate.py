@@ -27,13 +27,11 @@ import codecs
 import itertools
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 
-from absl import app, flags
+from absl import flags
 
 from dr_jax import deploy
-from dr_jax.runtime import compilation, processes
 
 _ARTIFACT = flags.DEFINE_string(
   "artifact", None, "Directory of the artifact, as a run's export/model."
@@ -69,38 +67,31 @@ _END = flags.DEFINE_bool(
 )
 
 
-def main(argv: list[str]) -> int:
-  """Continues a text; returns the exit code (see above)."""
-  warnings.showwarning = command.warn
-  try:
-    command.check_no_arguments(argv)
-    compilation.cache_on_disk()
-    text = _text()
-  except Exception as error:
-    if processes.exit_code(error) != 2:
-      raise
-    command.report(error)
-    return 2
-  return command.show(lambda: _print(text), _ARTIFACT.value)
+def start() -> None:
+  """Runs the command with the arguments of this process, and ends it."""
+  command.start(_prepare)
+
+
+def _prepare():
+  text = _text()
+  return lambda: _print(text), _ARTIFACT.value
 
 
 def _text() -> Iterator[int]:
   """Opens what the flags say; returns the bytes, the prompt first."""
-  for flag in (_ARTIFACT, _BITS, _PROMPT):
-    if flag.value is None:
-      raise ValueError(f"--{flag.name} must be set; see --help")
-  if not _PROMPT.value:
+  artifact, bits, prompt = command.required(_ARTIFACT, _BITS, _PROMPT)
+  if not prompt:
     raise ValueError("--prompt must not be empty, got ''")
-  schedule = parse_bits(_BITS.value)
+  schedule = parse_bits(bits)
   decoder = deploy.Decoder(
-    _ARTIFACT.value,
+    artifact,
     bits=max(bits for bits, _ in schedule),
     cache_dtype=_CACHE.value,
   )
   for bits, _ in schedule:
     if bits not in decoder.candidates:
       raise ValueError(f"--bits must be of {decoder.candidates}, got {bits}")
-  prompt = _PROMPT.value.encode(errors="surrogateescape")
+  prompt = prompt.encode(errors="surrogateescape")
   made = decoder.stream(
     prompt,
     bits=itertools.islice(_unrolled(schedule), _BYTES.value),
@@ -145,15 +136,6 @@ def _print(text):
     sys.stdout.write(decoder.decode(bytes([byte])))
     sys.stdout.flush()
   print(decoder.decode(b"", final=True))
-
-
-def start() -> None:
-  """Runs the command with the arguments of this process, and ends it."""
-  command.run(
-    lambda: app.run(
-      lambda argv: sys.exit(main(argv)), flags_parser=command.parse_flags
-    )
-  )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,47 @@ def run(function: Callable[[], Any]) -> None:
         sys.stdout.flush()
     except OSError:
       _drop_output()
+
+
+def start(prepare: Callable[[], tuple[Callable[[], None], Any]]) -> None:
+  """Runs a command of flags, and ends the process with its exit code.
+
+  Bad input and files that cannot be read or written are one line, and code 2.
+
+  Args:
+    prepare: does what the flags say; returns the arguments of `show`.
+  """
+  from absl import app  # Ctrl-C is heeded before it is loaded.
+
+  run(
+    lambda: app.run(
+      lambda argv: sys.exit(_main(argv, prepare)), flags_parser=parse_flags
+    )
+  )
+
+
+def _main(argv, prepare):
+  from dr_jax.runtime import compilation, processes
+
+  warnings.showwarning = warn
+  try:
+    check_no_arguments(argv)
+    compilation.cache_on_disk()
+    write, result = prepare()
+  except Exception as error:
+    if processes.exit_code(error) != 2:
+      raise
+    report(error)
+    return 2
+  return show(write, result)
+
+
+def required(*flags: Any) -> list[Any]:
+  """Returns the values of flags; raises ValueError if one is not set."""
+  for flag in flags:
+    if flag.value is None:
+      raise ValueError(f"--{flag.name} must be set; see --help")
+  return [flag.value for flag in flags]
 
 
 def parse_flags(argv: list[str]) -> list[str]:
