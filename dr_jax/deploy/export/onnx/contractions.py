@@ -14,7 +14,7 @@ import numpy as np
 from dr_jax.deploy.export.graph import Node, Value
 from dr_jax.deploy.export.onnx import primitives, weights
 from dr_jax.deploy.export.onnx.builder import MICROSOFT
-from dr_jax.deploy.export.onnx.lower import Contract, Weight
+from dr_jax.deploy.export.onnx.steps import Contract, Weight
 from dr_jax.deploy.export.onnx.windows import windows
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ import numpy as np
 from dr_jax.deploy.export.graph import Layer, Operand, Value, trace_function
 from dr_jax.deploy.export.onnx import contractions, primitives
 from dr_jax.deploy.export.onnx.builder import Builder
-from dr_jax.deploy.export.onnx.lower import (
+from dr_jax.deploy.export.onnx.forms import is_supported
+from dr_jax.deploy.export.onnx.steps import (
   Affine,
   Clip,
   Contract,
   Quantize,
   Step,
   Weight,
-  is_supported,
 )
 from dr_jax.deploy.export.onnx.weights import Source
 

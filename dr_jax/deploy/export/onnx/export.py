@@ -16,7 +16,8 @@ from dr_jax.deploy.export import graph as graphs
 from dr_jax.deploy.export.onnx import weights
 from dr_jax.deploy.export.onnx.builder import MICROSOFT, Builder
 from dr_jax.deploy.export.onnx.emit import Emitter, derived
-from dr_jax.deploy.export.onnx.lower import lower, quantizer
+from dr_jax.deploy.export.onnx.forms import quantizer
+from dr_jax.deploy.export.onnx.lower import lower
 from dr_jax.runtime import files
 
 ARITHMETICS = ("exact", "fused")

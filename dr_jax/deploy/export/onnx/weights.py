@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from dr_jax.deploy.export.onnx.builder import Builder
-from dr_jax.deploy.export.onnx.lower import Weight
+from dr_jax.deploy.export.onnx.steps import Weight
 
 # How the codes of a weight come into the graph: the name of an int8 tensor.
 Source = Callable[[Builder, Weight], str]
