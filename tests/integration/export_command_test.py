@@ -78,12 +78,26 @@ def test_flags_say_batch_and_platforms_of_a_program_of_all_bits(
   assert about["arguments"][-2]["shape"] == [2, 8, 8, 1]
 
 
-@pytest.mark.parametrize("bits", [4, "all"])
-def test_an_onnx_file_computes_in_onnx_runtime(command, folder, tmp_path, bits):
+@pytest.mark.parametrize(
+  ("bits", "flags", "note"),
+  [
+    ("all", {}, ""),
+    (
+      4,
+      {"arithmetic": "fused", "weight_type": "int4"},
+      "bits 4: 18 of 18 fused channels are exact\n",
+    ),
+  ],
+)
+def test_an_onnx_file_computes_in_onnx_runtime(
+  command, folder, tmp_path, bits, flags, note
+):
   runtime = pytest.importorskip("onnxruntime")
-  flags = {"format": "onnx", "input_shape": "8,8,1", "bits": bits}
-  ended = command(tmp_path / "net.onnx", **flags)
+  flags = {"format": "onnx", "input_shape": "8,8,1", "bits": bits} | flags
+  path = tmp_path / "net.onnx"
+  ended = command(path, **flags)
   assert (ended.code, ended.err) == (0, "")
+  assert ended.out == f"{path}: {path.stat().st_size:,} bytes\n{note}"
   session = runtime.InferenceSession(tmp_path / "net.onnx")
   given = {"input": small_artifact.images(3)}
   if bits == "all":
@@ -124,6 +138,10 @@ def test_the_integers_of_an_artifact_are_written_for_pytorch(
     ({"input_shape": "8,-8,1"}, "--input_shape must be the sizes of one input"),
     ({"format": "onnx", "input_shape": "8,8,3"}, "8,8,3 must fit the network"),
     ({"format": "onnx", "opset": 3}, "opset must be in 18.."),
+    (
+      {"format": "onnx", "bits": "all", "weight_type": "int4"},
+      "--weight_type must be int8 with --bits=all, got int4",
+    ),
     ({"arithmetic": "fused"}, "--arithmetic must come with --format=onnx"),
     ({"platforms": "tpu,vulkan"}, "platforms must be of cpu, cuda, tpu"),
     ({"artifact": "nowhere"}, "nowhere/manifest.json: No such file"),

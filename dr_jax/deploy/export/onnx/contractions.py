@@ -14,36 +14,38 @@ import numpy as np
 from dr_jax.deploy.export.graph import Node, Value
 from dr_jax.deploy.export.onnx import primitives, weights
 from dr_jax.deploy.export.onnx.builder import MICROSOFT
+from dr_jax.deploy.export.onnx.requantize import (
+  Requantization,
+  requantization,
+)
 from dr_jax.deploy.export.onnx.steps import Contract, Weight
 from dr_jax.deploy.export.onnx.windows import windows
 
 if TYPE_CHECKING:
   from dr_jax.deploy.export.onnx.emit import Emitter
 
-# Bias codes, and what they are added to, stay far inside of int32.
-_LARGEST_BIAS = 2**30
-
 
 def emit(emitter: Emitter, step: Contract) -> None:
   """Emits a contraction, and the quantizer that is computed with it."""
   codes = emitter.codes(step.quantize)
-  order = None
+  order, pivot = None, 0
   if step.node.operation == "dot_general":
     name = _product(emitter, step, emitter.tensor(codes))
   else:
     order = tuple(step.node.params["dimension_numbers"].out_spec)
-    bias = _bias_codes(step)
-    if step.requantize is not None and bias is not None:
-      name = _fused(emitter, step, codes, *bias)
+    found = _requantization(emitter, step)
+    if found is not None:
+      name, pivot = _fused(emitter, step, codes, found), found.pivot
+      emitter.exact[step.weight.layer] = found.exact
     elif step.node.params["feature_group_count"] > 1:
-      name = _convolution(emitter, step, codes)
+      name = _grouped(emitter, step, codes)
       name = emitter.offset(name, step, order)
     else:
       name, order = _windowed(emitter, step, codes), None
   if step.requantize is None:
     emitter.put(step.output, name, order)
   else:
-    emitter.put_quantized(step.requantize, name, 1.0, order)
+    emitter.put_quantized(step.requantize, name, 1.0, order, pivot)
 
 
 def emit_packed(emitter: Emitter, node: Node, weight: Weight) -> None:
@@ -122,7 +124,7 @@ def _product(emitter: Emitter, step: Contract, rows: str, fold: int = 1) -> str:
     )
   name = builder.add(
     "MatMul",
-    emitter.dequantized(rows, step.quantize),
+    emitter.dequantized(rows, step.quantize, step.quantize.scale),
     builder.add("DequantizeLinear", codes, scale, axis=1),
     name=layer,
   )
@@ -131,58 +133,55 @@ def _product(emitter: Emitter, step: Contract, rows: str, fold: int = 1) -> str:
   return name
 
 
-def _convolution(
-  emitter: Emitter,
-  step: Contract,
-  codes: Value,
-  bias: str | None = None,
-  shift: int = 0,
-) -> str:
-  """DequantizeLinear and Conv, with weight codes shifted up."""
+def _grouped(emitter: Emitter, step: Contract, codes: Value) -> str:
+  """A convolution with float output."""
+  kernel = emitter.source(emitter.builder, step.weight)
+  scale = step.quantize.scale
+  return _convolution(emitter, step, codes, scale, kernel, step.gain / scale)
+
+
+def _fused(emitter, step, codes, found):
+  """Conv as ONNX Runtime fuses it with QuantizeLinear; its unit is one code."""
+  builder, layer = emitter.builder, step.weight.layer
+  kernel = emitter.source(builder, step.weight)
+  kernel = weights.multiplied(builder, kernel, found.factor)
+  bias = builder.add(
+    "DequantizeLinear",
+    builder.constant(found.bias, f"{layer}/bias"),
+    builder.constant(found.multiplier, f"{layer}/weight_scale"),
+    axis=0,
+  )
+  return _convolution(emitter, step, codes, 1.0, kernel, found.multiplier, bias)
+
+
+def _convolution(emitter, step, codes, scale, kernel, weight_scale, *bias):
+  """DequantizeLinear and Conv, of codes with a scale."""
   builder, layer, params = emitter.builder, step.weight.layer, step.node.params
   dims = params["dimension_numbers"]
-  kernel = emitter.source(builder, step.weight)
-  kernel = weights.shifted(builder, kernel, shift)
-  scale = np.float32(step.gain / step.quantize.scale / 2**shift)
-  scale = builder.constant(scale, f"{layer}/weight_scale")
   x = emitter.tensor(codes, dims.lhs_spec)
-  window = step.weight.codes.shape[:-2]
+  weight_scale = np.float32(weight_scale)
   return builder.add(
     "Conv",
-    emitter.dequantized(x, step.quantize),
+    emitter.dequantized(x, step.quantize, scale),
     builder.add(
       "DequantizeLinear",
       weights.ordered(builder, kernel, dims.rhs_spec),
-      scale,
+      builder.constant(weight_scale, f"{layer}/weight_scale"),
       axis=0,
     ),
-    *([] if bias is None else [bias]),
+    *bias,
     name=layer,
-    **primitives.convolution_attributes(params, window),
+    **primitives.convolution_attributes(params, step.weight.codes.shape[:-2]),
   )
 
 
-def _fused(emitter, step, codes, bias, shift):
-  """Conv with a bias in codes, as ONNX Runtime fuses it with QuantizeLinear."""
-  builder, layer = emitter.builder, step.weight.layer
-  name = builder.add(
-    "DequantizeLinear",
-    builder.constant(bias, f"{layer}/bias"),
-    builder.constant(np.float32(step.gain / 2**shift), f"{layer}/bias_scale"),
-    axis=0,
-  )
-  return _convolution(emitter, step, codes, name, shift)
-
-
-def _bias_codes(step: Contract) -> tuple[np.ndarray, int] | None:
-  """The offset in units of one code product, and the shift of weight codes.
-
-  Codes of less than 8 bits are shifted up, which makes that unit finer. None
-  where the offset is out of range, as with a gain of zero.
-  """
-  shift = weights.free_bits(step.weight.codes)
-  with np.errstate(all="ignore"):
-    bias = np.round(step.offset / step.gain * 2**shift)
-  if not np.all(np.abs(bias) < _LARGEST_BIAS):
+def _requantization(emitter: Emitter, step: Contract) -> Requantization | None:
+  """How a convolution gives the codes of its reader, if one is to give any."""
+  if step.requantize is None:
     return None
-  return bias.astype(np.int32), shift
+  x, y, codes = step.quantize, step.requantize, step.weight.codes
+  ends = np.multiply.outer([x.low, x.high], codes.astype(np.int64))
+  axes = tuple(range(codes.ndim - 1))
+  sums = np.stack([ends.min(0).sum(axes), ends.max(0).sum(axes)])
+  largest = weights.largest_factor(codes, x.high + emitter.zero(x))
+  return requantization(step.gain, step.offset, (y.low, y.high), sums, largest)

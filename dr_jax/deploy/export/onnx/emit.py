@@ -39,11 +39,14 @@ class Emitter:
     source: where weight codes come from.
     microsoft: whether to use operators that only ONNX Runtime has.
     packs_products: whether products of floats with a weight read packed codes.
+    exact: {layer: bool [c_out]} of convolutions that give codes directly,
+      whether these are exact; see `Requantization`.
   """
 
   def __init__(self, builder: Builder, source: Source, *, microsoft: bool):
     self.builder, self.source, self.microsoft = builder, source, microsoft
     self.packs_products = False
+    self.exact: dict[str, np.ndarray] = {}
     self._names: dict[int, dict[Order, str]] = {}
     self._codes: dict[int, tuple[Quantize, Value]] = {}
     self._weights: dict[int, Weight] = {}
@@ -102,20 +105,26 @@ class Emitter:
     return self._codes[id(step.output)][1]
 
   def put_quantized(
-    self, step: Quantize, name: str, scale: float, order: Order | None
+    self,
+    step: Quantize,
+    name: str,
+    scale: float,
+    order: Order | None,
+    pivot: int = 0,
   ) -> None:
     """Quantizes a float tensor, x of a step, with codes of this scale.
 
-    Codes are uint8; those of a signed quantizer have zero point 128.
+    Codes are uint8; those of a signed quantizer have zero point 128. The tensor
+    is zero at the code `pivot`.
     """
+    zero = self.zero(step)
     name = self.builder.add(
       "QuantizeLinear",
       name,
       self.builder.constant(np.float32(scale), "scale"),
-      self.zero_point(step),
+      self.builder.constant(np.uint8(zero + pivot), "zero"),
       name=f"{step.layer}/input_codes",
     )
-    zero = 128 if step.low < 0 else 0
     low, high = step.low + zero, step.high + zero
     if (low, high) != (0, 255):
       ends = [self.builder.constant(np.uint8(end)) for end in (low, high)]
@@ -124,11 +133,11 @@ class Emitter:
     self._codes[id(step.output)] = step, codes
     self.put(codes, name, order)
 
-  def dequantized(self, name: str, step: Quantize) -> str:
-    """Codes of a quantizer as floats."""
-    scale = self.builder.constant(np.float32(step.scale), "scale")
+  def dequantized(self, name: str, step: Quantize, scale: float) -> str:
+    """Codes of a quantizer, times a scale, as floats."""
+    factor = self.builder.constant(np.float32(scale), "scale")
     zero = self.zero_point(step)
-    return self.builder.add("DequantizeLinear", name, scale, zero)
+    return self.builder.add("DequantizeLinear", name, factor, zero)
 
   def offset(self, name: str, step: Any, order: Order) -> str:
     """A tensor with its axes in an order, plus the offset of a step."""
@@ -137,9 +146,13 @@ class Emitter:
     offset = _broadcastable(step.offset, step.output.shape, order)
     return self.builder.add("Add", name, self.builder.constant(offset))
 
+  def zero(self, step: Quantize) -> int:
+    """The uint8 code that stands for zero."""
+    return 128 if step.low < 0 else 0
+
   def zero_point(self, step: Quantize) -> str:
-    """The code that stands for zero."""
-    return self.builder.constant(np.uint8(128 if step.low < 0 else 0), "zero")
+    """The name of the code that stands for zero."""
+    return self.builder.constant(np.uint8(self.zero(step)), "zero")
 
   def _materialize(self, value):
     """Computes the floats that codes stand for, where something reads them.

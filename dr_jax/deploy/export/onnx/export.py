@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -24,6 +24,7 @@ ARITHMETICS = ("exact", "fused")
 OPSET = 21
 # By weight type.
 _SMALLEST_OPSET = {"int8": 18, "int4": 21, "int2": 25}
+WEIGHT_TYPES = tuple(_SMALLEST_OPSET)
 INPUT, OUTPUT = "input", "output"
 
 
@@ -36,7 +37,7 @@ def export_onnx(
   opset: int = OPSET,
   arithmetic: str = "exact",
   weight_type: str = "int8",
-) -> None:
+) -> dict[str, np.ndarray]:
   """Writes a network at one assignment of bit-widths as an ONNX file.
 
   Weights are the integer codes of that bit-width, inputs of quantized layers
@@ -54,13 +55,17 @@ def export_onnx(
     opset: of the standard operators, 18 or more.
     arithmetic: "exact" computes what the network computes: sums in integers,
       and what stands between in float32. "fused" lets a convolution whose
-      output only the next layer's codes are made of give them directly: its
-      bias is then rounded to one unit of its sums, which moves some codes by
-      one. It also uses operators that only ONNX Runtime has.
+      output only the next layer's codes are made of give them directly, with
+      an integer bias: below 6 bits all codes stay the same, at 8 bits a few
+      move by one. It also uses operators that only ONNX Runtime has.
     weight_type: the narrowest type for codes that fit into it: "int8", "int4"
       (opset 21) or "int2" (opset 25). Kernels are widened when the file is
       loaded; with "fused", linear layers of float input stay packed
       (MatMulNBits).
+
+  Returns:
+    {layer: bool [c_out]} of the layers that give codes directly: the channels
+    where all codes are exact, whatever the input. Empty for "exact".
 
   Raises:
     ImportError: if the onnx package is not installed.
@@ -77,9 +82,25 @@ def export_onnx(
   builder = Builder()
   builder.unique(INPUT)
   source = weights.SOURCES[weight_type]
-  x, y, name = add_network(builder, network, sample_shape, arithmetic, source)
-  builder.add("Identity", name, output=OUTPUT)
-  save(path, builder, {INPUT: x}, y, opset)
+  added = add_network(builder, network, sample_shape, arithmetic, source)
+  builder.add("Identity", added.name, output=OUTPUT)
+  save(path, builder, {INPUT: added.x}, added.y, opset)
+  return added.exact
+
+
+class Added(NamedTuple):
+  """A network among the nodes of a builder.
+
+  Attributes:
+    x, y: its input and output.
+    name: of the output.
+    exact: what `export_onnx` returns.
+  """
+
+  x: graphs.Value
+  y: graphs.Value
+  name: str
+  exact: dict[str, np.ndarray]
 
 
 def add_network(
@@ -88,7 +109,7 @@ def add_network(
   sample_shape: Sequence[int],
   arithmetic: str,
   source: weights.Source | None,
-) -> tuple[graphs.Value, graphs.Value, str]:
+) -> Added:
   """Adds the nodes of a network, which reads `INPUT`.
 
   Args:
@@ -96,9 +117,6 @@ def add_network(
     network, sample_shape, arithmetic: as in `export_onnx`.
     source: where weight codes come from; None for what layers store, for every
       bit-width.
-
-  Returns:
-    The input, the output, and the name of the output.
   """
   fused = arithmetic == "fused"
   layers = _integer_layers(network)
@@ -114,7 +132,7 @@ def add_network(
     raise graphs.GraphError(
       f"network must return one array, got {len(graph.outputs)}"
     )
-  return x, y, emitter.tensor(y)
+  return Added(x, y, emitter.tensor(y), emitter.exact)
 
 
 def check(opset: int, arithmetic: str, weight_type: str = "int8") -> None:

@@ -24,6 +24,7 @@ from dr_jax.deploy.export.onnx.export import (
   INPUT,
   OPSET,
   OUTPUT,
+  Added,
   add_network,
   check,
   info,
@@ -40,13 +41,16 @@ def export_onnx_switchable(
   *,
   opset: int = OPSET,
   arithmetic: str = "exact",
-) -> None:
+) -> dict[int, dict[str, np.ndarray]]:
   """Writes a network at all its bit-widths as one ONNX file.
 
   Args:
     path, network, sample_shape, opset, arithmetic: as in `export_onnx`. The
       file has a second input, "bits", an int64 scalar: one that is not a
       candidate is read as the next higher one, or as the highest.
+
+  Returns:
+    By bits, what `export_onnx` returns.
 
   Raises:
     ImportError, ValueError, GraphError: as `export_onnx`.
@@ -63,34 +67,33 @@ def export_onnx_switchable(
     nn.set_bits(network, bits)
     branch = builder.branch()
     added = add_network(branch, network, sample_shape, arithmetic, None)
-    branches.append(_Branch(bits, branch, *added))
-  x, y = branches[0].x, branches[0].y
+    branches.append(_Branch(bits, branch, added))
+  first = branches[0].network
   builder.nodes, chosen = _chosen(builder, branches)
   builder.add("Identity", chosen, output=OUTPUT)
   choice = Value((), np.dtype(np.int64))
-  save(path, builder, {INPUT: x, BITS: choice}, y, opset)
+  save(path, builder, {INPUT: first.x, BITS: choice}, first.y, opset)
+  return {branch.bits: branch.network.exact for branch in branches}
 
 
 class _Branch(NamedTuple):
-  """The nodes of one bit-width; its input, output, and the output's name."""
+  """The nodes of one bit-width."""
 
   bits: int
   builder: Builder
-  x: Value
-  y: Value
-  output: str
+  network: Added
 
 
 def _chosen(builder, branches):
   """Nodes that compute the branch of the bits asked for; their output."""
   import onnx
 
-  (bits, branch, _, y, output), *rest = branches
+  (bits, branch, network), *rest = branches
   if not rest:
-    return branch.nodes, output
+    return branch.nodes, network.name
 
   def graph(name, nodes, output):
-    return onnx.helper.make_graph(nodes, name, [], [info(output, y)])
+    return onnx.helper.make_graph(nodes, name, [], [info(output, network.y)])
 
   choice = builder.branch()
   lower = choice.constant(np.int64(rest[0].bits), "bits")
@@ -98,7 +101,7 @@ def _chosen(builder, branches):
   output = choice.add(
     "If",
     is_higher,
-    then_branch=graph(f"bits_{bits}", branch.nodes, output),
+    then_branch=graph(f"bits_{bits}", branch.nodes, network.name),
     else_branch=graph(f"below_bits_{bits}", *_chosen(builder, rest)),
   )
   return choice.nodes, output

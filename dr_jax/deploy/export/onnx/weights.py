@@ -63,13 +63,13 @@ def blocks(codes: np.ndarray) -> tuple[np.ndarray, int]:
   return unsigned, bits
 
 
-def shifted(builder: Builder, codes: str, shift: int) -> str:
-  """codes * 2^shift, which int8 must hold."""
-  if not shift:
+def multiplied(builder: Builder, codes: str, factor: np.ndarray) -> str:
+  """codes * factor [c_out], which int8 must hold."""
+  if np.all(factor == 1):
     return codes
   wide = builder.cast(codes, np.int32)
-  factor = builder.constant(np.int32(2**shift))
-  return builder.cast(builder.add("Mul", wide, factor), np.int8)
+  product = builder.add("Mul", wide, builder.constant(factor.astype(np.int32)))
+  return builder.cast(product, np.int8)
 
 
 def ordered(builder: Builder, codes: str, order: Sequence[int]) -> str:
@@ -104,12 +104,15 @@ def flat(
   return builder.add("Reshape", codes, target)
 
 
-def free_bits(codes: np.ndarray) -> int:
-  """How far codes can be shifted left within int8."""
-  shift = 0
-  while shift < 7 and _fits(codes.astype(np.int32) << (shift + 1), 8):
-    shift += 1
-  return shift
+def largest_factor(codes: np.ndarray, largest_input: int) -> np.ndarray:
+  """What codes [..., c_out] can be multiplied by, per channel; at least 1.
+
+  int8 holds the products, and int16 two of them times the largest input code:
+  processors without VNNI add in that, and saturate.
+  """
+  size = np.abs(codes.astype(np.int32)).reshape(-1, codes.shape[-1]).max(0)
+  limit = min(127, 2**15 // (2 * largest_input))
+  return np.maximum(limit // np.maximum(size, 1), 1)
 
 
 def _narrow(builder, weight, dtype, bits):
