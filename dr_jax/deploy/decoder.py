@@ -19,6 +19,8 @@ from jax.typing import DTypeLike
 from dr_jax import models, nn
 from dr_jax.deploy import artifact as artifacts
 
+_BYTES = 256
+
 
 class Decoder:
   """Continues texts with a language model that an artifact holds.
@@ -68,13 +70,7 @@ class Decoder:
     """
     if not isinstance(artifact, artifacts.Artifact):
       artifact = artifacts.open(artifact, bits)
-    name, _ = artifact.manifest["architecture"] or ("an unnamed network", {})
-    if name not in models.TASKS["language"]:
-      known = ", ".join(models.TASKS["language"])
-      raise ValueError(
-        f"artifact must be of a language model ({known}), got {name} in "
-        f"{artifact.path}"
-      )
+    _check_architecture(artifact)
     network: Any = artifact.load()
     self.artifact = artifact
     self.candidates = tuple(filter(artifact.holds, artifact.bits))
@@ -159,6 +155,23 @@ def choose(
   divisor = jnp.where(temperature > 0, temperature, 1)
   drawn = jax.random.categorical(key, logits / divisor)
   return jnp.where(temperature > 0, drawn, logits.argmax())
+
+
+def _check_architecture(artifact):
+  named = artifact.manifest["architecture"]
+  name, options = named or ("an unnamed network", {})
+  if name not in models.TASKS["language"]:
+    known = ", ".join(models.TASKS["language"])
+    raise ValueError(
+      f"artifact must be of a language model ({known}), got {name} in "
+      f"{artifact.path}"
+    )
+  tokens = options.get("vocabulary", _BYTES)
+  if tokens != _BYTES:
+    raise ValueError(
+      f"artifact must have {_BYTES} tokens, one for each byte, got {tokens} in "
+      f"{artifact.path}"
+    )
 
 
 def _chunks(text: bytes) -> Iterator[bytes]:

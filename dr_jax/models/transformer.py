@@ -68,7 +68,7 @@ class Transformer(nnx.Module):
   ):
     _check_sizes(width, depth, heads, kv_heads, hidden)
     check_integer("vocabulary", vocabulary, 2, 2**20)
-    check_integer("context", context, 1, 2**20)
+    check_integer("context", context, 1, 2**16)
     self.context, self.kv_heads = context, kv_heads
     self.head_width = width // heads
     hidden = hidden or -(-8 * width // (3 * 32)) * 32

@@ -109,3 +109,9 @@ def test_a_network_that_is_no_language_model_is_an_error(tmp_path):
   deploy.save(tmp_path / "model", layer)
   with pytest.raises(ValueError, match=r"\(transformer\), got an unnamed"):
     deploy.Decoder(tmp_path / "model")
+
+
+def test_a_language_model_of_other_tokens_is_an_error(tmp_path):
+  small_language_model.save(tmp_path / "model", vocabulary=32)
+  with pytest.raises(ValueError, match="256 tokens, one for each byte, got 32"):
+    deploy.Decoder(tmp_path / "model")

@@ -120,6 +120,10 @@ def test_nested_json_is_refused(path, bomb):
     ("resnet", OPTIONS | {"widths": (2**20, 2**20, 2**20)}),
     ("resnet50", {"num_classes": 3, "channels": 1}),
     ("mobilenetv2", {"num_classes": 3, "channels": 1, "width": 1e9}),
+    ("vit", {"depth": 2**14}),
+    ("vit", {"depth": 1, "image_size": 2**14, "patch_size": 1}),
+    ("transformer", {"depth": 2**16}),
+    ("transformer", {"width": 2**16, "hidden": 2**16}),
   ],
 )
 def test_a_network_larger_than_what_is_stored_is_not_built(path, architecture):
