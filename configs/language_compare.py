@@ -117,7 +117,7 @@ def get_config(arg=None):
   config.quant = ConfigDict({"bits": NESTED})
   config.pretrain = files.group(
     TrainConfig,
-    epochs=2,
+    epochs=6,
     optimizer="adamw",
     learning_rate=4e-3,
     warmup=0.05,
