@@ -156,6 +156,15 @@ def one_line(message: Any) -> str:
   return " ".join(str(message).split()) or type(message).__name__
 
 
+def first_line(error: BaseException) -> str:
+  """The first line of an error; the type of one that says nothing.
+
+  >>> first_line(ValueError("a\\nb")), first_line(ValueError())
+  ('a', 'ValueError')
+  """
+  return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def show(write: Callable[[], None], result: Any) -> int:
   """Writes to standard output what a command found; returns the exit code.
 

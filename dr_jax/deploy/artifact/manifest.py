@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from dr_jax import quant
-from dr_jax.runtime import schema
+from dr_jax.runtime import command, schema
 from dr_jax.runtime.schema import COUNT, Where
 
 FORMAT = "dr_jax"
@@ -92,8 +92,7 @@ def guarded(
     raise
   # Methods and networks, also those that users register, raise what they like.
   except Exception as error:
-    first = (str(error) or type(error).__name__).splitlines()[0]
-    raise Broken(f"{what}: {first[:_LONGEST]}") from None
+    raise Broken(f"{what}: {command.first_line(error)[:_LONGEST]}") from None
 
 
 def read_manifest(text: bytes) -> dict[str, Any]:

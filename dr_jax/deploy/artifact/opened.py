@@ -124,7 +124,7 @@ class Artifact:
     parts = self.parts
     if read:
       with errors_of(store.path):
-        parts = _parts(self.manifest, self.weight, self.activation, store)
+        parts = _parts(self.manifest, self.activation, store)
     return dataclasses.replace(
       self,
       opened=opened,
@@ -232,7 +232,7 @@ def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:
   store = open_store(path / TENSORS, manifest["sha256"], layout)
   store = store.with_pieces(layout.pieces_for(None if bits is None else opened))
   with errors_of(path / TENSORS):
-    parts = _parts(manifest, weight, activation, store)
+    parts = _parts(manifest, activation, store)
   read_bytes = reader.read_bytes + store.read_bytes
   return Artifact(
     path, manifest, weight, activation, opened, parts, read_bytes, store
@@ -286,7 +286,7 @@ def _assignment(bits, layout: Layout) -> dict[str, int]:
   return {name: bits[name] for name in names}
 
 
-def _parts(manifest, weight, activation, store):
+def _parts(manifest, activation, store):
   return checked_parts(
-    manifest, weight, activation, store.layout, store.tensors, store.pieces
+    manifest, activation, store.layout, store.tensors, store.pieces
   )

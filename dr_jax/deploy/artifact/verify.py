@@ -29,7 +29,6 @@ from dr_jax.nn.deployed import LARGEST
 
 def checked_parts(
   manifest: Mapping[str, Any],
-  weight: quant.WeightQuantizer,
   activation: quant.ActivationQuantizer | None,
   layout: Layout,
   tensors: Mapping[str, np.ndarray],
@@ -38,7 +37,7 @@ def checked_parts(
   """Checks all values and returns what they are parts of.
 
   Args:
-    manifest, weight, activation, layout: of the artifact.
+    manifest, activation, layout: of the artifact.
     tensors: as in a file, but sections and checksums.
     pieces: of the sections, those that were read.
 
@@ -50,39 +49,17 @@ def checked_parts(
   stored = {}
   for order, layer in enumerate(manifest["layers"]):
     name, arrays = layer["name"], packed.get(layer["name"], {})
-    if weight.storage.planes:
-      arrays["codes"] = _planes(name, weight.bits[0], pieces)
-    for key, array in arrays.items():
-      _check_values(f"{name}/{key}", array)
-    for key, array in inputs.get(name, {}).items():
-      _check_values(f"{name}/input/{key}", array)
-    stored[name] = deployed.StoredLayer(
-      info=layers.LayerInfo(name, order, layer["macs"]),
-      shape=tuple(layer["shape"]),
-      weight=weight,
-      activation=with_sign(activation, layer["signed"]),
-      input_params={
-        key: jnp.asarray(array) for key, array in inputs.get(name, {}).items()
-      },
-      encoded=guarded(
-        f"layer {name}", _encoded, arrays, tuple(layer["shape"]), weight
-      ),
-      first=_first(weight.storage.planes, arrays),
+    if layout.weight.storage.planes:
+      arrays["codes"] = _planes(name, layout.weight.bits[0], pieces)
+    quantizer = with_sign(activation, layer["signed"])
+    stored[name] = _layer(
+      order, layer, layout.weight, arrays, quantizer, inputs.get(name, {})
     )
   norms = {
     name: _norm(name, norm, layout.row_pieces(name), pieces)
     for name, norm in manifest["norms"].items()
   }
-  floats = {
-    name.removeprefix("float/"): array
-    for name, array in tensors.items()
-    if name.startswith("float/")
-  }
-  # Of floats only the network knows what they are: a mask can be infinite.
-  for name, array in floats.items():
-    _check_width(f"float/{name}", array)
-  floats = {name: jnp.asarray(array) for name, array in floats.items()}
-  return deployed.Parts(stored, norms, floats)
+  return deployed.Parts(stored, norms, _floats(tensors))
 
 
 def abstract_network(
@@ -124,51 +101,6 @@ def abstract_network(
   return model
 
 
-class _CountedRngs(nnx.Rngs):
-  """Keys for the initial values of so many variables."""
-
-  def __init__(self, variables: int):
-    super().__init__(0)
-    self.left = variables
-
-  def params(self) -> jax.Array:
-    self.left -= 1
-    if self.left < 0:
-      raise Broken("architecture has more variables than are stored")
-    return self.default()
-
-
-def _by_layer(joined, tensors):
-  """{layer: {key: array}} of tensors in which layers follow each other."""
-  found: dict[str, dict[str, np.ndarray]] = {}
-  for key, tensor in joined.items():
-    for name, array in tensor.split(tensors[tensor.name]).items():
-      found.setdefault(name, {})[key] = array
-  return found
-
-
-def _planes(name, count, pieces):
-  """The first planes of a layer's codes, [planes, bytes]."""
-  keys = plane_pieces(name, count)
-  return np.stack([pieces[key] for key in keys if key in pieces])
-
-
-def _first(planes, packed):
-  """Position of the highest bit-width that the planes serve."""
-  if not planes:
-    return 0
-  held = len(packed["codes"])
-  return next(i for i, count in enumerate(planes) if count <= held)
-
-
-def _encoded(packed, shape, weight):
-  """Unpacks a layer, and checks the values that its method gives bounds."""
-  encoded = weight.storage.unpack(packed, shape)
-  planes = len(packed["codes"]) if weight.storage.planes else weight.bits[0]
-  check_ranges(weight, encoded, planes)
-  return encoded
-
-
 def check_ranges(
   weight: quant.WeightQuantizer,
   encoded: Mapping[str, jax.Array | np.ndarray],
@@ -198,6 +130,78 @@ def check_ranges(
       )
 
 
+def check_norm_values(name: str, row: int, array: np.ndarray) -> None:
+  """Checks gain and offset of one row of a norm.
+
+  Raises:
+    ValueError: naming both.
+  """
+  _check_values(f"{name} row {row}", array)
+
+
+class _CountedRngs(nnx.Rngs):
+  """Keys for the initial values of so many variables."""
+
+  def __init__(self, variables: int):
+    super().__init__(0)
+    self.left = variables
+
+  def params(self) -> jax.Array:
+    self.left -= 1
+    if self.left < 0:
+      raise Broken("architecture has more variables than are stored")
+    return self.default()
+
+
+def _by_layer(joined, tensors):
+  """{layer: {key: array}} of tensors in which layers follow each other."""
+  found: dict[str, dict[str, np.ndarray]] = {}
+  for key, tensor in joined.items():
+    for name, array in tensor.split(tensors[tensor.name]).items():
+      found.setdefault(name, {})[key] = array
+  return found
+
+
+def _layer(order, layer, weight, arrays, activation, inputs):
+  """A layer that stores these arrays, for its weight and for its inputs."""
+  name, shape = layer["name"], tuple(layer["shape"])
+  for key, array in arrays.items():
+    _check_values(f"{name}/{key}", array)
+  for key, array in inputs.items():
+    _check_values(f"{name}/input/{key}", array)
+  return deployed.StoredLayer(
+    info=layers.LayerInfo(name, order, layer["macs"]),
+    shape=shape,
+    weight=weight,
+    activation=activation,
+    input_params={key: jnp.asarray(array) for key, array in inputs.items()},
+    encoded=guarded(f"layer {name}", _encoded, arrays, shape, weight),
+    first=_first(weight.storage.planes, arrays),
+  )
+
+
+def _planes(name, count, pieces):
+  """The first planes of a layer's codes, [planes, bytes]."""
+  keys = plane_pieces(name, count)
+  return np.stack([pieces[key] for key in keys if key in pieces])
+
+
+def _first(planes, packed):
+  """Position of the highest bit-width that the planes serve."""
+  if not planes:
+    return 0
+  held = len(packed["codes"])
+  return next(i for i, count in enumerate(planes) if count <= held)
+
+
+def _encoded(packed, shape, weight):
+  """Unpacks a layer, and checks the values that its method gives bounds."""
+  encoded = weight.storage.unpack(packed, shape)
+  planes = len(packed["codes"]) if weight.storage.planes else weight.bits[0]
+  check_ranges(weight, encoded, planes)
+  return encoded
+
+
 def _norm(name, norm, keys, pieces):
   """Gain and offset of the rows that were read, NaN in the others."""
   found = {row: pieces[key] for row, key in enumerate(keys) if key in pieces}
@@ -211,13 +215,14 @@ def _norm(name, norm, keys, pieces):
   )
 
 
-def check_norm_values(name: str, row: int, array: np.ndarray) -> None:
-  """Checks gain and offset of one row of a norm.
-
-  Raises:
-    ValueError: naming both.
-  """
-  _check_values(f"{name} row {row}", array)
+def _floats(tensors):
+  """What stays float, by path; of any values, since a mask can be infinite."""
+  floats = {}
+  for name, array in tensors.items():
+    if name.startswith("float/"):
+      _check_width(name, array)
+      floats[name.removeprefix("float/")] = jnp.asarray(array)
+  return floats
 
 
 def _check_values(name, array):

@@ -78,20 +78,11 @@ def save(
   manifest = _manifest(parts, packed, architecture)
   check_manifest(manifest | {"sha256": "0" * 64})
   layout = layout_of(manifest, first.weight, first.activation)
-  tensors, pieces = (
-    _tensors(parts, packed, layout),
-    _pieces(parts, packed, layout),
-  )
-  checked_parts(
-    manifest, first.weight, first.activation, layout, tensors, pieces
-  )
+  tensors = _tensors(parts, packed, layout)
+  pieces = _pieces(parts, packed, layout)
+  checked_parts(manifest, first.activation, layout, tensors, pieces)
   checksums, subchecksums = checksums_of(layout, pieces)
-  sections = {
-    section.name: _joined(
-      section.name, [pieces[section.name, name] for name in section.shapes]
-    )
-    for section in layout.sections
-  }
+  sections = _sections(layout, pieces)
   header, data = dumps(tensors | checksums | sections | subchecksums)
   manifest["sha256"] = sha256_of(header, data, layout)
   manifest["manifest_sha256"] = manifest_digest(manifest)
@@ -127,6 +118,16 @@ def _pieces(parts, packed, layout):
       planes = arrays["codes"]
       pieces.update(zip(plane_pieces(name, len(planes)), planes, strict=True))
   return pieces
+
+
+def _sections(layout, pieces):
+  """The tensors that pieces are read from."""
+  return {
+    section.name: _joined(
+      section.name, [pieces[section.name, name] for name in section.shapes]
+    )
+    for section in layout.sections
+  }
 
 
 def _as_read(key, value):

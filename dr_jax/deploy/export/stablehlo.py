@@ -33,7 +33,7 @@ from jax import export
 from dr_jax import nn
 from dr_jax.deploy.export.specialize import specialize
 from dr_jax.nn.layers import quantized_layers
-from dr_jax.runtime import files
+from dr_jax.runtime import command, files
 from dr_jax.runtime.tree import named_leaves
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -172,9 +172,8 @@ def export_stablehlo(
     exported = export.export(function, platforms=tuple(platforms))(*arguments)
   except Exception as error:  # Networks raise what they like.
     shapes = ", ".join(str(a.shape) for a in arguments[1:])
-    first = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(
-      f"input {shapes} must fit the network, but: {first}"
+      f"input {shapes} must fit the network, but: {command.first_line(error)}"
     ) from error
   description = _description(exported, found, arguments, nn.candidates(network))
   with files.atomic_directory(path) as directory:
