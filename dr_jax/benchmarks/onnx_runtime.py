@@ -218,38 +218,42 @@ def _agreement(session, network, images):
   return int((logits.argmax(-1) == np.asarray(expected).argmax(-1)).sum())
 
 
-def main(argv):
-  del argv
-  setting = Setting(_MODEL.value)
-  speeds = measure(
-    setting,
-    bits=_BITS.value,
-    batch=_BATCH.value,
-    rounds=_ROUNDS.value,
-    threads=_THREADS.value,
-  )
-  table = Table(title=f"{_MODEL.value} at {_BITS.value} bits, ONNX Runtime")
-  table.add_column("file")
+def table(name: str, bits: int, batch: int, speeds: dict[str, Speed]) -> Table:
+  """The speeds of `measure`, and their ratios to the float file's."""
+  made = Table(title=f"{name} at {bits} bits, ONNX Runtime")
+  made.add_column("file")
   for column in (
     "ms, median",
     "of float",
     "ms, minimum",
     "of float",
-    f"images/s, batch {_BATCH.value}",
+    f"images/s, batch {batch}",
     "of float",
     "same predictions",
   ):
-    table.add_column(column, justify="right")
+    made.add_column(column, justify="right")
   reference = speeds["float"]
-  for name, (latency, throughput, agreement) in speeds.items():
+  for file, (latency, throughput, agreement) in speeds.items():
     cells = []
     for mine, its in zip(latency, reference.latency, strict=True):
       cells += [f"{1e3 * mine:.2f}", f"{mine / its:.2f}"]
     share = f"{throughput / reference.throughput:.2f}"
-    cells += [f"{throughput:.0f}", share, f"{agreement} of {_BATCH.value}"]
-    table.add_row(name, *cells)
+    cells += [f"{throughput:.0f}", share, f"{agreement} of {batch}"]
+    made.add_row(file, *cells)
+  return made
+
+
+def main(argv):
+  del argv
+  speeds = measure(
+    Setting(_MODEL.value),
+    bits=_BITS.value,
+    batch=_BATCH.value,
+    rounds=_ROUNDS.value,
+    threads=_THREADS.value,
+  )
   console = Console(width=100)
-  console.print(table)
+  console.print(table(_MODEL.value, _BITS.value, _BATCH.value, speeds))
   version = importlib.metadata.version("onnxruntime")
   console.print(environment() | {"onnxruntime": version})
 
