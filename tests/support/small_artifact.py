@@ -8,23 +8,22 @@ from dr_jax import deploy, models, nn, quant
 
 OPTIONS = {"depth": 8, "num_classes": 5, "channels": 1, "widths": (4, 6, 8)}
 BITS = (8, 6, 4, 2)
+SERVED = (8, 4, 2)  # of tests of serving
 
 
-def images(size, seed=1):
+def images(size=3, seed=1):
   return np.asarray(jax.random.normal(jax.random.key(seed), (size, 8, 8, 1)))
 
 
-def save(path, **options):
-  """Saves a network of images 8x8; `options` are those of `nn.quantize`."""
+def save(path, weight=None, norm="transitional"):
+  """Saves a network of images 8x8; the arguments are those of `nn.quantize`."""
+  weight = weight or quant.double_rounding(BITS)
   network = nn.quantize(
     models.build("resnet", rngs=nnx.Rngs(0), **OPTIONS),
+    weight=weight,
+    activation=quant.lsq_activation(weight.bits),
     sample=images(6, 0),
-    **{
-      "weight": quant.double_rounding(BITS),
-      "activation": quant.lsq_activation(BITS),
-      "norm": "transitional",
-    }
-    | options,
+    norm=norm,
   )
   for bits in nn.candidates(network):
     nn.set_bits(network, bits)
