@@ -25,8 +25,8 @@ the highest bit-width's softmax, in equal parts) or =highest (that alone).
 
 Recipe: ours, not tuned. AdamW with a warm-up and weight decay 0.1, as language
 models are trained (arXiv 2302.13971, section 2.3), at learning rate 2e-3; then
-Adam, learning rate 5e-4, weight decay 5e-5, as arXiv 2502.01199. The first
-quantized layer and the head stay float, as there.
+Adam, learning rate 5e-4, weight decay 5e-5, as arXiv 2502.01199. The first and
+the last layer stay float, as there.
 
 Time, an estimate and not a measurement: 6 x 0.8 M operations per byte and pass,
 2.0 MB x (4 epochs + 2 epochs x 3 bit-widths) are 1.0e14 operations; two cores

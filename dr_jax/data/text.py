@@ -2,7 +2,7 @@
 
 Without a path the text is Python's own documentation, which every installation
 has: the language reference (`pydoc_data.topics`) and the docstrings of the
-standard library without its tests, 2.1 MB in Python 3.11; other versions of
+standard library without its tests, 2.2 MB in Python 3.11; other versions of
 Python have other texts. With one it is the .txt files in a directory per split.
 
 A document is as long as it is; documents are joined by a zero byte, in the

@@ -191,7 +191,7 @@ def test_a_size_that_is_not_allowed_is_an_error_that_names_it(options, message):
     build(**options)
 
 
-def test_every_projection_is_quantized_with_what_is_there_today(model, tokens):
+def test_every_projection_is_quantized(model, tokens):
   quantized = nn.quantize(
     model,
     weight=quant.double_rounding((8, 2)),
