@@ -126,7 +126,10 @@ def test_one_file_takes_batches_of_every_size(network, digits, tmp_path, batch):
 
 
 class Pooled(nnx.Module):
-  """Strides, a pool, depthwise and pointwise kernels, a sum, an average."""
+  """Strides, a pool, depthwise and pointwise kernels, a sum, an average.
+
+  Inputs of "mix" and "wide" are signed.
+  """
 
   def __init__(self):
     rngs = nnx.Rngs(0)
@@ -136,13 +139,14 @@ class Pooled(nnx.Module):
     )
     self.norm = nnx.BatchNorm(6, rngs=rngs)
     self.project = nnx.Conv(6, 6, (1, 1), rngs=rngs)
+    self.mix = nnx.Conv(6, 6, (3, 3), rngs=rngs)
     self.wide = nnx.Conv(6, 8, (3, 3), strides=2, rngs=rngs)
     self.head = nnx.Linear(8, 5, rngs=rngs)
 
   def __call__(self, x):
     x = nnx.max_pool(nnx.relu(self.stem(x)), (3, 3), (2, 2), "SAME")
     y = nnx.relu6(self.norm(self.depthwise(x)))
-    x = x + self.project(y)
+    x = x + self.mix(self.project(y))
     return self.head(nnx.relu(self.wide(x)).mean((1, 2)))
 
 
@@ -156,7 +160,10 @@ def test_strides_pools_and_depthwise_kernels_are_those_of_the_network(
     tmp_path / "model", Pooled(), quant.double_rounding((4,)), sample=sample
   )
   path = tmp_path / "model.onnx"
-  export_onnx(path, network, shape, arithmetic=arithmetic)
+  found = export_onnx(path, network, shape, arithmetic=arithmetic)
+  fused = ["depthwise", "project"] if arithmetic == "fused" else []
+  assert list(found) == fused
+  assert all(np.all(channels) for channels in found.values())
   logits, wanted = run(path, sample), expected(network, sample)
   assert np.median(np.abs(logits - wanted)) < 1e-5
 
