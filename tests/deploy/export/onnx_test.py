@@ -138,7 +138,9 @@ class Pooled(nnx.Module):
       6, 6, (3, 3), feature_group_count=6, use_bias=False, rngs=rngs
     )
     self.norm = nnx.BatchNorm(6, rngs=rngs)
-    self.project = nnx.Conv(6, 6, (1, 1), rngs=rngs)
+    self.project = nnx.Conv(
+      6, 6, (1, 1), bias_init=nnx.initializers.normal(), rngs=rngs
+    )
     self.mix = nnx.Conv(6, 6, (3, 3), rngs=rngs)
     self.wide = nnx.Conv(6, 8, (3, 3), strides=2, rngs=rngs)
     self.head = nnx.Linear(8, 5, rngs=rngs)

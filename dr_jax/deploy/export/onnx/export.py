@@ -56,7 +56,7 @@ def export_onnx(
     arithmetic: "exact" computes what the network computes: sums in integers,
       and what stands between in float32. "fused" lets a convolution whose
       output only the next layer's codes are made of give them directly, with
-      an integer bias: below 6 bits all codes stay the same, at 8 bits a few
+      an integer bias: up to 5 bits the codes stay the same, at 8 bits a few
       move by one. It also uses operators that only ONNX Runtime has.
     weight_type: the narrowest type for codes that fit into it: "int8", "int4"
       (opset 21) or "int2" (opset 25). Kernels are widened when the file is
