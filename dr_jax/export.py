@@ -34,7 +34,7 @@ from absl import flags
 from dr_jax import allocate, deploy
 from dr_jax.deploy.export.onnx.export import ARITHMETICS, OPSET, WEIGHT_TYPES
 from dr_jax.deploy.export.stablehlo import PLATFORMS
-from dr_jax.runtime import files
+from dr_jax.runtime import compilation, files
 
 _ARTIFACT = flags.DEFINE_string(
   "artifact", None, "Directory of the artifact, as a run's export/model."
@@ -143,11 +143,18 @@ _FORMAT = flags.DEFINE_enum("format", None, list(_FORMATS), "What to write.")
 
 def start() -> None:
   """Runs the command with the arguments of this process, and ends it."""
-  command.start(_export)
+  command.start(_main)
+
+
+def _main():
+  compilation.cache_on_disk()
+  output, notes = _export()
+  lines = [f"{output}: {files.size(output):,} bytes", *notes]
+  return command.show(lambda: print(*lines, sep="\n"), output)
 
 
 def _export():
-  """Writes what the flags say; returns how to report it, and where it is."""
+  """Writes what the flags say; returns where, and what is to be known of it."""
   path, format, bits, output = command.required(
     _ARTIFACT, _FORMAT, _BITS, _OUTPUT
   )
@@ -160,9 +167,7 @@ def _export():
   output = files.expand(output)
   files.check_absent(output)
   bits = _bits(bits)
-  notes = _FORMATS[format](deploy.open(path, bits), bits, output)
-  lines = [f"{output}: {files.size(output):,} bytes", *notes]
-  return lambda: print(*lines, sep="\n"), output
+  return output, _FORMATS[format](deploy.open(path, bits), bits, output)
 
 
 def _bits(given: str) -> Any:

@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from absl import flags
 
 from dr_jax import deploy
+from dr_jax.runtime import compilation
 
 _ARTIFACT = flags.DEFINE_string(
   "artifact", None, "Directory of the artifact, as a run's export/model."
@@ -69,12 +70,13 @@ _END = flags.DEFINE_bool(
 
 def start() -> None:
   """Runs the command with the arguments of this process, and ends it."""
-  command.start(_prepare)
+  command.start(_main)
 
 
-def _prepare():
+def _main():
+  compilation.cache_on_disk()
   text = _text()
-  return lambda: _print(text), _ARTIFACT.value
+  return command.show(lambda: _print(text), _ARTIFACT.value)
 
 
 def _text() -> Iterator[int]:

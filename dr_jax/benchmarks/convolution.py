@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each program.")
@@ -59,8 +59,7 @@ SHAPES = (
 )
 
 
-def main(argv):
-  del argv
+def main():
   builders: dict[str, Callable[[Any], list[Callable[[], object]]]] = {
     "xla": lambda shape: _jax(shape, _convolve, compilation.jit),
     "ynnpack": lambda shape: _jax(shape, _convolve, jax.jit),
@@ -183,4 +182,4 @@ def _torch(shape):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

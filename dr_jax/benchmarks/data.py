@@ -19,12 +19,13 @@ import statistics
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax.benchmarks import images
+from dr_jax.runtime import command
 
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of workers.")
 _SIZE = flags.DEFINE_integer(
@@ -44,9 +45,8 @@ flags.DEFINE_alias("image-size", "image_size")
 flags.DEFINE_alias("batch-size", "batch_size")
 
 
-def main(argv):
+def main():
   """Prints the table."""
-  del argv
   cores = len(os.sched_getaffinity(0))
   with tempfile.TemporaryDirectory() as directory:
     root = pathlib.Path(directory)
@@ -104,4 +104,4 @@ def pipeline_speed(root, workers):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

@@ -14,14 +14,14 @@ import dataclasses
 import os
 import statistics
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import pipeline
 from dr_jax.config import from_dict
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 from dr_jax.train import alrs
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py")
@@ -31,8 +31,7 @@ _MODES = flags.DEFINE_list("alrs", list(alrs.MODES), "ALRS modes.")
 _SEPARATE = flags.DEFINE_bool("separate", True, "Also LSQ at each bit-width.")
 
 
-def main(argv):
-  del argv
+def main():
   logging.set_verbosity(logging.WARNING)
   compilation.cache_on_disk()
   base = from_dict(_CONFIG.value.to_dict())
@@ -85,4 +84,4 @@ def _table(name, bits, rows):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

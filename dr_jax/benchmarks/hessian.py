@@ -17,14 +17,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import hessian, models, nn
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per gradient.")
 _SIZE = flags.DEFINE_integer("size", 32, "Height and width of an image.")
@@ -43,8 +43,7 @@ class Timed(NamedTuple):
   seconds: list[float]
 
 
-def main(argv):
-  del argv
+def main():
   loss, kernels, rest = _network()
   keys = iter(jax.random.split(jax.random.key(0), len(kernels)))
   probe = {
@@ -138,4 +137,4 @@ def _report(rows):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,7 @@ from rich.table import Table
 from dr_jax import nn
 from dr_jax.benchmarks import network
 from dr_jax.benchmarks.network import Setting
+from dr_jax.runtime import command
 
 FLAGS = flags.FLAGS
 
@@ -132,9 +133,8 @@ def fastest(found: Sequence[Program], seconds: np.ndarray) -> str:
   )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Measures and prints."""
-  del argv
   bits = tuple(map(int, FLAGS.bits))
   setting = Setting(FLAGS.model, FLAGS.image_size, bits=bits)
   found = programs(setting, FLAGS.backends)
@@ -175,4 +175,4 @@ def _at(call, index):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  command.start(main)

@@ -18,7 +18,6 @@ memory, seconds to compile, and the number of compilations.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +35,7 @@ from dr_jax.benchmarks import network, throughput
 from dr_jax.benchmarks.throughput import MODES
 from dr_jax.config import TrainConfig, from_dict, quantizers
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import compilation, sharding
+from dr_jax.runtime import command, compilation, sharding
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
 _SIZE = flags.DEFINE_integer(
@@ -85,14 +84,9 @@ class Timed(NamedTuple):
   temporary_bytes: int | None
 
 
-def main(argv):
-  del argv
+def main():
   if _MODEL.value:
-    try:
-      _network(tuple(map(int, _BITS.value)))
-    except ValueError as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(2)
+    _network(tuple(map(int, _BITS.value)))
     return
   # `lower().compile()` for the memory and the first call are one compilation.
   jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
@@ -308,4 +302,4 @@ def _report(rows, bits):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

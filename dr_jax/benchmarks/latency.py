@@ -19,7 +19,6 @@ layers, and layers that stay float, only the network shows.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +37,7 @@ from dr_jax.benchmarks import network
 from dr_jax.nn.layers import candidates, quantized_layers
 from dr_jax.nn.observe import observed
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 
 FLAGS = flags.FLAGS
 
@@ -74,16 +73,7 @@ def define_flags() -> None:
     flags.DEFINE_alias(alias, name)
 
 
-def main(argv):
-  del argv
-  try:
-    _main()
-  except (OSError, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _main():
+def main():
   if (FLAGS.artifact is None) == (FLAGS.model is None):
     raise ValueError("one of artifact and model must be given")
   compilation.cache_on_disk()
@@ -224,4 +214,4 @@ def shown(table: LatencyTable) -> Table:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  command.start(main)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +42,7 @@ from dr_jax import deploy
 from dr_jax.benchmarks import network
 from dr_jax.pipeline.summary import environment
 from dr_jax.report.figure import new_figure, save_figure
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 
 FLAGS = flags.FLAGS
 
@@ -216,25 +215,23 @@ def define_flags() -> None:
   flags.DEFINE_alias("image-size", "image_size")
 
 
-def main(argv):
-  del argv
+def main():
   compilation.cache_on_disk()
   setting = network.Setting(FLAGS.model, FLAGS.image_size, bits=BITS)
+  with tempfile.TemporaryDirectory() as folder:
+    path = setting.save(pathlib.Path(folder) / "model")
+    costs = open_costs(path, FLAGS.rounds)
+    compute = compute_seconds(path, setting, FLAGS.rounds)
+  server = Server(costs, compute, FLAGS.storage * 1e6, FLAGS.models)
+  arrivals = server.arrivals(FLAGS.seed)
+  runs = {
+    "8 bits": server.serve(arrivals, lambda _: max(BITS)),
+    "shedding": server.serve(arrivals, Shedding(BITS)),
+  }
   try:
-    with tempfile.TemporaryDirectory() as folder:
-      path = setting.save(pathlib.Path(folder) / "model")
-      costs = open_costs(path, FLAGS.rounds)
-      compute = compute_seconds(path, setting, FLAGS.rounds)
-    server = Server(costs, compute, FLAGS.storage * 1e6, FLAGS.models)
-    arrivals = server.arrivals(FLAGS.seed)
-    runs = {
-      "8 bits": server.serve(arrivals, lambda _: max(BITS)),
-      "shedding": server.serve(arrivals, Shedding(BITS)),
-    }
     save_figure(figure(runs), FLAGS.output)
-  except (ImportError, OSError, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  except ImportError as error:  # It says how to install matplotlib.
+    raise ValueError(error) from None
   Console(width=120).print(
     cost_table(server, setting), latency_table(runs), environment()
   )
@@ -343,4 +340,4 @@ def figure(runs: Mapping[str, Mapping[str, list[Request]]]):
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  command.start(main)

@@ -16,14 +16,14 @@ import os
 import statistics
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import pipeline, report
 from dr_jax.config import from_dict
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits_mixed.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where runs go.", required=True)
@@ -32,8 +32,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
 _BASELINES = ("uniform", "random")
 
 
-def main(argv):
-  del argv
+def main():
   logging.set_verbosity(logging.WARNING)
   compilation.cache_on_disk()
   base = from_dict(_CONFIG.value.to_dict())
@@ -158,4 +157,4 @@ def _stderr(values):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

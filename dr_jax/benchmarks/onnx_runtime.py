@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +37,7 @@ from rich.table import Table
 from dr_jax import deploy, nn, quant
 from dr_jax.benchmarks.network import NAMES, Setting
 from dr_jax.pipeline.summary import environment
+from dr_jax.runtime import command
 
 _MODEL = flags.DEFINE_enum("model", "resnet20", NAMES, "Network.")
 _BITS = flags.DEFINE_integer("bits", 8, "Bit-width of weights and inputs.")
@@ -243,8 +244,7 @@ def table(name: str, bits: int, batch: int, speeds: dict[str, Speed]) -> Table:
   return made
 
 
-def main(argv):
-  del argv
+def main():
   speeds = measure(
     Setting(_MODEL.value),
     bits=_BITS.value,
@@ -259,4 +259,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

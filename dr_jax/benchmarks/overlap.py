@@ -15,12 +15,12 @@ import os
 import pathlib
 import tempfile
 
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 
 from dr_jax.benchmarks import concurrent_load, images, loopback, network
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 
 _MODEL = flags.DEFINE_enum("model", "resnet8", network.NAMES, "Network.")
 _BATCH = flags.DEFINE_integer(
@@ -36,9 +36,8 @@ flags.DEFINE_alias("batch-size", "batch_size")
 flags.DEFINE_alias("image-size", "image_size")
 
 
-def main(argv):
+def main():
   """Prints the table."""
-  del argv
   # Orbax logs every step of a save.
   logging.set_verbosity(logging.WARNING)
   os.environ["XLA_FLAGS"] = (
@@ -69,4 +68,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

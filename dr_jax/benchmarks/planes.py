@@ -11,19 +11,19 @@ rounds, all in turn. GB/s are those of what the product has to move
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import quant
 from dr_jax.pipeline.summary import environment
 from dr_jax.quant.planes import measure
+from dr_jax.runtime import command
 
 _SHAPES = flags.DEFINE_list(
   "shapes", None, "Of kernels, KxN; by default larger ones on an accelerator."
@@ -48,23 +48,18 @@ class Row(NamedTuple):
   moved: int
 
 
-def main(argv):
+def main():
   """Prints a table for each shape."""
-  del argv
   on_cpu = jax.default_backend() == "cpu"
   console = Console(width=100)
-  try:
-    shapes = [
-      _parsed(shape) for shape in _SHAPES.value or (SMALL if on_cpu else LARGE)
-    ]
-    for k, n in shapes:
-      rows = measured(
-        (_BATCH.value, k, n), _BITS.value, _ROUNDING.value, _ROUNDS.value
-      )
-      console.print(table(rows, f"{_BATCH.value} x {k} by {k} x {n}"))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  shapes = [
+    _parsed(shape) for shape in _SHAPES.value or (SMALL if on_cpu else LARGE)
+  ]
+  for k, n in shapes:
+    rows = measured(
+      (_BATCH.value, k, n), _BITS.value, _ROUNDING.value, _ROUNDS.value
+    )
+    console.print(table(rows, f"{_BATCH.value} x {k} by {k} x {n}"))
   console.print(environment())
 
 
@@ -148,4 +143,4 @@ def _planes(bits, rounding, backend):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

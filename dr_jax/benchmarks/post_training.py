@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import nn, quant
+from dr_jax.runtime import command
 
 _SEEDS = flags.DEFINE_integer("seeds", 4, "Networks of each kind.")
 
@@ -198,8 +199,7 @@ def errors(
   return found
 
 
-def main(argv):
-  del argv
+def main():
   title = "error over that of max-abs quantization"
   table = Table("network", "method", "init", title=title)
   for bits in BITS:
@@ -213,4 +213,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

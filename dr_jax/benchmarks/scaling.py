@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -36,7 +36,7 @@ from dr_jax import train
 from dr_jax.benchmarks import loopback, network
 from dr_jax.config import TrainConfig
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import compilation, processes, sharding
+from dr_jax.runtime import command, compilation, processes, sharding
 
 _PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes, on CPU.")
 _DEVICES = flags.DEFINE_list("devices", [], "Numbers of devices instead.")
@@ -78,17 +78,8 @@ class Speed(NamedTuple):
   sum_seconds: float
 
 
-def main(argv):
+def main():
   """Prints the table, or one measurement."""
-  del argv
-  try:
-    _main()
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _main():
   setting = network.Setting(_MODEL.value, _SIZE.value, _DTYPE.value)
   compilation.cache_on_disk()
   if _MEASURE.value:
@@ -248,4 +239,4 @@ def numbers(name: str, texts: Sequence[str]) -> list[int]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

@@ -11,16 +11,16 @@ not depend on what a network has learned: it is not trained here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 
 from dr_jax import quant
 from dr_jax.benchmarks import network, on_disk
 from dr_jax.pipeline.summary import environment
 from dr_jax.quant.core.checks import one_of
+from dr_jax.runtime import command
 
 _MODELS = flags.DEFINE_list("model", ["resnet20"], "Networks.")
 _ROUNDINGS = flags.DEFINE_list(
@@ -32,16 +32,7 @@ _ALL = flags.DEFINE_bool(
 )
 
 
-def main(argv):
-  del argv
-  try:
-    _print_tables()
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _print_tables():
+def main():
   for name in _MODELS.value:
     one_of("model", name, network.NAMES)
   bits = _numbers(_BITS.value)
@@ -61,4 +52,4 @@ def _numbers(texts: Sequence[str]) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

@@ -14,21 +14,20 @@ from __future__ import annotations
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import deploy
 from dr_jax.benchmarks import network
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import compilation
+from dr_jax.runtime import command, compilation
 
 FLAGS = flags.FLAGS
 
@@ -58,22 +57,17 @@ def define_flags() -> None:
   flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
 
 
-def main(argv):
-  del argv
-  try:
-    compilation.cache_on_disk()
-    setting = network.Setting(FLAGS.model, bits=_BITS)
-    with tempfile.TemporaryDirectory() as folder:
-      path = setting.save(pathlib.Path(folder) / "model")
-      rows = {
-        "in memory": in_memory(path, setting, FLAGS.rounds),
-        "with missing planes": with_reading(
-          path, setting, FLAGS.lower, FLAGS.higher, FLAGS.rounds
-        ),
-      }
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+def main():
+  compilation.cache_on_disk()
+  setting = network.Setting(FLAGS.model, bits=_BITS)
+  with tempfile.TemporaryDirectory() as folder:
+    path = setting.save(pathlib.Path(folder) / "model")
+    rows = {
+      "in memory": in_memory(path, setting, FLAGS.rounds),
+      "with missing planes": with_reading(
+        path, setting, FLAGS.lower, FLAGS.higher, FLAGS.rounds
+      ),
+    }
   title = f"{setting.model}, {FLAGS.lower} to {FLAGS.higher} bits"
   Console(width=120).print(table(title, rows), environment())
 
@@ -147,4 +141,4 @@ def table(title: str, rows: dict[str, Measured]) -> Table:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  command.start(main)

@@ -13,19 +13,19 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from dr_jax import quant
 from dr_jax.pipeline.summary import environment
+from dr_jax.runtime import command
 
 _WEIGHTS = flags.DEFINE_integer("weights", 25_000_000, "Number of weights.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each budget.")
 
 
-def main(argv):
-  del argv
+def main():
   w = jax.random.normal(jax.random.key(0), (_WEIGHTS.value // 1024, 1024))
   quantizer = quant.term_quantization()
   budgets = dict(quantizer.options)["budgets"]
@@ -47,4 +47,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start(main)

@@ -62,37 +62,35 @@ def run(function: Callable[[], Any]) -> None:
       _drop_output()
 
 
-def start(prepare: Callable[[], tuple[Callable[[], None], Any]]) -> None:
+def start(main: Callable[[], int | None]) -> None:
   """Runs a command of flags, and ends the process with its exit code.
 
   Bad input and files that cannot be read or written are one line, and code 2.
 
   Args:
-    prepare: does what the flags say; returns the arguments of `show`.
+    main: does what the flags say; returns the exit code, or None for 0.
   """
   from absl import app  # Ctrl-C is heeded before it is loaded.
 
-  run(
-    lambda: app.run(
-      lambda argv: sys.exit(_main(argv, prepare)), flags_parser=parse_flags
-    )
-  )
+  run(lambda: app.run(_reporting(main), flags_parser=parse_flags))
 
 
-def _main(argv, prepare):
-  from dr_jax.runtime import compilation, processes
+def _reporting(main):
+  from dr_jax.runtime import processes
 
-  warnings.showwarning = warn
-  try:
-    check_no_arguments(argv)
-    compilation.cache_on_disk()
-    write, result = prepare()
-  except Exception as error:
-    if processes.exit_code(error) != 2:
-      raise
-    report(error)
-    return 2
-  return show(write, result)
+  def run_main(argv):
+    warnings.showwarning = warn
+    try:
+      check_no_arguments(argv)
+      code = main()
+    except Exception as error:
+      if processes.exit_code(error) != 2:
+        raise
+      report(error)
+      code = 2
+    sys.exit(code)
+
+  return run_main
 
 
 def required(*flags: Any) -> list[Any]:
