@@ -1,6 +1,7 @@
 """Strict numerics for every test: no implicit dtype or rank promotion."""
 
 import collections
+import gc
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import quick_compilation
 
 from dr_jax.runtime import compilation
 
@@ -54,9 +56,9 @@ def compilation_cache(tmp_path_factory):
 OPTIMIZED = ("quant", "deploy", "integration")
 
 
-def optimize_little(config, folder=None):
-  little = config.option.markexpr == "not slow" and folder not in OPTIMIZED
-  jax.config.update("jax_disable_most_optimizations", little)
+def compile_quickly(config, folder=None):
+  quick = config.option.markexpr == "not slow" and folder not in OPTIMIZED
+  quick_compilation.use(quick)
 
 
 # Where this run is a job in the background, which ignores Ctrl-C, the processes
@@ -66,15 +68,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure(config):
-  optimize_little(config)
+  compile_quickly(config)
+
+
+def pytest_collection_finish():
+  """Collects garbage less often: over what JAX keeps, it takes a tenth."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(10_000)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def options_of_xla():
+  with pytest.MonkeyPatch.context() as patch:
+    quick_compilation.install(patch)
+    yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def optimization(request):
   tests = pathlib.Path(__file__).parent
-  optimize_little(request.config, request.path.relative_to(tests).parts[0])
+  compile_quickly(request.config, request.path.relative_to(tests).parts[0])
   yield
-  optimize_little(request.config)
+  compile_quickly(request.config)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import quick_compilation
 from tables import cells, printed
 
 from dr_jax.benchmarks import (
@@ -354,7 +355,7 @@ def command(name, *arguments):
   return subprocess.run(
     [sys.executable, "-m", f"dr_jax.benchmarks.{name}", *arguments],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": ""},
+    env=quick_compilation.environment(),
     capture_output=True,
     text=True,
   )

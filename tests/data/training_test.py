@@ -1,12 +1,12 @@
 """Training on data sets on disk: interrupted, resumed, damaged, missing."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import quick_compilation
 
 from dr_jax import pipeline, train
 from dr_jax.config import ConfigError, from_dict
@@ -109,7 +109,7 @@ def command(tmp_path, values):
       f"--workdir={tmp_path / 'run'}",
     ],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": ""},
+    env=quick_compilation.environment(),
     capture_output=True,
     text=True,
     check=False,

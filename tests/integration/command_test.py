@@ -4,7 +4,6 @@ Kills, full disks and damage are in kills_test, exit codes in exit_codes_test.
 """
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -15,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import quick_compilation
 import safetensors.numpy
 from forked_command import ForkedCommand
 
@@ -39,7 +39,7 @@ def arguments(workdir, flags):
 @pytest.fixture(scope="module")
 def start():
   """Starts the command on a short job; compiled programs are shared."""
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment = quick_compilation.environment()
 
   def command(workdir, *flags):
     return subprocess.Popen(

@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+import quick_compilation
 from flax import nnx
 
 from dr_jax import models
@@ -247,7 +247,7 @@ def test_a_smoke_run_ends_with_a_table_and_an_artifact(name, tmp_path):
       f"--workdir={tmp_path / 'run'}",
     ],
     cwd=ROOT,
-    env=os.environ | {"XLA_FLAGS": ""},
+    env=quick_compilation.environment(),
     capture_output=True,
     text=True,
   )

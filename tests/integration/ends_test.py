@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import quick_compilation
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def command(workdir, *flags, epochs=1):
 def run(argv, **options):
   options = {
     "cwd": ROOT,
-    "env": os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    "env": quick_compilation.environment(),
     "stdout": subprocess.PIPE,
     "stderr": subprocess.PIPE,
   } | options
@@ -200,8 +201,11 @@ def test_a_user_without_a_home_runs(finished, home):
 
 
 def test_an_ascii_locale_writes_utf_8(finished):
-  environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
-  environment |= {"PYTHONUTF8": "0", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment = quick_compilation.environment() | {
+    "LC_ALL": "C",
+    "PYTHONCOERCECLOCALE": "0",
+    "PYTHONUTF8": "0",
+  }
   process = run(command(finished), env=environment)
   out, err = process.communicate(timeout=100)
   assert (process.returncode, err) == (0, "")

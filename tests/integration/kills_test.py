@@ -17,6 +17,7 @@ import sys
 import time
 
 import pytest
+import quick_compilation
 
 from dr_jax.checkpoint import Checkpoints  # noqa: F401  (Orbax loads once)
 
@@ -49,7 +50,7 @@ class Job:
   """Starts the command; compiled programs are shared."""
 
   def __init__(self):
-    self.environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    self.environment = quick_compilation.environment()
 
   def start(self, workdir, *flags, program=("-m", "dr_jax.main"), shell=()):
     flags = [*FLAGS, f"--workdir={workdir}", *(flags or [SHORT])]

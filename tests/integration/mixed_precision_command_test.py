@@ -1,7 +1,6 @@
 """The mixed-precision command as a user starts it, killed and started again."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 
 import pytest
+import quick_compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
@@ -28,7 +28,7 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def start():
   """Starts the command on a short job; compiled programs are shared."""
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment = quick_compilation.environment()
 
   def command(workdir):
     config = "--config=configs/digits_mixed.py"

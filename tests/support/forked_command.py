@@ -5,11 +5,12 @@ starts in no time.
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 from typing import NamedTuple
+
+import quick_compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
 _SERVER = """
@@ -45,7 +46,7 @@ class ForkedCommand:
     self._server = subprocess.Popen(
       [sys.executable, "-c", _SERVER, name],
       cwd=ROOT,
-      env=os.environ | {"XLA_FLAGS": ""},
+      env=quick_compilation.environment(),
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,

@@ -8,7 +8,6 @@ It prints one JSON line for each, and writes the arrays of the first to OUT.
 
 import contextlib
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import warnings
 import jax
 import numpy as np
 import optax
+import quick_compilation
 
 from dr_jax import nn, train
 from dr_jax.checkpoint.checkpoints import Checkpoints
@@ -48,8 +48,9 @@ def started(commands, *, devices=1):
   }
   running = []
   for number, command in enumerate(commands):
-    environment = os.environ | {
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    environment = quick_compilation.environment(
+      f"--xla_force_host_platform_device_count={devices}"
+    ) | {
       "PYTHONPATH": str(ROOT),
       **(together if len(commands) > 1 else {}),
       "JAX_PROCESS_ID": str(number) if len(commands) > 1 else "",
