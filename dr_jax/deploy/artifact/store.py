@@ -212,19 +212,7 @@ def _sha256(header, arrays):
 
 def _check_header(header, layout):
   """Checks that all tensors of the layout are there, and no others."""
-  expected: dict[str, tuple[Any, tuple[int, ...]]] = {
-    joined.name: (joined.dtype, (joined.size,))
-    for joined in (
-      *layout.layers.values(),
-      *layout.inputs.values(),
-      *layout.sections,
-    )
-  }
-  byte, sections = np.dtype(np.uint8), layout.sections
-  if sections:
-    pieces = sum(len(section.shapes) for section in sections)
-    expected[CHECKSUMS] = byte, (len(sections), DIGEST_BYTES)
-    expected[SUBCHECKSUMS] = byte, (pieces, DIGEST_BYTES)
+  expected = _expected(layout)
   for name, (dtype, shape) in expected.items():
     tensor = header.tensors.get(name)
     if tensor is None:
@@ -234,14 +222,28 @@ def _check_header(header, layout):
         f"tensor {name} must be {dtype or 'floats'} {shape}, got "
         f"{tensor.dtype} {tensor.shape}"
       )
-  floats = [section.name for section in sections if section.dtype is None]
-  dtypes = [header.tensors[name].dtype for name in floats]
-  for name, dtype in zip(floats, dtypes, strict=True):
-    if dtype != dtypes[0]:
-      raise Broken(f"tensor {name} must be {dtypes[0]}, as others, got {dtype}")
   for name in header.tensors:
     if name not in expected and not name.startswith("float/"):
       raise Broken(f"tensor {name} belongs to no layer or norm")
+  floats = [s.name for s in layout.sections if s.dtype is None]
+  for name in floats:
+    dtype, first = (header.tensors[n].dtype for n in (name, floats[0]))
+    if dtype != first:
+      raise Broken(f"tensor {name} must be {first}, as others, got {dtype}")
+
+
+def _expected(layout) -> dict[str, tuple[Any, tuple[int, ...]]]:
+  """Dtype and shape of every tensor but `float/...`; None for any floats."""
+  sections = layout.sections
+  joined = (*layout.layers.values(), *layout.inputs.values(), *sections)
+  expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+    tensor.name: (tensor.dtype, (tensor.size,)) for tensor in joined
+  }
+  if sections:
+    byte, pieces = np.dtype(np.uint8), sum(len(s.shapes) for s in sections)
+    expected[CHECKSUMS] = byte, (len(sections), DIGEST_BYTES)
+    expected[SUBCHECKSUMS] = byte, (pieces, DIGEST_BYTES)
+  return expected
 
 
 def _has_dtype(found, expected):
