@@ -1,6 +1,7 @@
 """The files of MNIST and its likes, written by hand."""
 
 import gzip
+import pathlib
 import struct
 
 import numpy as np
@@ -77,3 +78,16 @@ def test_fewer_labels_than_images_are_an_error(tmp_path):
     ValueError, match="as many labels as images.* got 2 and 3"
   ):
     load(tmp_path)
+
+
+def test_fashion_mnist_is_read_as_it_was_published():
+  path = pathlib.Path(__file__).parents[3] / "shared" / "data" / "fashion-mnist"
+  if not path.is_dir():
+    pytest.skip("no ../shared/data/fashion-mnist")
+  loaded = load(path)
+  assert (loaded.num_classes, loaded.shape) == (10, (28, 28, 1))
+  assert (len(loaded.train), len(loaded.test)) == (60_000, 10_000)
+  assert np.bincount(loaded.test.labels).tolist() == [1000] * 10
+  # Boots, the first image of the training set.
+  assert loaded.train.labels[0] == 9
+  assert round(float(loaded.train.images.mean()), 4) == 0.2860
