@@ -154,8 +154,8 @@ def layer_inputs(model: nnx.Module, x: np.ndarray) -> dict[str, jax.Array]:
   """Random inputs as each quantized layer gets them, in its first call."""
   found: dict[str, jax.ShapeDtypeStruct] = {}
 
-  def record(name, x, y):
-    del y
+  def record(name, module, method, x, y):
+    del module, method, y
     found.setdefault(name, jax.ShapeDtypeStruct(x.shape, x.dtype))
 
   copy = observed(model, quantized_layers(model), record)

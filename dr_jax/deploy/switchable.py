@@ -248,7 +248,7 @@ def _serve_all(network):
   """
   paths: dict[str, tuple[str, ...]] = {}
   for path, module in nnx.iter_modules(network):
-    if isinstance(module, nn.layers.Stored):
+    if isinstance(module, nn.stored.Stored):
       module.first = 0
       paths[module.name] = (*map(str, path), "encoded")
     elif isinstance(module, nn.FoldedNorm):

@@ -112,6 +112,7 @@ def trace(
     return value, jnp.stack([samples[path] for path in selected])
 
   mean, squares = np.zeros(len(selected)), np.zeros(len(selected))
+  estimates: dict[str, TraceEstimate] = {}
   for number in range(max_probes):
     samples = np.zeros(len(selected))
     for i, (batch, weight) in enumerate(zip(batches, weights, strict=True)):

@@ -1,6 +1,6 @@
 """Multi-precision layers for any Flax NNX network."""
 
-from dr_jax.nn import deployed, layers
+from dr_jax.nn import deployed, layers, stored
 from dr_jax.nn.backend_choice import (
   set_backend,
   supports,
@@ -10,12 +10,21 @@ from dr_jax.nn.backends import BACKENDS
 from dr_jax.nn.bits import Bits, NormParam, Offset, Scale
 from dr_jax.nn.functional import Functional, functional, update
 from dr_jax.nn.inputs import Inputs
-from dr_jax.nn.layer_table import LayerRow, LayerTable, layer_table, set_bits
+from dr_jax.nn.layer_table import (
+  LayerRow,
+  LayerTable,
+  layer_table,
+  set_bits,
+  tied_layers,
+)
 from dr_jax.nn.layers import (
   Conv,
+  ConvTranspose,
+  Einsum,
+  Embed,
   Linear,
-  StoredConv,
-  StoredLinear,
+  LinearGeneral,
+  LoRALinear,
   candidates,
 )
 from dr_jax.nn.norm import KINDS as NORMS
@@ -23,6 +32,7 @@ from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.quantize import first_and_last, quantize
 from dr_jax.nn.recalibrate import recalibrate
 from dr_jax.nn.requantize import requantize
+from dr_jax.nn.stored import StoredConv, StoredLinear
 
 __all__ = [
   "BACKENDS",
@@ -30,12 +40,17 @@ __all__ = [
   "BatchNorm",
   "Bits",
   "Conv",
+  "ConvTranspose",
+  "Einsum",
+  "Embed",
   "FoldedNorm",
   "Functional",
   "Inputs",
   "LayerRow",
   "LayerTable",
   "Linear",
+  "LinearGeneral",
+  "LoRALinear",
   "NormParam",
   "Offset",
   "Scale",
@@ -52,7 +67,9 @@ __all__ = [
   "requantize",
   "set_backend",
   "set_bits",
+  "stored",
   "supports",
+  "tied_layers",
   "time_backends",
   "update",
 ]

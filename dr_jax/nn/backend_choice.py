@@ -14,7 +14,8 @@ from flax import nnx
 
 from dr_jax.nn import backends, plane_call
 from dr_jax.nn.inputs import Inputs
-from dr_jax.nn.layers import Stored, quantized_layers
+from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.stored import Stored
 
 
 def set_backend(model: nnx.Module, name: str, *, sample: Any = None) -> None:
@@ -149,6 +150,8 @@ def _unsupported(layer, backend):
   weight, inputs = layer.weight_quantizer, layer.input_quantizer
   if backend.platforms and jax.default_backend() not in backend.platforms:
     return f"it runs on {' and '.join(backend.platforms)} alone"
+  if not _computes_in_integers(layer):
+    return "integers serve convolutions and products that are not stacked"
   if inputs is None:
     return "its inputs stay float"
   for quantizer in (weight, inputs):
@@ -158,6 +161,12 @@ def _unsupported(layer, backend):
     if str(codes) not in backend.dtypes:
       return f"codes must be {' or '.join(backend.dtypes)}, got {codes}"
   return None
+
+
+def _computes_in_integers(layer):
+  if layer.computes_as is nnx.LinearGeneral:
+    return not layer.batch_axis and not layer.stack
+  return layer.computes_as in (nnx.Conv, nnx.Linear) and not layer.stack
 
 
 def _dtypes(layer):
@@ -181,7 +190,7 @@ def _chunks(layer, backend):
       strict=True,
     )
   )
-  *window, _ = jax.eval_shape(lambda: layer.kernel[...]).shape
+  *window, _ = layer.columns.shape
   reach = math.prod(window) * largest_w
   if reach * largest_x > backend.exact and isinstance(layer, Stored):
     reach = _largest_sum(layer)

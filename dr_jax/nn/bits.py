@@ -9,11 +9,13 @@ of a mixture of all n candidates, which a search can differentiate.
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -23,17 +25,39 @@ class Bits(nnx.Variable):
   Each variable names the quantized layer that it follows, so that a module may
   have several: a norm for every pair of neighboring bit-widths (transitional
   batch norm, Bit-Mixer, ICCV 2021) has its layer's and the previous layer's.
+  Layers that are stacked (`nnx.scan`) have one variable, with their axes.
   """
 
   @classmethod
-  def following(cls, order: int) -> Bits:
-    """The Bits of the quantized layer number `order`, at the highest."""
-    return cls(jnp.int32(0), follows=order)
+  def following(cls, order: int, stack: tuple[int, ...] = ()) -> Bits:
+    """The Bits of layers from number `order` on, at the highest bit-width.
+
+    Args:
+      order: number of the quantized layer, or of the first of a stack.
+      stack: axes of the stack.
+    """
+    return cls(jnp.zeros(stack, jnp.int32), follows=order, stack=stack)
 
   @property
   def order(self) -> int:
-    """Number of the layer it follows, in call order."""
+    """Number of the layer it follows, in call order, or of the first."""
     return self.get_metadata("follows")
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """Axes of the stack of layers that it follows; () for one layer."""
+    return self.get_metadata("stack")
+
+  @property
+  def orders(self) -> tuple[int, ...]:
+    """Numbers of all layers it follows."""
+    return tuple(range(self.order, self.order + math.prod(self.stack)))
+
+  def at(self, index: jax.Array) -> jax.Array:
+    """Its value, of the positions [layers] or weights [layers, n] of all."""
+    if not self.stack:
+      return index[self.order]
+    return index[np.array(self.orders).reshape(self.stack)]
 
 
 def is_mixture(index: int | jax.Array) -> bool:
@@ -78,3 +102,10 @@ def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits]]:
   for path, node in nnx.iter_graph(model):
     if isinstance(node, Bits):
       yield path, node
+
+
+def set_index(model: nnx.Module, index: Sequence[int]) -> None:
+  """Sets the position of every layer, [layers], in place."""
+  positions = jnp.array(index, jnp.int32)
+  for _, variable in all_bits(model):
+    variable.set_value(variable.at(positions))

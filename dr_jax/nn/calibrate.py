@@ -7,19 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dr_jax import quant
-from dr_jax.nn import layers
+from dr_jax.nn.contraction import base_of
 from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.kernels import check_kernels, inside_float_wrappers
 from dr_jax.nn.leaves import name_of
-from dr_jax.nn.observe import observed
-
-OBSERVED = (*layers.QUANTIZED, nnx.BatchNorm)
-
-# Inputs of a layer that a search for the least error looks at.
-_SEARCHED = 2**16
+from dr_jax.nn.recorder import Statistics, observe
 
 
 class Call(NamedTuple):
@@ -27,76 +23,21 @@ class Call(NamedTuple):
 
   Attributes:
     module: the float module.
-    macs: multiply-accumulates for one example, over all its calls.
-    signed: sign of the input codes.
-    params: initial parameters of the input quantizer at that sign.
+    macs: multiply-accumulates for one example, over all its calls; of one
+      layer, if it stands for several.
+    signed: sign of the input codes; None if it has no float inputs.
+    params: initial parameters of the input quantizer at that sign, stacked as
+      the layer is.
     source: name of the layer whose output it was first called on, if any.
+    stack: axes of the bits that it can have; see `LayerInfo`.
   """
 
   module: Any
   macs: int
-  signed: bool
+  signed: bool | None
   params: dict[str, jax.Array]
   source: str | None
-
-
-class _Seen(NamedTuple):
-  """What one trace shows of a module; see Call."""
-
-  macs: int
-  source: str | None
-
-
-class _Statistics(NamedTuple):
-  """What batches show of a layer's inputs.
-
-  Attributes:
-    finite: whether all are finite.
-    low, high: the smallest and the largest.
-    params: initial parameters by sign.
-  """
-
-  finite: jax.Array
-  low: jax.Array
-  high: jax.Array
-  params: dict[bool, dict[str, jax.Array]]
-
-  def joined(self, other: _Statistics) -> _Statistics:
-    """Those of both; the sum of the parameters."""
-    return _Statistics(
-      self.finite & other.finite,
-      jnp.minimum(self.low, other.low),
-      jnp.maximum(self.high, other.high),
-      jax.tree.map(jnp.add, self.params, other.params),
-    )
-
-
-class _Recorder:
-  """The calls of the layers of a network during one trace.
-
-  Attributes:
-    inputs: inputs of every call, by layer, in the order of first calls.
-    seen: what else the trace shows.
-  """
-
-  def __init__(self, modules: dict[str, Any], examples: int):
-    self._modules, self._examples = modules, examples
-    self._outputs: list[tuple[jax.Array, str]] = []
-    self.inputs: dict[str, list[jax.Array]] = {}
-    self.seen: dict[str, _Seen] = {}
-
-  def record(self, name: str, x: jax.Array, y: jax.Array) -> None:
-    """Records one call of a layer."""
-    found = [source for output, source in self._outputs if output is x]
-    seen = self.seen.get(name, _Seen(0, found[0] if found else None))
-    module = self._modules[name]
-    macs = 0
-    if type(module) is not nnx.BatchNorm:
-      kernel = module.kernel
-      macs = y.size // self._examples * kernel.size // kernel.shape[-1]
-    self.seen[name] = seen._replace(macs=seen.macs + macs)
-    self._outputs.append((y, name))
-    self.inputs.setdefault(name, []).append(x)
+  stack: tuple[int, ...]
 
 
 def calibrate(
@@ -107,7 +48,7 @@ def calibrate(
   init: str = "published",
   batches: Iterable[Any] = (),
 ) -> dict[str, Call]:
-  """Runs sample batches through the float network, in one compiled program.
+  """Runs sample batches through the float network.
 
   Args:
     model: the float network.
@@ -117,114 +58,68 @@ def calibrate(
     batches: further ones.
 
   Returns:
-    What each nnx.Conv, nnx.Linear and nnx.BatchNorm saw, in the order of
-    first calls.
+    What each layer that can be quantized and each nnx.BatchNorm saw, in the
+    order of first calls.
   """
-  sample = Inputs.of(sample)
-  float_inside = inside_float_wrappers(model)
-  modules = {
-    name_of(path) or type(module).__name__.lower(): module
-    for path, module in nnx.iter_modules(model)
-    if type(module) in OBSERVED and id(module) not in float_inside
-  }
-  check_kernels(
-    {n: m for n, m in modules.items() if type(m) in layers.QUANTIZED}
-  )
-  seen, statistics = _observe(
-    model, modules, activation, init, [sample, *map(Inputs.of, batches)]
-  )
+  modules = observable(model)
+  check_kernels({n: m for n, m in modules.items() if base_of(m) is not None})
+  inputs = [Inputs.of(sample), *map(Inputs.of, batches)]
+  seen = observe(model, modules, activation, init, inputs)
   unseen = [name for name in modules if name not in seen]
   if unseen:
     raise ValueError(
       f"sample must reach every layer, but does not reach {unseen}"
     )
   calls = {}
-  for name, (macs, source) in seen.items():
-    finite, low, high, by_sign = statistics[name]
-    if not finite:
-      raise ValueError(
-        f"sample must make finite inputs, but that of layer {name!r} is NaN or "
-        "infinite"
-      )
-    signed = bool(low < 0)
-    if activation is not None and activation.signed is not None:
-      signed = activation.signed
-    params = by_sign.get(signed, {})
-    if init == "max" and activation is not None and signed in by_sign:
-      of_range = activation.with_sign(signed).from_range
-      params = params if of_range is None else of_range(low, high)
-    calls[name] = Call(modules[name], macs, signed, params, source)
+  for name, found in seen.items():
+    signed, params = _settled(name, found.statistics, activation, init)
+    calls[name] = Call(
+      modules[name], found.macs, signed, params, found.source, found.stack
+    )
   return calls
 
 
-def _observe(model, modules, activation, init, batches):
-  """Runs a copy whose layers record their calls.
+def observable(model: nnx.Module) -> dict[str, Any]:
+  """The modules that calibration observes, by name."""
+  float_inside = inside_float_wrappers(model)
+  return {
+    name_of(path) or type(module).__name__.lower(): module
+    for path, module in nnx.iter_modules(model)
+    if is_observed(module) and id(module) not in float_inside
+  }
 
-  Returns:
-    {name: _Seen} of the layers that the first batch reached, in the order of
-    first calls, and {name: _Statistics} over all batches.
-  """
-  traced: list[dict[str, _Seen]] = []
-  tracing: list[_Recorder] = []
 
-  def record(name, x, y):
-    tracing[-1].record(name, x, y)
+def is_observed(module: Any) -> bool:
+  """Whether a module can be quantized, or is a norm to give rows."""
+  return base_of(module) is not None or is_batch_norm(module)
 
-  graph, state = nnx.split(observed(model, modules, record))
 
-  @jax.jit
-  def statistics(state, inputs):
-    # Whatever is kept after a trace holds no array of it.
-    recorder = _Recorder(modules, inputs.examples)
-    tracing.append(recorder)
-    try:
-      nnx.merge(graph, state)(*inputs.args, **inputs.kwargs)
-    finally:
-      tracing.pop()
-    traced.append(recorder.seen)
-    return {
-      name: _input_statistics(modules[name], xs, activation, init)
-      for name, xs in recorder.inputs.items()
-    }
+def is_batch_norm(module: Any) -> bool:
+  """Whether a module is an nnx.BatchNorm, or computes as one."""
+  kind = type(module)
+  return issubclass(kind, nnx.BatchNorm) and (
+    kind.__call__ is nnx.BatchNorm.__call__
+  )
 
-  total: dict[str, _Statistics] = {}
-  try:
-    for batch in batches:
-      found = statistics(state, batch)
-      total = {
-        name: total[name].joined(of) if name in total else of
-        for name, of in found.items()
-      }
-  except jax.errors.UnexpectedTracerError:
+
+def _settled(name, statistics: Statistics | None, activation, init):
+  """Sign of a layer's input, and the parameters of that sign."""
+  if statistics is None:  # it has no float input
+    return None, {}
+  finite, low, high, by_sign = statistics
+  if not np.all(finite):
     raise ValueError(
-      "model must call its layers directly, but calls some inside jit, scan or "
-      "vmap"
-    ) from None
-  count = len(batches)
-  if count > 1:
-    total = {
-      name: of._replace(params=jax.tree.map(lambda p: p / count, of.params))
-      for name, of in total.items()
-    }
-  return traced[0], total
-
-
-def _input_statistics(module, xs, activation, init):
-  # A layer that is called several times has one scale for all its inputs. To
-  # touch them finds those that belong to an inner trace, so do it always.
-  x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
-  searched = x
-  if init == "mse" and x.size > _SEARCHED:
-    searched = x[:: -(-x.size // _SEARCHED)]
-  params = {}
-  if activation is not None and type(module) is not nnx.BatchNorm:
-    for signed in (False, True):
-      try:
-        quantizer = activation.with_sign(signed)
-      except ValueError:
-        continue  # nn.quantize raises where a layer needs this sign
-      params[signed] = quant.fit(quantizer, searched, init)
-  # Not (x < 0).any(): behind a ReLU, XLA folds that constant at compile time,
-  # element by element.
-  low, high = x.min(), x.max()
-  return _Statistics(jnp.isfinite(low) & jnp.isfinite(high), low, high, params)
+      f"sample must make finite inputs, but that of layer {name!r} is NaN or "
+      "infinite"
+    )
+  signed = bool(np.any(low < 0))
+  if activation is not None and activation.signed is not None:
+    signed = activation.signed
+  params = by_sign.get(signed, {})
+  if init == "max" and activation is not None and signed in by_sign:
+    of_range = activation.with_sign(signed).from_range
+    if of_range is not None:
+      for _ in np.shape(low):
+        of_range = jax.vmap(of_range)
+      params = of_range(low, high)
+  return signed, jax.tree.map(jnp.asarray, params)

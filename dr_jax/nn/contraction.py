@@ -1,172 +1,215 @@
-"""One call of a quantized layer in integers.
+"""What quantization has to know of a Flax layer: how it meets its kernel.
 
-The Flax layer does what it always does (batch axes, padding modes, strides,
-groups); it sees an `IntegerCall` in its place, whose operands are codes and
-whose convolution or product is a backend's.
+A layer multiplies inputs by a kernel and sums over the kernel's axes that its
+output does not have. Those that it has are its output channels: a scale per
+channel can be taken out of every sum. `CONTRACTIONS` says of each layer type
+where its kernel is, which axes these are, and what a call costs.
+
+Methods see every kernel in one form, the channels as its last axis: `Columns`.
 """
 
 from __future__ import annotations
 
-import weakref
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
-from dr_jax.nn.backends import Convolution
-from dr_jax.quant import straight_through
 
-
-class Accumulators(NamedTuple):
-  """A layer's output before its rescale: y = acc * scale + bias.
+class Columns(NamedTuple):
+  """How a kernel becomes an array [..., channels], and back.
 
   Attributes:
-    acc: integers [..., c_out], int32 or float32.
-    scale: float32 [c_out], or [1].
-    bias: float32 [c_out], or None.
+    axes: order of the kernel's axes.
+    ordered: shape of the kernel in that order.
+    shape: of the result.
   """
 
-  acc: jax.Array
-  scale: jax.Array
-  bias: jax.Array | None
+  axes: tuple[int, ...]
+  ordered: tuple[int, ...]
+  shape: tuple[int, ...]
 
-  def values(self) -> jax.Array:
-    """y: one factor and one term for each channel."""
-    shape = (1,) * (self.acc.ndim - 1) + (-1,)
-    y = self.acc.astype(self.scale.dtype) * self.scale.reshape(shape)
-    return y if self.bias is None else y + self.bias.reshape(shape)
-
-  def normalized(self, gain: jax.Array, offset: jax.Array) -> Accumulators:
-    """Those of y * gain + offset, both [c_out]."""
-    if self.bias is not None:
-      offset = self.bias * gain + offset
-    return Accumulators(self.acc, self.scale * gain, offset)
-
-
-# Outputs that are still alive, and what they were computed from.
-_OUTPUTS: dict[int, tuple[weakref.ref, Accumulators]] = {}
-
-
-def accumulators_of(y: Any) -> Accumulators | None:
-  """What an array was rescaled from, if a layer has just returned it.
-
-  A folded norm that is called on the very output of a layer has its factors
-  merged into the layer's; the output itself is then computed by nobody.
-  """
-  found = _OUTPUTS.get(id(y))
-  return found[1] if found is not None and found[0]() is y else None
-
-
-def _remember(y, accumulators):
-  key = id(y)
-  forget = weakref.ref(y, lambda _: _OUTPUTS.pop(key, None))
-  _OUTPUTS[key] = (forget, accumulators)
-
-
-class NoKernel:
-  """A kernel that is not there: codes take its place."""
-
-  def __getitem__(self, _: Any) -> None:
-    return None
-
-
-class LayerCall:
-  """A layer as its Flax class sees it during one call, without a kernel."""
-
-  kernel: Any = NoKernel()
-
-  def __init__(self, layer: Any):
-    self.layer = layer
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self.layer, name)
-
-
-class StoredCall(LayerCall):
-  """A call of a layer of stored codes, in integers."""
-
-  # The bias is a part of the rescale, and codes are masked already.
-  use_bias, bias, mask = False, None, None
-
-  def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
-    inputs, kernel, _ = arrays
-    x, w = self.operands = self.layer.integer_operands(inputs, kernel)
-    # For the dtype of the result alone.
-    like = inputs, w.scale.astype(self.layer.param_dtype), self.float_bias
-    self.like, *_ = self.layer.promote(like, dtype=dtype)
-    return x.codes, w.codes, None
-
-  def conv_general_dilated(
-    self, x: jax.Array, w: jax.Array, strides: Any, padding: Any, **options: Any
-  ) -> jax.Array:
-    dilation = tuple(options["rhs_dilation"])
-    if isinstance(padding, str):
-      sizes = zip(w.shape[:-2], dilation, strict=True)
-      window = [(size - 1) * step + 1 for size, step in sizes]
-      padding = lax.padtype_to_pads(x.shape[1:-1], window, strides, padding)
-    convolution = Convolution(
-      strides=tuple(strides),
-      padding=tuple(map(tuple, padding)),
-      lhs_dilation=tuple(options["lhs_dilation"]),
-      rhs_dilation=dilation,
-      groups=options["feature_group_count"],
-      chunks=self.layer.chunks,
-    )
-    return self.rescaled(self.layer.backend.convolve(x, w, convolution))
-
-  def dot_general(
-    self, x: jax.Array, w: jax.Array, dimension_numbers: Any, **options: Any
-  ) -> jax.Array:
-    del dimension_numbers, options  # Those of nnx.Linear.
-    return self.rescaled(self.layer.backend.multiply(x, w, self.layer.chunks))
+  @classmethod
+  def ending_in(
+    cls, channels: tuple[int, ...], shape: tuple[int, ...], *, flat: bool
+  ) -> Columns:
+    """Of a kernel of some shape; `flat` makes its other axes one."""
+    rest = tuple(a for a in range(len(shape)) if a not in channels)
+    axes = (*rest, *channels)
+    ordered = tuple(shape[a] for a in axes)
+    inner, outer = ordered[: len(rest)], ordered[len(rest) :]
+    inner = (math.prod(inner),) if flat else inner
+    return cls(axes, ordered, (*inner, math.prod(outer)))
 
   @property
-  def float_bias(self) -> jax.Array | None:
-    return self.layer.bias[...] if self.layer.use_bias else None
+  def kernel_shape(self) -> tuple[int, ...]:
+    """Shape of the kernel."""
+    sizes = dict(zip(self.axes, self.ordered, strict=True))
+    return tuple(sizes[axis] for axis in range(len(sizes)))
 
-  def rescaled(self, acc: jax.Array) -> jax.Array:
-    """Values of accumulators."""
-    x, w = self.operands
-    bias = self.float_bias
-    bias = None if bias is None else bias.astype(w.scale.dtype)
-    accumulators = Accumulators(acc, x.scale * w.scale.reshape(-1), bias)
-    y = accumulators.values().astype(self.like.dtype)
-    _remember(y, accumulators)
-    return y
+  def of(self, kernel: jax.Array) -> jax.Array:
+    """The kernel with its channels last."""
+    if self._is_identity:
+      return kernel
+    return jnp.transpose(kernel, self.axes).reshape(self.shape)
+
+  def back(self, columns: jax.Array) -> jax.Array:
+    """The kernel again."""
+    if self._is_identity:
+      return columns
+    axes = tuple(int(a) for a in np.argsort(self.axes))
+    return jnp.transpose(columns.reshape(self.ordered), axes)
+
+  @property
+  def _is_identity(self):
+    in_order = self.axes == tuple(range(len(self.axes)))
+    return in_order and self.ordered == self.shape
 
 
-class TrainedCall(StoredCall):
-  """A layer in training: values from integers, gradients of the float layer."""
+class Contraction(NamedTuple):
+  """How a layer type meets its kernel.
 
-  def __init__(self, layer: Any):
-    super().__init__(layer)
-    self.kernel, self.mask = layer.kernel, getattr(layer, "mask", None)
+  Attributes:
+    kind: its name in a layer table.
+    rank: rank(layer), number of axes of its kernel; a kernel with more is that
+      of several layers (`nnx.scan`, `nnx.vmap`).
+    channels: channels(layer), the axes of its kernel that its output has.
+    kernel: name of the attribute.
+    flat: whether its kernel is a matrix once its channels are one axis.
+    methods: those that contract; a subclass that overrides one is another.
+    macs: macs(layer, x, y), multiply-accumulates of one call.
+    lookups: methods whose input is not multiplied.
+  """
 
-  def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
-    inputs, kernel, _ = arrays
-    floats = inputs, kernel, self.float_bias
-    self.floats = self.layer.promote_dtype(floats, dtype=dtype)
-    return super().promote_dtype(arrays, dtype=dtype)
+  kind: str
+  rank: Callable[[Any], int]
+  channels: Callable[[Any], tuple[int, ...]]
+  macs: Callable[[Any, jax.Array, jax.Array], int]
+  kernel: str = "kernel"
+  flat: bool = False
+  methods: tuple[str, ...] = ("__call__",)
+  lookups: tuple[str, ...] = ()
 
-  def conv_general_dilated(
-    self, x: jax.Array, w: jax.Array, *args: Any, **options: Any
-  ) -> jax.Array:
-    y = super().conv_general_dilated(x, w, *args, **options)
-    return self._differentiable(y, "conv_general_dilated", args, options)
+  def columns(self, layer: Any) -> Columns:
+    """How the kernel of one layer becomes columns."""
+    shape = getattr(layer, self.kernel).shape
+    shape = tuple(shape[len(shape) - self.rank(layer) :])
+    return Columns.ending_in(self.channels(layer), shape, flat=self.flat)
 
-  def dot_general(
-    self, x: jax.Array, w: jax.Array, *args: Any, **options: Any
-  ) -> jax.Array:
-    y = super().dot_general(x, w, *args, **options)
-    return self._differentiable(y, "dot_general", args, options)
+  def stack(self, layer: Any) -> tuple[int, ...]:
+    """Leading axes of a kernel that is that of several layers."""
+    shape = getattr(layer, self.kernel).shape
+    return tuple(shape[: len(shape) - self.rank(layer)])
 
-  def rescaled(self, acc: jax.Array) -> jax.Array:
-    return jax.lax.stop_gradient(super().rescaled(acc))
 
-  def _differentiable(self, y, contraction, args, options):
-    """y with the gradient of the float layer, whose value nobody computes."""
-    x, w, bias = self.floats
-    surrogate = getattr(self.layer, contraction)(x, w, *args, **options)
-    if bias is not None:
-      surrogate += bias.reshape((1,) * (y.ndim - 1) + (-1,))
-    return straight_through(surrogate, y)
+def _sums(layer, x, y):
+  """Every output is one sum over what is not a channel."""
+  del x
+  columns = contraction_of(layer).columns(layer)
+  return y.size * math.prod(columns.shape[:-1])
+
+
+def _transposed_macs(layer, x, y):
+  """Every input meets its whole part of the kernel."""
+  del y
+  return x.size * math.prod(layer.kernel_size) * layer.out_features
+
+
+def _window_rank(layer):
+  return len(layer.kernel_size) + 2
+
+
+def _general_rank(layer):
+  axes = layer.batch_axis, layer.in_features, layer.out_features
+  return sum(map(len, axes))
+
+
+def _general_channels(layer):
+  rank, inner = _general_rank(layer), len(layer.in_features)
+  batch = len(layer.batch_axis)
+  return (*range(batch), *range(batch + inner, rank))
+
+
+def _einsum_channels(layer):
+  _, output = layer.einsum_str.split("->")
+  return tuple(i for i, a in enumerate(_kernel_axes(layer)) if a in output)
+
+
+def _kernel_axes(layer):
+  operands, _ = layer.einsum_str.split("->")
+  return operands.split(",")[1]
+
+
+CONTRACTIONS: dict[type, Contraction] = {
+  nnx.Conv: Contraction(
+    "conv", _window_rank, lambda m: (_window_rank(m) - 1,), _sums
+  ),
+  nnx.Linear: Contraction("linear", lambda m: 2, lambda m: (1,), _sums),
+  nnx.LinearGeneral: Contraction(
+    "linear_general", _general_rank, _general_channels, _sums, flat=True
+  ),
+  nnx.Einsum: Contraction(
+    "einsum",
+    lambda m: len(m.kernel_shape),
+    _einsum_channels,
+    _sums,
+    flat=True,
+  ),
+  nnx.ConvTranspose: Contraction(
+    "conv_transpose",
+    _window_rank,
+    lambda m: (_window_rank(m) - (2 if m.transpose_kernel else 1),),
+    _transposed_macs,
+  ),
+  nnx.Embed: Contraction(
+    "embed",
+    lambda m: 2,
+    lambda m: (0,),
+    _sums,
+    kernel="embedding",
+    flat=True,
+    methods=("__call__", "attend"),
+    lookups=("__call__",),
+  ),
+  nnx.LoRALinear: Contraction("lora", lambda m: 2, lambda m: (1,), _sums),
+}
+
+
+def base_of(layer: Any) -> type | None:
+  """The Flax layer type that a layer computes as, if it is one of the table.
+
+  That is its own, or one that it inherits all of its computation from; a
+  quantized layer says so itself.
+  """
+  if (declared := getattr(type(layer), "computes_as", None)) is not None:
+    return declared
+  base = next((t for t in type(layer).__mro__ if t in CONTRACTIONS), None)
+  return None if base is None or _reason(layer, base) else base
+
+
+def contraction_of(layer: Any) -> Contraction:
+  """The entry of a layer whose `base_of` is not None."""
+  return CONTRACTIONS[base_of(layer)]  # pyrefly: ignore
+
+
+def why_not(layer: Any) -> str | None:
+  """Why a layer is none of the table, if it is close to one of them."""
+  base = next((t for t in type(layer).__mro__ if t in CONTRACTIONS), None)
+  return None if base is None else _reason(layer, base)
+
+
+def _reason(layer, base):
+  for method in (*CONTRACTIONS[base].methods, "promote_dtype"):
+    own = getattr(type(layer), method, None)
+    if own is not getattr(base, method, None):
+      return f"overrides {method}"
+  if base is nnx.Einsum:
+    if not layer.einsum_str:
+      return "is given its einsum_str when it is called"
+    if "." in _kernel_axes(layer):
+      return "has an ellipsis among the axes of its kernel"
+  return None

@@ -17,10 +17,13 @@ from flax import nnx
 
 from dr_jax.nn import layers
 from dr_jax.nn.bits import Bits, Offset, Scale
+from dr_jax.nn.calibrate import is_batch_norm
+from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.kernels import computed_kernels
-from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.layers import layer_rows, quantized_layers
 from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
+from dr_jax.nn.stored import Encoded, Stored, stored_class
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
@@ -31,7 +34,8 @@ LARGEST = 2.0**60
 class StoredLayer(NamedTuple):
   """One quantized layer: its place, its quantizers, and what it stores.
 
-  `first` is the position of the highest bit-width that `encoded` serves.
+  `shape` is that of its kernel in columns (`contraction.Columns`); `first` is
+  the position of the highest bit-width that `encoded` serves.
   """
 
   info: layers.LayerInfo
@@ -61,8 +65,8 @@ class Parts(NamedTuple):
   """All parts of a deployed network, by name.
 
   Attributes:
-    layers: quantized layers, in call order.
-    norms: batch norms, folded for inference.
+    layers: quantized layers, in call order, those of a stack one by one.
+    norms: batch norms, folded for inference, likewise.
     floats: every other variable, by slash path.
   """
 
@@ -84,7 +88,7 @@ def parts_of(model: nnx.Module) -> Parts:
       "model must have a quantized layer; call nn.quantize first"
     )
   for name, layer in found.items():
-    if isinstance(layer, layers.Stored):
+    if isinstance(layer, Stored):
       raise ValueError(
         f"layer {name} holds stored codes; pass what nn.quantize returned "
         "(copy an artifact as files)"
@@ -92,26 +96,36 @@ def parts_of(model: nnx.Module) -> Parts:
   paths = {id(m): name_of(p) for p, m in nnx.iter_modules(model)}
   _check_kernels(model, found, paths)
   kernels = computed_kernels(model)
-  stored = {
-    name: StoredLayer(
-      info=layers.LayerInfo(name, layer.order, layer.macs),
-      shape=tuple(layer.kernel.shape),
-      weight=layer.weight_quantizer,
-      activation=layer.input_quantizer,
-      input_params=layers.arrays_of(layer.input_params),
-      encoded=layers.encode(layer, kernels[id(layer)]),
-    )
+  encoded = {
+    name: layers.encode(layer, kernels[id(layer)])
     for name, layer in found.items()
   }
-  norms = {
-    paths[id(module)]: StoredNorm(module.orders, *module.fold())
+  stored = {
+    row.name: StoredLayer(
+      info=layers.LayerInfo(row.name, order, row.layer.macs),
+      shape=row.layer.columns.shape,
+      weight=row.layer.weight_quantizer,
+      activation=row.layer.input_quantizer,
+      input_params=_at(layers.arrays_of(row.layer.input_params), row.position),
+      encoded=_at(encoded[row.layer.name], row.position),
+    )
+    for order, row in enumerate(layer_rows(model))
+  }
+  norms: dict[str, StoredNorm] = {}
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, BatchNorm):
+      norms |= _stored_norms(paths[id(module)], module)
+  inside = tuple(
+    f"{paths[id(module)]}/"
     for _, module in nnx.iter_modules(model)
     if isinstance(module, BatchNorm)
-  }
-  inside = tuple(f"{name}/" for name in norms) + tuple(
+  ) + tuple(
     f"{paths[id(layer)]}/{part}".lstrip("/")  # a model can be one layer
     for layer in found.values()
-    for part in ("kernel", "mask", "weight_params/", "input_params/")
+    for part in (
+      *(contraction_of(layer).kernel, "mask"),
+      *("weight_params/", "input_params/"),
+    )
   )
   floats = {
     name: _finite(name, leaf, value_of(leaf))
@@ -119,6 +133,25 @@ def parts_of(model: nnx.Module) -> Parts:
     if not name.startswith(inside)
   }
   return Parts(stored, norms, floats)
+
+
+def _at(arrays, position):
+  """Arrays of one layer of a stack."""
+  return {name: array[position] for name, array in arrays.items()}
+
+
+def _stored_norms(path, norm):
+  """A norm, or those of a stack one by one."""
+  gain, offset = norm.fold()
+  stored = {}
+  for position in np.ndindex(*gain.shape[:-2]):
+    own = norm.bits.order
+    if norm.bits.stack:
+      own += int(np.ravel_multi_index(position, norm.bits.stack))
+    orders = (*norm.orders[:-1], own)
+    name = "/".join([path, *map(str, position)])
+    stored[name] = StoredNorm(orders, gain[position], offset[position])
+  return stored
 
 
 def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
@@ -137,37 +170,15 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
   modules: dict[str, Any] = {
     name_of(path): module for path, module in nnx.iter_modules(model)
   }
-  if type(model) in layers.STORED:  # a model can be one layer, without a path
+  if base_of(model) is not None:  # a model can be one layer, without a path
     modules[type(model).__name__.lower()] = model
   replacements: dict[int, nnx.Module] = {}
-  for name, part in parts.layers.items():
-    layer: Any = modules.get(name)
-    if type(layer) not in layers.STORED or layer.kernel.shape != part.shape:
-      raise ValueError(
-        f"layer {name} {part.shape} is not in this network; pass the network "
-        "that was quantized"
-      )
-    stored = layers.STORED[type(layer)](
-      layer,
-      part.info,
-      part.weight,
-      part.activation,
-      input_params=part.input_params,
-      weight_arrays=part.encoded,
-    )
-    stored.first = part.first
-    replacements[id(layer)] = stored
-  for name, part in parts.norms.items():
-    norm: Any = modules.get(name)
-    wanted = part.gain.shape[-1:]
-    fits = type(norm) is nnx.BatchNorm and norm.mean.shape == wanted
-    if not fits or norm.var.dtype != part.gain.dtype:
-      raise ValueError(
-        f"norm {name} {part.gain.dtype} {wanted} is not in this network; pass "
-        "the network that was quantized"
-      )
-    replacements[id(norm)] = FoldedNorm(
-      norm, part.gain, part.offset, orders=part.orders, held=part.held
+  unused = _replace_layers(modules, parts, replacements)
+  unused += _replace_norms(modules, parts, replacements)
+  for kind, name, *about in unused:
+    shown = " ".join(map(str, (kind, name, *about)))
+    raise ValueError(
+      f"{shown} is not in this network; pass the network that was quantized"
     )
   model = substitute(model, replacements)
   _write(model, parts.floats)
@@ -175,9 +186,106 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
   return model
 
 
+def _replace_layers(modules, parts, replacements):
+  """Puts layers in; returns those that the network has no place for."""
+  rest = dict(parts.layers)
+  for name, layer in modules.items():
+    if base_of(layer) is None:
+      continue
+    contraction = contraction_of(layer)
+    stack = contraction.stack(layer)
+    names = _names(name, stack)
+    shape = contraction.columns(layer).shape
+    found = [rest[n] for n in names if n in rest]
+    if len(found) < len(names) or any(part.shape != shape for part in found):
+      continue
+    for n in names:
+      del rest[n]
+    replacements[id(layer)] = _stored(layer, name, found, stack)
+  return [("layer", name, part.shape) for name, part in rest.items()]
+
+
+def _names(name, stack):
+  return ["/".join([name, *map(str, p)]) for p in np.ndindex(*stack)]
+
+
+def _stored(layer, name, parts, stack):
+  first = parts[0]
+  stored = stored_class(layer)(
+    layer,
+    first.info._replace(name=name, stack=stack),
+    first.weight,
+    first.activation,
+    input_params=_stacked([part.input_params for part in parts], stack),
+    weight_arrays=_stacked([part.encoded for part in parts], stack),
+  )
+  stored.first = max(part.first for part in parts)
+  if stack:
+    stored.place = Encoded(jnp.arange(len(parts)).reshape(stack))
+  return stored
+
+
+def _stacked(arrays, stack):
+  """Arrays of the layers of a stack as those of one."""
+  if not stack:
+    return arrays[0]
+  return jax.tree.map(
+    lambda *xs: jnp.stack(xs).reshape(*stack, *jnp.shape(xs[0])), *arrays
+  )
+
+
+def _replace_norms(modules, parts, replacements):
+  """Puts norms in; returns those that the network has no place for."""
+  rest = dict(parts.norms)
+  for name, norm in modules.items():
+    if not is_batch_norm(norm):
+      continue
+    *stack, features = norm.mean.shape
+    names = _names(name, stack)
+    like = features, norm.var.dtype
+    found = [rest[n] for n in names if n in rest]
+    fits = all((p.gain.shape[-1], p.gain.dtype) == like for p in found)
+    if len(found) < len(names) or not fits:
+      continue
+    for n in names:
+      del rest[n]
+    replacements[id(norm)] = _folded(norm, found, tuple(stack))
+  return [
+    ("norm", name, part.gain.dtype, part.gain.shape[-1:])
+    for name, part in rest.items()
+  ]
+
+
+def _folded(norm, parts, stack):
+  gain, offset = (
+    _stacked([getattr(part, key) for part in parts], stack)
+    for key in ("gain", "offset")
+  )
+  return FoldedNorm(
+    norm,
+    gain,
+    offset,
+    orders=parts[0].orders,
+    held=_held(parts),
+    stack=_own_stack(parts, stack),
+  )
+
+
+def _held(norms):
+  """Rows that any of the norms of a stack holds; the others give NaN."""
+  if any(part.held is None for part in norms):
+    return None
+  return tuple(sorted({row for part in norms for row in part.held}))
+
+
+def _own_stack(norms, stack):
+  """The axes of its bits, if each norm of a stack follows its own layer."""
+  return stack if len({part.orders for part in norms}) == len(norms) else ()
+
+
 def _check_kernels(model, found, paths):
   """Rejects a kernel that a float layer would lose."""
-  kernels = {id(layer.kernel): name for name, layer in found.items()}
+  kernels = {id(layer.weights): name for name, layer in found.items()}
   for _, module in nnx.iter_modules(model):
     if not isinstance(module, layers.Quantized):
       for value in vars(module).values():
@@ -215,7 +323,7 @@ def _finite(name, leaf, value):
 
 def _write(model, floats):
   floats = dict(floats)
-  left_out = nnx.Any(Bits, nnx.RngState, layers.Encoded, Scale, Offset)
+  left_out = nnx.Any(Bits, nnx.RngState, Encoded, Scale, Offset)
   _, (_, kept) = split_leaves(model, left_out, ...)
   writes = []
   for path, leaf in kept:

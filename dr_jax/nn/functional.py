@@ -26,7 +26,7 @@ from dr_jax.nn.bits import (
   all_bits,
   is_mixture,
 )
-from dr_jax.nn.layers import candidates, quantized_layers
+from dr_jax.nn.layers import candidates, layer_rows
 from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 
 Tree = dict[str, Any]
@@ -53,7 +53,8 @@ class Functional(NamedTuple):
       learned parameters).
     layers: number of quantized layers; 0 for a float network.
     scale_layers: number of the layer of every learned scale, in the order in
-      which `jax.tree.leaves(params)` has them.
+      which `jax.tree.leaves(params)` has them; of a stack of layers an array of
+      numbers.
   """
 
   apply: Callable[..., tuple[Any, Tree]]
@@ -62,7 +63,7 @@ class Functional(NamedTuple):
   bits: tuple[int, ...]
   param_labels: Tree
   layers: int
-  scale_layers: tuple[int, ...]
+  scale_layers: tuple[int | np.ndarray, ...]
 
 
 def functional(model: nnx.Module) -> Functional:
@@ -89,8 +90,8 @@ def functional(model: nnx.Module) -> Functional:
   (3, 2)
   """
   graph, (params, bits, rest) = split_leaves(model, nnx.Param, Bits, ...)
-  followed = {path: variable.order for path, variable in all_bits(model)}
-  layers = len(quantized_layers(model))
+  followed = dict(all_bits(model))
+  layers = len(layer_rows(model))
   candidate_bits = candidates(model) if layers else ()
   # Without their arrays, which would live as long as `apply`.
   kept_params, kept_bits, kept_rest = map(_without_arrays, (params, bits, rest))
@@ -102,7 +103,12 @@ def functional(model: nnx.Module) -> Functional:
       _check_index(index, layers, len(candidate_bits))
 
     def bits_at(path):
-      return index if shape == () else index[followed[path]]
+      variable = followed[path]
+      if shape:
+        return variable.at(index)
+      if variable.stack:
+        return jnp.broadcast_to(index, variable.stack)
+      return index
 
     state = nnx.from_flat_state(
       [(p, with_value(v, _get(params_tree, p))) for p, v in kept_params]
@@ -182,10 +188,22 @@ def _check_index(index, layers, count):
 def _scale_layers(params, followed):
   # A scale is at <layer>/weight_params/scale or <layer>/input_params/scale.
   orders = _nest(
-    (path, followed[(*path[:-2], "bits")] if isinstance(v, Scale) else None)
+    (
+      path,
+      _layers_of(followed[(*path[:-2], "bits")])
+      if isinstance(v, Scale)
+      else None,
+    )
     for path, v in params
   )
   return tuple(jax.tree.leaves(orders))
+
+
+def _layers_of(bits):
+  """Numbers of the layers that a learned scale belongs to, in its shape."""
+  if not bits.stack:
+    return bits.order
+  return np.array(bits.orders).reshape(bits.stack)
 
 
 def _label(variable):

@@ -1,4 +1,4 @@
-"""Kernels as layers compute with them: normalized by a wrapper, masked."""
+"""Kernels as methods see them: normalized by a wrapper, masked, in columns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.substitute import copy_attributes
 
 # Wrappers that take every parameter of a layer, also a quantizer's, for one of
@@ -17,11 +18,12 @@ FLOAT_WRAPPERS = (nnx.SpectralNorm,)
 
 
 def computed_kernels(model: nnx.Module) -> dict[int, jax.Array]:
-  """Returns {id of a module: the kernel that reaches its computation}.
+  """Returns {id of a layer: the kernel that reaches its computation}.
 
   That is the kernel after the nnx.WeightNorm around it, if there is one, times
-  the mask of a convolution. It is what scales are chosen for and codes stored
-  of.
+  the mask of a convolution, with its output channels as the last axis
+  (`contraction.Columns`), after the axes of a stack. It is what scales are
+  chosen for and codes stored of.
 
   Args:
     model: a network, float or quantized; it is not changed.
@@ -34,9 +36,9 @@ def computed_kernels(model: nnx.Module) -> dict[int, jax.Array]:
       if isinstance(copy, nnx.WeightNorm):
         _normalize(copy)
   return {
-    id(module): _masked(copy)
+    id(module): _columns(copy)
     for module, copy in zip(modules, copies, strict=True)
-    if isinstance(getattr(copy, "kernel", None), nnx.Variable)
+    if _has_kernel(copy)
   }
 
 
@@ -54,7 +56,7 @@ def inside_float_wrappers(model: nnx.Module) -> dict[int, str]:
 def check_kernels(found: Mapping[str, Any]) -> None:
   """Raises ValueError for the first layer with a NaN or infinite weight."""
   for name, layer in found.items():
-    bad = int((~jnp.isfinite(layer.kernel[...])).sum())
+    bad = int((~jnp.isfinite(kernel_of(layer)[...])).sum())
     if bad:
       raise ValueError(
         f"weight of layer {name!r} must be finite, but {bad} values are NaN or "
@@ -62,9 +64,23 @@ def check_kernels(found: Mapping[str, Any]) -> None:
       )
 
 
-def _masked(layer):
-  kernel, mask = layer.kernel[...], getattr(layer, "mask", None)
-  return kernel if mask is None else kernel * mask
+def kernel_of(layer: nnx.Module) -> Any:
+  """The kernel of a layer that `CONTRACTIONS` knows."""
+  return getattr(layer, contraction_of(layer).kernel)
+
+
+def _has_kernel(layer):
+  known = base_of(layer) is not None
+  return known and isinstance(kernel_of(layer), nnx.Variable)
+
+
+def _columns(layer):
+  contraction = contraction_of(layer)
+  kernel, mask = kernel_of(layer)[...], getattr(layer, "mask", None)
+  of = contraction.columns(layer).of
+  for _ in contraction.stack(layer):
+    of = jax.vmap(of)
+  return of(kernel if mask is None else kernel * mask)
 
 
 def _normalize(wrapper):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dr_jax.nn.bits import all_bits
-from dr_jax.nn.layers import Stored, candidates, quantized_layers
+from dr_jax.nn.bits import set_index
+from dr_jax.nn.contraction import contraction_of
+from dr_jax.nn.layers import candidates, layer_rows
 from dr_jax.nn.norm import FoldedNorm, row_at
+from dr_jax.nn.stored import Stored
 
 
 class LayerRow(NamedTuple):
@@ -19,8 +21,9 @@ class LayerRow(NamedTuple):
 
   Attributes:
     name: path in the model, with slashes.
-    kind: "conv" or "linear".
-    shape: of the kernel, [*window, c_in / groups, c_out] or [c_in, c_out].
+    kind: "conv", "linear", "linear_general", "einsum", "conv_transpose",
+      "embed" or "lora".
+    shape: of the kernel, as [*window, c_in / groups, c_out] or [c_in, c_out].
     stride: of the window, the largest if its axes differ; 1 if linear.
     parameters: kernel entries (biases stay float and are not counted).
     macs: multiply-accumulates for one example.
@@ -73,19 +76,19 @@ def layer_table(model: nnx.Module) -> LayerTable:
   layers/1  linear  (6, 2)  1       12          12    None    8
   """
   rows = []
-  for name, layer in quantized_layers(model).items():
-    shape = layer.kernel.shape
+  for name, layer, position in layer_rows(model):
+    shape = layer.columns.kernel_shape
     quantizer = layer.input_quantizer
     rows.append(
       LayerRow(
         name=name,
-        kind="linear" if len(shape) == 2 else "conv",
-        shape=tuple(shape),
+        kind=contraction_of(layer).kind,
+        shape=shape,
         stride=int(np.max(getattr(layer, "strides", None) or 1)),
-        parameters=layer.kernel.size,
+        parameters=math.prod(shape),
         macs=layer.macs,
         signed=None if quantizer is None else quantizer.signed,
-        bits=layer.weight_quantizer.bits[int(layer.bits.get_value())],
+        bits=layer.weight_quantizer.bits[layer.index_at(position)],
       )
     )
   return LayerTable(rows)
@@ -121,29 +124,53 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
   [4, 8]
   """
   known = candidates(model)
-  layers = quantized_layers(model)
+  layers = [row.name for row in layer_rows(model)]
   if not isinstance(bits, Mapping):
     bits = dict.fromkeys(layers, bits)
   unknown = sorted(set(bits) - set(layers))
   missing = [name for name in layers if name not in bits]
   if unknown or missing:
     raise ValueError(
-      f"bits must name exactly the layers {list(layers)}, but has unknown "
+      f"bits must name exactly the layers {layers}, but has unknown "
       f"layers {unknown}, missing layers {missing}"
     )
   wrong = {name: b for name, b in bits.items() if b not in known}
   if wrong:
     name, b = next(iter(wrong.items()))
     raise ValueError(f"bits of {name} must be one of {known}, got {b!r}")
+  _check_tied(model, bits)
   index = [known.index(bits[name]) for name in layers]
   _check_held(model, index)
-  for _, variable in all_bits(model):
-    variable.set_value(jnp.int32(index[variable.order]))
+  set_index(model, index)
+
+
+def tied_layers(model: nnx.Module) -> list[tuple[str, ...]]:
+  """Returns the groups of layers that must have the same bits, by name.
+
+  These are stacks of layers (`nnx.scan`) whose bits are shared; see
+  `nn.quantize`.
+  """
+  groups: dict[str, list[str]] = {}
+  for name, layer, _ in layer_rows(model):
+    if layer.shared:
+      groups.setdefault(layer.name, []).append(name)
+  return list(map(tuple, groups.values()))
+
+
+def _check_tied(model, bits):
+  """Raises ValueError where layers of a stack must have the same bits."""
+  for first, *others in tied_layers(model):
+    for name in others:
+      if bits[name] != bits[first]:
+        raise ValueError(
+          f"bits of {name} must be those of {first}, {bits[first]}, with which "
+          f"it shares them, got {bits[name]}"
+        )
 
 
 def _check_held(model, index):
   """Raises ValueError where codes or rows of a norm were not read."""
-  layers = list(quantized_layers(model).values())
+  layers = [row.layer for row in layer_rows(model)]
   for layer, position in zip(layers, index, strict=True):
     if isinstance(layer, Stored):
       layer.check_held(position)

@@ -8,18 +8,20 @@ and parameter names are untouched, and whatever Flax adds works here too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dr_jax.nn.backends import Backend, Planes
 from dr_jax.nn.bits import Bits, Offset, Scale, is_mixture, quantize_at
-from dr_jax.nn.contraction import StoredCall, TrainedCall
-from dr_jax.nn.plane_call import PlaneCall, with_codes, with_planes
+from dr_jax.nn.contraction import CONTRACTIONS, base_of
+from dr_jax.nn.integer_call import TrainedCall
 from dr_jax.nn.substitute import copy_attributes
 from dr_jax.quant import (
   ActivationQuantizer,
@@ -36,22 +38,26 @@ class LayerInfo(NamedTuple):
     name: path with slashes.
     order: position among the quantized layers, in call order.
     macs: multiply-accumulates for one example.
+    stack: axes of its bits, where it stands for several layers and their bits
+      are passed to each.
+    shared: whether those layers must have the same bits.
   """
 
   name: str
   order: int
   macs: int
-
-
-class Encoded(nnx.Variable):
-  """Stored codes and scales of a deployed layer: not trained."""
+  stack: tuple[int, ...] = ()
+  shared: bool = False
 
 
 class Quantized:
   """What quantized layers add to a Flax layer.
 
   Attributes:
-    name, order, macs: as in LayerInfo.
+    computes_as: the Flax layer type that it computes as, one of `CONTRACTIONS`.
+    columns: how its kernel becomes what its method quantizes.
+    stack: leading axes of its parameters, where it stands for several layers.
+    name, order, macs, shared: as in LayerInfo.
     bits: Bits, position in the candidate bit-widths.
     input_params: learned parameters of the input quantizer.
     weight_params: learned parameters of the weight quantizer.
@@ -60,8 +66,8 @@ class Quantized:
     chunks: parts of a sum that a backend in floats needs to be exact.
   """
 
+  computes_as: type
   # Of the Flax layer that a subclass also is.
-  kernel: Any
   param_dtype: Any
 
   _omit: tuple[str, ...] = ("promote_dtype",)
@@ -72,7 +78,7 @@ class Quantized:
 
   def __init__(
     self,
-    layer: nnx.Conv | nnx.Linear,
+    layer: nnx.Module,
     info: LayerInfo,
     weight: WeightQuantizer,
     activation: ActivationQuantizer | None,
@@ -81,12 +87,15 @@ class Quantized:
     weight_arrays: dict[str, jax.Array],
   ):
     copy_attributes(self, layer, omit=self._omit)
-    self.name, self.order, self.macs = info
-    self.bits = Bits.following(self.order)
+    contraction = CONTRACTIONS[self.computes_as]
+    self.columns = contraction.columns(layer)
+    self.stack = contraction.stack(layer)
+    self.name, self.order, self.macs, axes, self.shared = info
+    self.bits = Bits.following(self.order, axes)
     self.input_quantizer = activation
     self.input_params = _learned(input_params)
     self.set_weight_quantizer(weight, weight_arrays)
-    self.promote = layer.promote_dtype
+    self.promote: Any = getattr(layer, "promote_dtype")  # noqa: B009
 
   def set_weight_quantizer(
     self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
@@ -95,12 +104,27 @@ class Quantized:
     self.weight_quantizer = weight
     self.weight_params = _learned(arrays)
 
-  def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+  @property
+  def index(self) -> int | jax.Array:
+    """Position of the bits in use, or weights of a mixture."""
+    return self.bits.get_value()
+
+  @property
+  def weights(self) -> Any:
+    """The kernel: a variable, or what stored codes decode to."""
+    return getattr(self, CONTRACTIONS[self.computes_as].kernel)
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
     flax_call: Any = super().__call__  # pyrefly: ignore[missing-attribute]
-    if self.backend is None or is_mixture(self.bits.get_value()):
-      return flax_call(inputs, *args, **kwargs)
+    if self.backend is None or is_mixture(self.index):
+      return flax_call(*args, **kwargs)
     seen = self._calls[type(self.backend)](self)
-    return flax_call.__func__(seen, inputs, *args, **kwargs)
+    return flax_call.__func__(seen, *args, **kwargs)
+
+  def index_at(self, position: tuple[int, ...]) -> int:
+    """The bits of one of its stack, as a position in the candidates."""
+    index = np.asarray(self.bits.get_value())
+    return int(index[position if self.bits.stack else ()])
 
   def set_backend(self, backend: Backend | Planes | None, chunks: int) -> None:
     """Sets how it computes; `nn.set_backend` checks that it can."""
@@ -110,7 +134,7 @@ class Quantized:
     self, inputs: Any, kernel: Any
   ) -> tuple[Integers, Integers]:
     """Inputs and kernel as integers, at the bit-width in use."""
-    index = self.bits.get_value()
+    index = self.index
     quantizer: Any = self.input_quantizer
     params = arrays_of(self.input_params)
     x = quantizer.integers(params, self._floating(inputs), index)
@@ -118,16 +142,22 @@ class Quantized:
 
   def _kernel_integers(self, kernel, index):
     quantizer: Any = self.weight_quantizer
-    return quantizer.integers(encode(self, kernel), index)
+    params = arrays_of(self.weight_params)
+    columns = self.columns.of(kernel)
+    return quantizer.integers(quantizer.encode(params, columns), index)
 
-  def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
+  def promote_dtype(self, arrays: Any, /, **options: Any) -> Any:
     inputs, kernel, bias = arrays
-    index = self.bits.get_value()
-    inputs = self._quantize_input(inputs, index)
+    inputs = self._quantize_input(inputs, self.index)
+    kernel = self._quantize_kernel(kernel)
+    return self.promote((inputs, kernel, bias), **options)
+
+  def _quantize_kernel(self, kernel):
+    columns = self.columns.of(kernel)
     params = arrays_of(self.weight_params)
     quantize = self.weight_quantizer.fake_quantize
-    kernel = quantize_at(lambda i: quantize(params, kernel, i), index)
-    return self.promote((inputs, kernel, bias), dtype=dtype)
+    values = quantize_at(lambda i: quantize(params, columns, i), self.index)
+    return self.columns.back(values)
 
   def _quantize_input(self, inputs, index):
     if self.input_quantizer is None:
@@ -147,117 +177,127 @@ class Quantized:
 class Conv(Quantized, nnx.Conv):
   """nnx.Conv with quantized kernel and input: any strides, groups, padding."""
 
+  computes_as = nnx.Conv
+
 
 # pyrefly: ignore[inconsistent-inheritance]
 class Linear(Quantized, nnx.Linear):
   """nnx.Linear with quantized kernel and input."""
 
+  computes_as = nnx.Linear
 
-class Stored(Quantized):
-  """A quantized layer that holds stored codes in place of a float kernel.
 
-  Attributes:
-    encoded: what its method stores; planes in place of codes for a backend that
-      reads planes.
-    first: position of the highest bit-width that its codes serve: above 0 where
-      their lower bit-planes were not read. Before it, the kernel is NaN, or an
-      error where the index is a Python int.
+# pyrefly: ignore[inconsistent-inheritance]
+class LinearGeneral(Quantized, nnx.LinearGeneral):
+  """nnx.LinearGeneral with quantized kernel and input.
+
+  A channel is one output feature, of each batch axis its own.
   """
 
-  _omit = ("kernel", "mask", "promote_dtype")
-  _calls = MappingProxyType({Backend: StoredCall, Planes: PlaneCall})
-  encoded: dict[str, Encoded]
-  first: int = 0
-
-  def set_weight_quantizer(
-    self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
-  ) -> None:
-    """Sets the weight quantizer and encoded kernel; it computes in floats."""
-    self.weight_quantizer, self.backend = weight, None
-    self._store(arrays)
-
-  def set_backend(self, backend: Backend | Planes | None, chunks: int) -> None:
-    super().set_backend(backend, chunks)
-    as_planes = isinstance(backend, Planes)
-    if as_planes != ("planes" in self.encoded):
-      arrays = self.arrays()
-      weight = self.weight_quantizer
-      self._store(
-        with_planes(arrays, weight, self.first) if as_planes else arrays
-      )
-
-  def arrays(self) -> dict[str, jax.Array]:
-    """What its method stores, whatever its backend reads."""
-    arrays = arrays_of(self.encoded)
-    if "planes" not in arrays:
-      return arrays
-    features: Any = self.in_features  # pyrefly: ignore[missing-attribute]
-    return with_codes(arrays, self.weight_quantizer, features)
-
-  def _store(self, arrays):
-    self.encoded = nnx.data({k: Encoded(v) for k, v in arrays.items()})
-
-  @property
-  def kernel(self) -> jax.Array:  # pyrefly: ignore[bad-override]
-    """The kernel at the bit-width in use, from the stored codes alone."""
-    index = self.bits.get_value()
-    return quantize_at(self._decode, index)
-
-  def _decode(self, index):
-    kernel = self.weight_quantizer.decode(self.arrays(), index)
-    return self.if_held(kernel, index)
-
-  def if_held(self, values, index):
-    """The values; NaN or an error where the codes do not serve them."""
-    if isinstance(index, int):
-      self.check_held(index)
-    elif self.first:
-      return jnp.where(index < self.first, jnp.nan, values)
-    return values
-
-  def check_held(self, index: int) -> None:
-    """Raises ValueError if its codes do not serve a position."""
-    if index < self.first:
-      bits = self.weight_quantizer.bits
-      raise ValueError(
-        f"bits of {self.name} must be at most {bits[self.first]}, for which "
-        f"its codes were read, got {bits[index]}; read more with "
-        "artifact.upgrade"
-      )
-
-  def promote_dtype(self, arrays: Any, /, dtype: Any = None) -> Any:
-    inputs, kernel, bias = arrays
-    inputs = self._quantize_input(inputs, self.bits.get_value())
-    kernel = kernel.astype(self.param_dtype)
-    return self.promote((inputs, kernel, bias), dtype=dtype)
-
-  def _kernel_integers(self, kernel, index):
-    quantizer: Any = self.weight_quantizer
-    codes, scale = quantizer.integers(self.arrays(), index)
-    return Integers(codes, self.if_held(scale, index))
+  computes_as = nnx.LinearGeneral
 
 
 # pyrefly: ignore[inconsistent-inheritance]
-class StoredConv(Stored, nnx.Conv):
-  """Conv that reads its kernel from stored codes, which are masked already."""
+class Einsum(Quantized, nnx.Einsum):
+  """nnx.Einsum with quantized kernel and input.
 
-  mask = None
+  A channel is one entry of the kernel axes that the output has.
+  """
+
+  computes_as = nnx.Einsum
 
 
 # pyrefly: ignore[inconsistent-inheritance]
-class StoredLinear(Stored, nnx.Linear):
-  """Linear that reads its kernel from stored codes."""
+class ConvTranspose(Quantized, nnx.ConvTranspose):
+  """nnx.ConvTranspose with quantized kernel and input."""
+
+  computes_as = nnx.ConvTranspose
 
 
-QUANTIZED: dict[type, Any] = {nnx.Conv: Conv, nnx.Linear: Linear}
-STORED: dict[type, Any] = {nnx.Conv: StoredConv, nnx.Linear: StoredLinear}
+# pyrefly: ignore[inconsistent-inheritance]
+class LoRALinear(Quantized, nnx.LoRALinear):
+  """nnx.LoRALinear whose base is quantized; its adapters stay float."""
+
+  computes_as = nnx.LoRALinear
+
+
+# pyrefly: ignore[inconsistent-inheritance]
+class Embed(Quantized, nnx.Embed):
+  """nnx.Embed with quantized rows: of a method per channel, a scale per row.
+
+  A lookup and `attend` read the same codes: the sums of `attend` run over the
+  features of a row, so that its scale is that of an output channel. `attend`
+  also quantizes the query.
+  """
+
+  computes_as = nnx.Embed
+
+  # pyrefly: ignore[bad-override-mutable-attribute]
+  def promote_dtype(self, arrays: Any, /, **options: Any) -> Any:
+    *query, embedding = arrays
+    index = self.index
+    query = [self._quantize_input(x, index) for x in query]
+    return self.promote((*query, self._quantize_kernel(embedding)), **options)
+
+
+_QUANTIZED: dict[type, Any] = {
+  kind.computes_as: kind
+  for kind in (
+    Conv,
+    Linear,
+    LinearGeneral,
+    Einsum,
+    ConvTranspose,
+    LoRALinear,
+    Embed,
+  )
+}
+
+
+def quantized_class(layer: nnx.Module) -> Any:
+  """The quantized class of a float layer whose `base_of` is not None."""
+  return class_for(type(layer), _QUANTIZED[base_of(layer)])  # pyrefly: ignore
+
+
+@functools.cache
+def class_for(kind: type, known: Any) -> Any:
+  """A class of ours for a Flax layer type, or for a subclass of it."""
+  if kind is known.computes_as:
+    return known
+  return type(kind.__name__, (known, kind), {})
 
 
 def quantized_layers(model: nnx.Module) -> dict[str, Quantized]:
-  """Returns the quantized layers of a model by name, in call order."""
+  """Returns the quantized layers of a model by name, in call order.
+
+  A stack of layers is one of them; see `layer_rows`.
+  """
   modules = [node for _, node in nnx.iter_modules(model)]
   found = [m for m in modules if isinstance(m, Quantized)]
   return {m.name: m for m in sorted(found, key=lambda m: m.order)}
+
+
+class Row(NamedTuple):
+  """One layer: a quantized layer, or one of a stack of them.
+
+  Attributes:
+    name: path of the layer, of one of a stack with its position at the end.
+    layer: the quantized layer.
+    position: in the stack; () of a layer that stands for itself.
+  """
+
+  name: str
+  layer: Quantized
+  position: tuple[int, ...]
+
+
+def layer_rows(model: nnx.Module) -> list[Row]:
+  """Returns the quantized layers, those of a stack one by one, by number."""
+  return [
+    Row("/".join([name, *map(str, position)]), layer, position)
+    for name, layer in quantized_layers(model).items()
+    for position in np.ndindex(*layer.stack)
+  ]
 
 
 def candidates(model: nnx.Module) -> tuple[int, ...]:
@@ -271,22 +311,46 @@ def candidates(model: nnx.Module) -> tuple[int, ...]:
   raise ValueError("model must have a quantized layer; call nn.quantize first")
 
 
-def encode(layer: Quantized, kernel: jax.Array) -> dict[str, jax.Array]:
-  """Returns what a deployed model stores of a kernel (`computed_kernels`)."""
-  return layer.weight_quantizer.encode(arrays_of(layer.weight_params), kernel)
+def encode(layer: Quantized, columns: jax.Array) -> dict[str, jax.Array]:
+  """Returns what a deployed model stores of a kernel (`computed_kernels`).
+
+  Of a stack of layers, its axes come first in every array.
+  """
+  encoded = layer.weight_quantizer.encode
+  for _ in layer.stack:
+    encoded = jax.vmap(encoded)
+  return encoded(arrays_of(layer.weight_params), columns)
 
 
 def initial_params(
   weight: WeightQuantizer,
   kernels: Mapping[str, jax.Array],
   init: str = "published",
+  *,
+  stacks: Mapping[str, tuple[int, ...]],
 ) -> dict[str, dict[str, jax.Array]]:
-  """Returns the initial parameters of a weight quantizer for each kernel."""
+  """Returns the initial parameters of a weight quantizer for each kernel.
+
+  Args:
+    weight: the quantizer.
+    kernels: of every layer, from `computed_kernels`.
+    init: where they start; see `quant.fit`.
+    stacks: leading axes of those that are stacked; each layer starts alone.
+  """
+
+  def fitted_alone(w):
+    return fit(weight, w, init)
 
   # One program for all layers: eagerly, each shape compiles its own.
   @jax.jit
   def fitted(kernels):
-    return {name: fit(weight, w, init) for name, w in kernels.items()}
+    params = {}
+    for name, w in kernels.items():
+      start = fitted_alone
+      for _ in stacks[name]:
+        start = jax.vmap(start)
+      params[name] = start(w)
+    return params
 
   return fitted(kernels)
 

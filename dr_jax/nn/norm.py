@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn.bits import Bits, NormParam, is_mixture
-from dr_jax.nn.contraction import accumulators_of
+from dr_jax.nn.integer_call import accumulators_of
 from dr_jax.nn.substitute import copy_attributes
 
 KINDS = ("switchable", "transitional", "shared")
@@ -40,10 +40,10 @@ class Rows:
     previous: Bits of the quantized layer called before that one, or None.
   """
 
-  def _follow(self, orders, rows):
+  def _follow(self, orders, rows, stack=()):
     *previous, own = orders
     self.rows = rows
-    self.bits = Bits.following(own)
+    self.bits = Bits.following(own, stack)
     self.previous = Bits.following(*previous) if previous else None
 
   @property
@@ -101,7 +101,13 @@ class BatchNorm(Rows, nnx.BatchNorm):
   """
 
   def __init__(
-    self, norm: nnx.BatchNorm, *, kind: str, candidates: int, order: int
+    self,
+    norm: nnx.BatchNorm,
+    *,
+    kind: str,
+    candidates: int,
+    order: int,
+    stack: tuple[int, ...] = (),
   ):
     """Starts all rows from a norm.
 
@@ -110,23 +116,34 @@ class BatchNorm(Rows, nnx.BatchNorm):
         every transitional row starts from.
       kind: one of KINDS.
       candidates: number of candidate bit-widths.
-      order: number of the layer to follow.
+      order: number of the layer to follow, or of the first of a stack.
+      stack: axes of the bits of that stack.
+
+    Raises:
+      ValueError: for transitional norms of a stack.
     """
     copy_attributes(
       self, norm, omit=("scale", "bias", "mean", "var", "previous")
     )
     self.kind = kind
+    stacked = norm.mean[...].ndim > 1 and not isinstance(norm, BatchNorm)
+    if stacked and kind == "transitional":
+      raise ValueError(
+        "norm must be 'switchable' or 'shared' for norms of stacked layers, "
+        f"got {kind!r}"
+      )
     pairs = kind == "transitional" and order > 0
     orders = (order - 1, order) if pairs else (order,)
     rows = 1 if kind == "shared" else candidates ** len(orders)
-    self._follow(orders, rows)
+    self._follow(orders, rows, stack)
+    has_rows = isinstance(norm, BatchNorm)
     for name in ("scale", "bias"):
       value = getattr(norm, name)
-      setattr(
-        self, name, None if value is None else _rows(NormParam, value, rows)
-      )
-    self.mean = _rows(nnx.BatchStat, norm.mean, rows)
-    self.var = _rows(nnx.BatchStat, norm.var, rows)
+      if value is not None:
+        value = NormParam(_rows(value[...], rows, has_rows))
+      setattr(self, name, value)
+    self.mean = nnx.BatchStat(_rows(norm.mean[...], rows, has_rows))
+    self.var = nnx.BatchStat(_rows(norm.var[...], rows, has_rows))
 
   def __call__(
     self,
@@ -221,11 +238,12 @@ class FoldedNorm(Rows, nnx.Module):
     *,
     orders: tuple[int, ...],
     held: tuple[int, ...] | None = None,
+    stack: tuple[int, ...] = (),
   ):
     self.axis, self.dtype = norm.axis, norm.dtype
     self.promote_dtype = norm.promote_dtype
-    self._follow(orders, len(gain))
-    self.held = tuple(range(len(gain))) if held is None else held
+    self._follow(orders, gain.shape[-2], stack)
+    self.held = tuple(range(self.rows)) if held is None else held
     self.gain = nnx.BatchStat(gain)
     self.offset = nnx.BatchStat(offset)
 
@@ -330,6 +348,8 @@ def _at_row(rows, row):
   return rows[row]
 
 
-def _rows(kind, variable, rows):
-  start = jnp.atleast_2d(variable[...])
-  return kind(jnp.tile(start, (rows // len(start), 1)))
+def _rows(value, rows, has_rows):
+  """[..., features] or [..., present rows, features] repeated to all rows."""
+  start = value if has_rows else value[..., None, :]
+  times = (1,) * (start.ndim - 2) + (rows // start.shape[-2], 1)
+  return jnp.tile(start, times)

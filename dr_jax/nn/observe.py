@@ -10,52 +10,69 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.substitute import copy_attributes, substitute
 
-# record(name, input, output)
-Record = Callable[[str, jax.Array, jax.Array], None]
+# record(name, module, method, input, output)
+Record = Callable[[str, Any, str, jax.Array, jax.Array], None]
 
 
 def observed(
-  model: nnx.Module, modules: Mapping[str, Any], record: Record
+  model: nnx.Module,
+  modules: Mapping[str, Any],
+  record: Record,
+  *,
+  extra: Mapping[str, Mapping[str, nnx.Variable]] | None = None,
 ) -> nnx.Module:
   """Returns a copy in inference mode that records calls of its modules.
 
   Args:
     model: the network; it is not changed.
     modules: those of it to observe, by the name to record.
-    record: called after each call of one of them.
+    record: called after each call of one of them, with the module as the call
+      has it: inside a transformation its variables are those of the trace.
+    extra: variables to give a module, by its name.
   """
   names = {id(module): name for name, module in modules.items()}
   copy = nnx.clone(model)
   pairs = zip(nnx.iter_modules(model), nnx.iter_modules(copy), strict=True)
-  copy = substitute(
-    copy,
-    {
-      id(copied): _observer(
-        copied, functools.partial(record, names[id(module)])
-      )
-      for (_, module), (_, copied) in pairs
-      if id(module) in names
-    },
-  )
+  replacements: dict[int, nnx.Module] = {}
+  for (_, module), (_, copied) in pairs:
+    if (name := names.get(id(module))) is not None:
+      observer = _observer(copied, functools.partial(record, name))
+      for attribute, variable in (extra or {}).get(name, {}).items():
+        setattr(observer, attribute, variable)
+      replacements[id(copied)] = observer
+  copy = substitute(copy, replacements)
   copy.eval()
   return copy
 
 
-def _observer(module, record: Callable[[jax.Array, jax.Array], None]):
-  """The module, calling `record(input, output)` on each call."""
+def _observer(module, record: Callable[..., None]):
+  """The module, calling `record` on each call of its methods."""
   kind = type(module)
-  signature = inspect.signature(kind.__call__)
 
   class Observer(kind):
+    computes_as = base_of(module)
+
     def __init__(self):
       copy_attributes(self, module)
 
-    def __call__(self, *args, **kwargs):
-      y = kind.__call__(self, *args, **kwargs)
-      # The input is the first parameter, under whatever name.
-      record(signature.bind(self, *args, **kwargs).args[1], y)
-      return y
-
+  known = base_of(module) is not None
+  for method in contraction_of(module).methods if known else ("__call__",):
+    setattr(Observer, method, _recording(kind, method, record))
   return Observer()
+
+
+def _recording(kind, name, record):
+  method = getattr(kind, name)
+  signature = inspect.signature(method)
+
+  @functools.wraps(method)
+  def recording(self, *args, **kwargs):
+    y = method(self, *args, **kwargs)
+    # The input is the first parameter, under whatever name.
+    record(self, name, signature.bind(self, *args, **kwargs).args[1], y)
+    return y
+
+  return recording

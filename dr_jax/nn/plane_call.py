@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax import quant
-from dr_jax.nn.contraction import LayerCall
+from dr_jax.nn.integer_call import LayerCall
 from dr_jax.quant import WeightQuantizer
 
 
@@ -90,8 +90,10 @@ def with_codes(
 
 def unsupported(layer: Any) -> str | None:
   """Why a quantized layer cannot compute with planes; None if it can."""
-  if not issubclass(type(layer), nnx.Linear):
+  if layer.computes_as is not nnx.Linear:
     return "it is not linear"
+  if layer.stack:
+    return "it stands for a stack of layers"
   if not hasattr(layer, "encoded"):
     return "it has a float kernel; pass what deploy.load returned"
   if layer.input_quantizer is not None:

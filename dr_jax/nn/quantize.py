@@ -8,21 +8,26 @@ network has the same attributes, parameter names and call signature.
 from __future__ import annotations
 
 import fnmatch
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from dr_jax import quant
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
-from dr_jax.nn.calibrate import OBSERVED, Call, calibrate
+from dr_jax.nn.calibrate import Call, calibrate, is_batch_norm, is_observed
+from dr_jax.nn.contraction import CONTRACTIONS, base_of, why_not
 from dr_jax.nn.kernels import computed_kernels, inside_float_wrappers
 from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.leaves import name_of
+from dr_jax.nn.recorder import stack_of
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+
+STACK_BITS = ("own", "shared")
 
 Skip = str | Callable[[Sequence[str]], Iterable[str]]
 
@@ -45,16 +50,20 @@ def quantize(
   batches: Iterable[Any] = (),
   init: str | tuple[str, str] = "published",
   norm: str = "switchable",
+  stack_bits: str = "own",
   skip: Skip | Iterable[Skip] = first_and_last,
 ) -> nnx.Module:
   """Returns a multi-precision copy of a Flax NNX network.
 
-  Every nnx.Conv (grouped, depthwise, dilated, strided), nnx.Linear and
-  nnx.BatchNorm is replaced, wherever it is stored; the model itself is left
-  unchanged. Other layers with a kernel, subclasses of these three, and what is
-  inside an nnx.SpectralNorm stay float, and a warning names them. A norm
-  follows the bits of the layer whose output it normalizes, else of the last one
-  called before it. Starts at the highest bit-width; see `nn.set_bits`.
+  Every nnx.Conv (grouped, depthwise, dilated, strided), nnx.ConvTranspose,
+  nnx.Linear, nnx.LinearGeneral (so nnx.MultiHeadAttention), nnx.Einsum,
+  nnx.Embed, nnx.LoRALinear and nnx.BatchNorm is replaced, wherever it is
+  stored and inside whatever transformation it is called; so are subclasses that
+  compute as these do. The model itself is left unchanged. Other layers with a
+  kernel and what is inside an nnx.SpectralNorm stay float, and a warning names
+  them and says why. A norm follows the bits of the layer whose output it
+  normalizes, else of the last one called before it. Starts at the highest
+  bit-width; see `nn.set_bits`.
 
   Args:
     model: the float network, preferably trained.
@@ -79,16 +88,20 @@ def quantize(
       bit-width if it follows the first. Call order alone decides which layer
       is the one before, also at residual joins and shortcuts. "shared": one
       set for all. `nn.requantize` turns the first kind into the second.
+    stack_bits: bits of layers that are stacked (nnx.scan or nnx.vmap over
+      parameters with leading axes; every layer has scales of its own): "own",
+      each its own; "shared", the same for all of a stack, as they must be where
+      the transformation passes other variables than nnx.Param whole.
     skip: layers that stay float: names, glob patterns ("head/*"), functions
       from the layer names in call order to names, or a sequence of these.
 
   Raises:
-    ValueError: if bit-widths differ or `norm` or `init` is unknown; if the
-      model is not an nnx.Module, is quantized already or nothing is left to
-      quantize, or two layers have the same path; if a skip matches no
-      layer; if weights or inputs are NaN or infinite; if the sample does not
-      reach a layer, or reaches it inside a jax transformation; if a layer has
-      inputs of a sign that the activation cannot quantize.
+    ValueError: if bit-widths differ or `norm`, `init` or `stack_bits` is
+      unknown; if the model is not an nnx.Module, is quantized already or
+      nothing is left to quantize, or two layers have the same path; if a skip
+      matches no layer; if weights or inputs are NaN or infinite; if the sample
+      does not reach a layer; if a layer has inputs of a sign that the
+      activation cannot quantize; if stacked layers have transitional norms.
 
   >>> import jax.numpy as jnp
   >>> from dr_jax import nn, quant
@@ -110,6 +123,10 @@ def quantize(
     )
   if norm not in norms.KINDS:
     raise ValueError(f"norm must be one of {norms.KINDS}, got {norm!r}")
+  if stack_bits not in STACK_BITS:
+    raise ValueError(
+      f"stack_bits must be one of {STACK_BITS}, got {stack_bits!r}"
+    )
   inits = (init, init) if isinstance(init, str) else tuple(init)
   if len(inits) != 2 or set(inits) - set(quant.INITS):
     raise ValueError(
@@ -118,15 +135,12 @@ def quantize(
   _check_model(model)
   model = nnx.clone(model)
   calls = calibrate(model, activation, sample, init=inits[1], batches=batches)
-  names = [
-    n for n, call in calls.items() if type(call.module) in layers.QUANTIZED
-  ]
+  names = [n for n, call in calls.items() if base_of(call.module) is not None]
   skipped = _skipped(skip, names) if names else set()
   quantized = [name for name in names if name not in skipped]
   if not quantized:
     raise ValueError(
-      f"skip must leave a layer to quantize; the model's nnx.Conv and "
-      f"nnx.Linear layers are {names}"
+      f"skip must leave a layer to quantize; the model's layers are {names}"
     )
   _warn_of_float_layers(model)
   kernels = computed_kernels(model)
@@ -134,26 +148,34 @@ def quantize(
     weight,
     {name: kernels[id(calls[name].module)] for name in quantized},
     inits[0],
+    stacks={name: stack_of(calls[name].module) for name in quantized},
   )
   follows = _followed_layers(calls, quantized)
   replacements: dict[int, nnx.Module] = {}
   for name, call in calls.items():
     if name in quantized:
-      info = layers.LayerInfo(name, follows[name], call.macs)
-      replacements[id(call.module)] = layers.QUANTIZED[type(call.module)](
+      info = layers.LayerInfo(
+        name,
+        follows[name].order,
+        call.macs,
+        follows[name].stack,
+        shared=_shares_bits(call, stack_bits),
+      )
+      replacements[id(call.module)] = layers.quantized_class(call.module)(
         call.module,
         info,
         weight,
-        _settled(activation, call.signed, name),
+        _settled(activation, call, name),
         input_params=call.params,
         weight_arrays=params[name],
       )
-    elif type(call.module) is nnx.BatchNorm:
+    elif is_batch_norm(call.module):
       replacements[id(call.module)] = norms.BatchNorm(
         call.module,
         kind=norm,
         candidates=len(weight.bits),
-        order=follows[name],
+        order=follows[name].order,
+        stack=follows[name].stack,
       )
   return substitute(model, replacements)
 
@@ -176,33 +198,48 @@ def _check_model(model):
       )
 
 
+class _Followed(NamedTuple):
+  """Whose bits a module follows: number of the first layer, axes of a stack."""
+
+  order: int
+  stack: tuple[int, ...]
+
+
 def _followed_layers(
   calls: Mapping[str, Call], quantized: Sequence[str]
-) -> dict[str, int]:
-  """The number of the quantized layer whose bits each module follows.
+) -> dict[str, _Followed]:
+  """The numbers of the quantized layers whose bits each module follows.
 
   A quantized layer follows its own; a norm those of the layer whose output it
   normalizes, else of the quantized layer that was called last, else the first.
   """
-  follows: dict[str, int] = {}
-  last = 0
+  own: dict[str, _Followed] = {}
+  order = 0
+  for name in quantized:
+    own[name] = _Followed(order, calls[name].stack)
+    order += math.prod(stack_of(calls[name].module))
+  follows: dict[str, _Followed] = {}
+  last = own[quantized[0]]
   for name, call in calls.items():
-    if name in quantized:
-      last = quantized.index(name)
-      follows[name] = last
-    elif call.source in quantized:
-      follows[name] = quantized.index(call.source)
+    if name in own:
+      last = follows[name] = own[name]
     else:
-      follows[name] = last
+      follows[name] = own[call.source] if call.source in own else last
   return follows
 
 
-def _settled(activation, signed, name):
+def _shares_bits(call, stack_bits):
+  return bool(stack_of(call.module)) and (
+    stack_bits == "shared" or not call.stack
+  )
+
+
+def _settled(activation, call, name):
   """The activation at the sign that a layer needs."""
-  if activation is None:
+  if activation is None or call.signed is None:
     return None
   try:
-    return activation.with_sign(signed)
+    return activation.with_sign(call.signed)
   except ValueError as error:
     raise ValueError(f"input of layer {name!r}: {error}") from error
 
@@ -213,19 +250,27 @@ def _warn_of_float_layers(model):
   left = []
   for path, module in nnx.iter_modules(model):
     wrapper = inside.get(id(module))
-    if type(module) in OBSERVED and wrapper is None:
+    if is_observed(module) and wrapper is None:
       continue
-    kernel = getattr(module, "kernel", None)
-    if isinstance(kernel, nnx.Param) or isinstance(module, OBSERVED):
-      where = "" if wrapper is None else f" in {wrapper}"
-      left.append(f"{name_of(path)} ({type(module).__name__}{where})")
+    reason = why_not(module) if wrapper is None else f"is in {wrapper}"
+    if reason is None and isinstance(module, nnx.BatchNorm):
+      reason = "overrides __call__"
+    if reason is None and not _has_own_kernel(module):
+      continue
+    of_kind = f"{name_of(path)} ({type(module).__name__}"
+    left.append(f"{of_kind}, {reason})" if reason else f"{of_kind})")
   if left:
+    known = ", ".join(f"nnx.{kind.__name__}" for kind in CONTRACTIONS)
     warnings.warn(
       f"these layers stay as they are: {', '.join(left)}; quantize replaces "
-      "nnx.Conv, nnx.Linear and nnx.BatchNorm, not their subclasses, and "
+      f"{known} and nnx.BatchNorm, subclasses that compute as these do, and "
       "nothing inside nnx.SpectralNorm",
       stacklevel=3,
     )
+
+
+def _has_own_kernel(module):
+  return isinstance(getattr(module, "kernel", None), nnx.Param)
 
 
 def _skipped(skip, names) -> set[str]:

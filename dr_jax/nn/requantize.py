@@ -6,9 +6,10 @@ from flax import nnx
 
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
-from dr_jax.nn.bits import all_bits
+from dr_jax.nn.bits import set_index
 from dr_jax.nn.kernels import check_kernels, computed_kernels
-from dr_jax.nn.layers import candidates, quantized_layers
+from dr_jax.nn.layers import candidates, layer_rows, quantized_layers
+from dr_jax.nn.stored import Stored
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import WeightQuantizer
 
@@ -52,7 +53,7 @@ def requantize(
   model = nnx.clone(model)
   found = quantized_layers(model)
   for name, layer in found.items():
-    if isinstance(layer, layers.Stored):
+    if isinstance(layer, Stored):
       raise ValueError(
         f"layer {name} holds stored codes; pass what nn.quantize returned"
       )
@@ -60,16 +61,18 @@ def requantize(
     check_kernels(found)
     kernels = computed_kernels(model)
     params = layers.initial_params(
-      weight, {name: kernels[id(layer)] for name, layer in found.items()}, init
+      weight,
+      {name: kernels[id(layer)] for name, layer in found.items()},
+      init,
+      stacks={name: layer.stack for name, layer in found.items()},
     )
     for name, layer in found.items():
       layer.set_weight_quantizer(weight, params[name])
   if norm is None:
     return model
   model = substitute(model, _replacements(model, norm, len(bits)))
-  index = {layer.order: layer.bits.get_value() for layer in found.values()}
-  for _, variable in all_bits(model):
-    variable.set_value(index[variable.order])
+  index = [row.layer.index_at(row.position) for row in layer_rows(model)]
+  set_index(model, index)
   return model
 
 

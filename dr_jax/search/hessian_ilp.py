@@ -18,7 +18,8 @@ import numpy as np
 
 from dr_jax.allocate import Infeasible
 from dr_jax.nn.kernels import computed_kernels
-from dr_jax.nn.layers import Stored, arrays_of, candidates, quantized_layers
+from dr_jax.nn.layers import arrays_of, candidates, quantized_layers
+from dr_jax.nn.stored import Stored
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog
 from dr_jax.search.options import CountOrNone, Seed, check_options
@@ -170,16 +171,22 @@ def quantization_errors(model: nnx.Module) -> np.ndarray:
       raise ValueError(
         f"layer {name!r} must have a float kernel, but holds stored codes"
       )
-  return np.array(
+  return np.concatenate(
     [_errors(layer, kernels[id(layer)]) for layer in found.values()]
   )
 
 
 def _errors(layer, kernel):
+  """[layers of the stack, B]."""
   quantizer = layer.weight_quantizer
   positions = range(len(quantizer.bits))
-  quantized = jax.jit(
-    lambda params, w: [quantizer.fake_quantize(params, w, i) for i in positions]
-  )(arrays_of(layer.weight_params), kernel)
-  w = np.asarray(kernel, np.float64)
-  return [np.square(np.asarray(q, np.float64) - w).sum() for q in quantized]
+
+  def quantized(params, w):
+    return [quantizer.fake_quantize(params, w, i) for i in positions]
+
+  for _ in layer.stack:
+    quantized = jax.vmap(quantized)
+  values = jax.jit(quantized)(arrays_of(layer.weight_params), kernel)
+  errors = np.stack(values).astype(np.float64) - np.asarray(kernel, np.float64)
+  inner = tuple(range(1 + len(layer.stack), errors.ndim))
+  return np.square(errors).sum(inner).reshape(len(positions), -1).T

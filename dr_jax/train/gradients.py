@@ -147,10 +147,15 @@ def _weighted_by_alrs(parts, state, gradients, index):
   factors = jnp.broadcast_to(factor, (parts.network.layers,))
   total = jax.tree.map(jnp.abs, scales)
   weighted = [
-    factors[layer] * size
-    for layer, size in zip(parts.network.scale_layers, total, strict=True)
+    _per_layer(factors[layers], size) * size
+    for layers, size in zip(parts.network.scale_layers, total, strict=True)
   ]
   return Gradients(gradients, weighted, total)
+
+
+def _per_layer(factors, scales):
+  """Factors of a layer or a stack of them, as wide as its scales."""
+  return factors.reshape(factors.shape + (1,) * (scales.ndim - factors.ndim))
 
 
 def _per_device(layout, of_batch):

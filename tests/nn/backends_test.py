@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dr_jax import models, nn, quant
-from dr_jax.nn import backends, contraction
+from dr_jax.nn import backends, integer_call
 
 BITS = (8, 4, 2)
 INTEGER = [
@@ -280,13 +280,13 @@ def test_a_norm_on_a_layers_output_is_merged_into_its_rescale(
   network = nnx.clone(stored)
   nn.set_backend(network, "integer")
   merged = []
-  normalized = contraction.Accumulators.normalized
+  normalized = integer_call.Accumulators.normalized
 
   def recorded(accumulators, gain, offset):
     merged.append(accumulators.acc.shape)
     return normalized(accumulators, gain, offset)
 
-  monkeypatch.setattr(contraction.Accumulators, "normalized", recorded)
+  monkeypatch.setattr(integer_call.Accumulators, "normalized", recorded)
   nnx.eval_shape(network, images())
   assert merged == [(4, 6, 6, 8)] * 2
 
@@ -297,7 +297,7 @@ def test_no_array_outlives_a_call(stored):
   with jax.checking_leaks():
     call(network, images())
   gc.collect()
-  assert not contraction._OUTPUTS
+  assert not integer_call._OUTPUTS
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_stored_layers_equal_the_trained_layer_bit_for_bit(kind, dtype):
   )
   quantized = quantize(layer, x)
   place = layers.LayerInfo(quantized.name, quantized.order, quantized.macs)
-  stored = layers.STORED[type(layer)](
+  stored = nn.stored.stored_class(layer)(
     layer,
     place,
     quantized.weight_quantizer,
@@ -246,7 +246,7 @@ def test_stored_layers_equal_the_trained_layer_bit_for_bit(kind, dtype):
     nn.set_bits(quantized, bits)
     nn.set_bits(stored, bits)
     np.testing.assert_array_equal(stored(x), quantized(x))
-  held = nnx.to_flat_state(nnx.state(stored, layers.Encoded))
+  held = nnx.to_flat_state(nnx.state(stored, nn.stored.Encoded))
   assert {path[-1]: v.dtype for path, v in held} == {
     "codes": jnp.int8,
     "scale": jnp.float32,

@@ -191,7 +191,7 @@ class Spectral(nnx.Module):
 def test_a_spectrally_normalized_layer_stays_float_with_a_warning():
   x = images((2, 8))
   with pytest.warns(
-    UserWarning, match=r"a/layer_instance \(Linear in Spectral"
+    UserWarning, match=r"a/layer_instance \(Linear, is in Spectral"
   ):
     network = quantize(Spectral(nnx.Rngs(0)), x)
   assert [row.name for row in nn.layer_table(network)] == ["b"]

@@ -183,8 +183,10 @@ def quantizers(
 def with_sign(
   activation: quant.ActivationQuantizer | None, signed: bool | None
 ) -> quant.ActivationQuantizer | None:
-  """The input quantizer of a layer: for equal signs the same one."""
-  return activation and activation.with_sign(bool(signed))
+  """The input quantizer of a layer, if it has one: for equal signs the same."""
+  if activation is None or signed is None:
+    return None
+  return activation.with_sign(signed)
 
 
 def _quantizer(manifest: Mapping[str, Any], field: str, kind: type[T]) -> T:

@@ -158,7 +158,9 @@ def _manifest(parts, packed, architecture):
     "format": FORMAT,
     "version": VERSION,
     "method": _spec(first.weight),
-    "activation": _spec(first.activation),
+    "activation": _spec(
+      next(filter(None, (p.activation for p in parts.layers.values())), None)
+    ),
     "architecture": architecture,
     "layers": [
       {

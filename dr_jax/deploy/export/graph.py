@@ -139,7 +139,7 @@ def stored_layers(network: nnx.Module) -> dict[str, Layer]:
   """
   layers = {}
   for name, layer in nn.layers.quantized_layers(network).items():
-    if not isinstance(layer, nn.layers.Stored):
+    if not isinstance(layer, nn.stored.Stored):
       raise GraphError(
         f"layer {name} holds a float kernel; pass what deploy.load returned"
       )

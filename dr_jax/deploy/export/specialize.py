@@ -20,8 +20,9 @@ from flax import nnx
 from dr_jax import nn, quant
 from dr_jax.nn.backends import Backend
 from dr_jax.nn.bits import all_bits
-from dr_jax.nn.layers import Stored, quantized_layers
+from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.norm import FoldedNorm
+from dr_jax.nn.stored import Stored
 
 
 def specialize(

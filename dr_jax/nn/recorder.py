@@ -1,0 +1,283 @@
+"""Observes a network on sample batches, layer by layer.
+
+A network that calls its layers directly is one compiled program that returns
+their statistics. Where some are called inside a transformation (`nnx.scan`,
+`nnx.vmap`, `nnx.remat`, `jax.jit`, ...), arrays of inner traces cannot leave as
+outputs: there the program calls back to the host, once for each executed call.
+Of a stack of layers every call says which one it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dr_jax import quant
+from dr_jax.nn.bits import Bits
+from dr_jax.nn.contraction import base_of, contraction_of
+from dr_jax.nn.inputs import Inputs
+from dr_jax.nn.observe import observed
+
+# Inputs of a layer that a search for the least error looks at.
+_SEARCHED = 2**16
+
+
+class Statistics(NamedTuple):
+  """What batches show of a layer's inputs; of a stack, with its axes.
+
+  Attributes:
+    finite: whether all are finite.
+    low, high: the smallest and the largest.
+    params: initial parameters by sign.
+  """
+
+  finite: Any
+  low: Any
+  high: Any
+  params: dict[bool, dict[str, Any]]
+
+  def joined(self, other: Statistics) -> Statistics:
+    """Those of both; the sum of the parameters."""
+    return Statistics(
+      self.finite & other.finite,
+      np.minimum(self.low, other.low),
+      np.maximum(self.high, other.high),
+      jax.tree.map(np.add, self.params, other.params),
+    )
+
+  def mean_of(self, count: int) -> Statistics:
+    """With the parameters divided by a number of batches or calls."""
+    if count == 1:
+      return self
+    return self._replace(params=jax.tree.map(lambda p: p / count, self.params))
+
+
+class Seen(NamedTuple):
+  """What batches show of a module; see `calibrate.Call`."""
+
+  macs: int
+  source: str | None
+  statistics: Statistics | None
+  stack: tuple[int, ...] = ()
+
+
+def observe(
+  model: nnx.Module,
+  modules: dict[str, Any],
+  activation: quant.ActivationQuantizer | None,
+  init: str,
+  batches: list[Inputs],
+) -> dict[str, Seen]:
+  """Runs batches through a copy whose layers record their calls.
+
+  Returns:
+    What was seen of each module that the first batch reached, in the order of
+    first calls.
+  """
+  for batch in batches:
+    batch.examples  # noqa: B018 (raises where there is none)
+  of_inputs = functools.partial(_statistics, activation, init)
+  if not any(stack_of(module) for module in modules.values()):
+    try:
+      return _observe_outputs(model, modules, of_inputs, batches)
+    except jax.errors.UnexpectedTracerError:
+      pass
+  return _observe_calls(model, modules, of_inputs, batches)
+
+
+def stack_of(module: Any) -> tuple[int, ...]:
+  """Leading axes of the parameters of a module that stands for several."""
+  if base_of(module) is not None:
+    return contraction_of(module).stack(module)
+  return tuple(module.mean.shape[:-1])
+
+
+class _Trace:
+  """What one trace shows of the calls of layers."""
+
+  def __init__(self):
+    self._outputs: list[tuple[jax.Array, str]] = []
+    self.sources: dict[str, str | None] = {}
+
+  def add(self, name: str, x: jax.Array, y: jax.Array) -> None:
+    found = [source for output, source in self._outputs if output is x]
+    self.sources.setdefault(name, found[0] if found else None)
+    self._outputs.append((y, name))
+
+
+def _macs(module, method, x, y):
+  if base_of(module) is None or _is_lookup(module, method):
+    return 0
+  return contraction_of(module).macs(module, x, y)
+
+
+def _is_lookup(module, method):
+  known = base_of(module) is not None
+  return known and method in contraction_of(module).lookups
+
+
+def _observe_outputs(model, modules, of_inputs, batches):
+  """As outputs of one program."""
+  traced: list[tuple[dict[str, str | None], dict[str, int]]] = []
+  tracing: list[Callable[..., None]] = []
+
+  def record(*call):
+    tracing[-1](*call)
+
+  graph, state = nnx.split(observed(model, modules, record))
+
+  @jax.jit
+  def statistics(state, inputs):
+    # Whatever is kept after a trace holds no array of it.
+    trace, macs = _Trace(), dict.fromkeys(modules, 0)
+    calls: dict[str, list[jax.Array]] = {}
+
+    def add(name, module, method, x, y):
+      trace.add(name, x, y)
+      macs[name] += _macs(module, method, x, y)
+      if not _is_lookup(module, method):
+        calls.setdefault(name, []).append(x)
+
+    tracing.append(add)
+    try:
+      nnx.merge(graph, state)(*inputs.args, **inputs.kwargs)
+    finally:
+      tracing.pop()
+    traced.append((trace.sources, macs))
+    return {
+      name: of_inputs(base_of(modules[name]) is not None, xs)
+      for name, xs in calls.items()
+    }
+
+  found = [statistics(state, batch) for batch in batches]
+  sources, macs = traced[0]
+  return {
+    name: Seen(
+      macs[name] // batches[0].examples,
+      source,
+      _joined([of[name] for of in found if name in of]),
+    )
+    for name, source in sources.items()
+  }
+
+
+def _joined(found: list[Statistics]) -> Statistics | None:
+  if not found:
+    return None
+  return functools.reduce(Statistics.joined, found).mean_of(len(found))
+
+
+class _Host:
+  """What the calls of one batch say, by layer.
+
+  Attributes:
+    macs: of all calls.
+    inputs: of every call, flat, by position in a stack; none of a lookup.
+  """
+
+  def __init__(self):
+    self.macs: dict[str, int] = {}
+    self.inputs: dict[str, dict[int, list[np.ndarray]]] = {}
+
+  def add(self, name: str, macs: int, place: Any, *x: Any) -> None:
+    self.macs[name] = self.macs.get(name, 0) + macs
+    calls = self.inputs.setdefault(name, {}).setdefault(int(place), [])
+    calls.extend(np.asarray(each).reshape(-1) for each in x)
+
+
+def _observe_calls(model, modules, of_inputs, batches):
+  """By calls to the host, which sees what the program itself would see."""
+  stacks = {name: stack_of(module) for name, module in modules.items()}
+  trace, hosts = _Trace(), []
+  own_bits: dict[str, bool] = {}
+
+  def add(*call):
+    hosts[-1].add(*call)
+
+  def record(name, module, method, x, y):
+    trace.add(name, x, y)
+    if stacks[name]:
+      own_bits[name] = not module.bits.get_value().ndim
+    place = module.place.get_value() if stacks[name] else 0
+    macs = _macs(module, method, x, y)
+    seen = () if _is_lookup(module, method) else (x,)
+    jax.debug.callback(functools.partial(add, name, macs), place, *seen)
+
+  extra = {name: _numbered(stack) for name, stack in stacks.items() if stack}
+  graph, state = nnx.split(observed(model, modules, record, extra=extra))
+
+  @jax.jit
+  def run(state, inputs):
+    nnx.merge(graph, state)(*inputs.args, **inputs.kwargs)
+
+  fit = jax.jit(of_inputs, static_argnums=0)  # one program for each size
+  found: dict[str, list[Statistics | None]] = {}
+  for batch in batches:
+    hosts.append(_Host())
+    run(state, batch)
+    jax.effects_barrier()
+    for name, places in hosts[-1].inputs.items():
+      each = [
+        fit(base_of(modules[name]) is not None, [np.concatenate(xs)])
+        if xs
+        else None
+        for _, xs in sorted(places.items())
+      ]
+      found.setdefault(name, []).append(_of_stack(each, stacks[name]))
+      places.clear()
+  return {
+    name: Seen(
+      hosts[0].macs[name] // batches[0].examples // math.prod(stacks[name]),
+      source,
+      _joined([of for of in found[name] if of is not None]),
+      stacks[name] if own_bits.get(name) else (),
+    )
+    for name, source in trace.sources.items()
+    if name in hosts[0].macs
+  }
+
+
+def _numbered(stack):
+  """Variables that number the layers of a stack.
+
+  `place` is sliced as parameters are; `bits` shows whether bits are.
+  """
+  numbers = jnp.arange(math.prod(stack), dtype=jnp.int32).reshape(stack)
+  return {"place": nnx.Param(numbers), "bits": Bits(numbers)}
+
+
+def _of_stack(each, stack):
+  """Statistics of the layers of a stack, with its axes."""
+  if not stack or each[0] is None:
+    return each[0]
+  return jax.tree.map(
+    lambda *xs: np.stack(xs).reshape(*stack, *np.shape(xs[0])), *each
+  )
+
+
+def _statistics(activation, init, quantized, xs) -> Statistics:
+  # A layer that is called several times has one scale for all its inputs. To
+  # touch them finds those that belong to an inner trace, so do it always.
+  x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
+  searched = x
+  if init == "mse" and x.size > _SEARCHED:
+    searched = x[:: -(-x.size // _SEARCHED)]
+  params = {}
+  if activation is not None and quantized:
+    for signed in (False, True):
+      try:
+        quantizer = activation.with_sign(signed)
+      except ValueError:
+        continue  # nn.quantize raises where a layer needs this sign
+      params[signed] = quant.fit(quantizer, searched, init)
+  # Not (x < 0).any(): behind a ReLU, XLA folds that constant at compile time,
+  # element by element.
+  low, high = x.min(), x.max()
+  return Statistics(jnp.isfinite(low) & jnp.isfinite(high), low, high, params)
