@@ -90,7 +90,7 @@ def functional(model: nnx.Module) -> Functional:
   (3, 2)
   """
   graph, (params, bits, rest) = split_leaves(model, nnx.Param, Bits, ...)
-  followed = dict(all_bits(model))
+  followed = dict(_without_arrays(all_bits(model)))
   layers = len(layer_rows(model))
   candidate_bits = candidates(model) if layers else ()
   # Without their arrays, which would live as long as `apply`.
