@@ -102,7 +102,8 @@ class Switchable:
       latency: what budgets of milliseconds go by, a file of
         `python -m dr_jax.benchmarks.latency`, measured on this device.
       backend: how layers compute; see `nn.set_backend`. "auto" needs a sample.
-        With "planes" and "auto" all planes are read at once.
+        With "planes" and "auto", and where layers are stacked (`nnx.scan`),
+        all planes are read at once.
 
     Raises:
       ArtifactError: as `deploy.open` and `deploy.load`.
@@ -116,20 +117,27 @@ class Switchable:
       artifact = artifacts.open(artifact, bits)
     if backend in _WHOLE:
       artifact = artifact.upgrade()
-    self._choices = Choices(artifact, allocations, accuracy, latency)
-    self._missing = Missing(artifact)
     if sample is not None:
       sample = np.zeros(sample.shape, sample.dtype)
-    network = artifact.load(model=model, backend=backend, sample=sample)
+    load = functools.partial(
+      Artifact.load, model=model, backend=backend, sample=sample
+    )
+    network = load(artifact)
+    if any(row.layer.stack for row in nn.layers.layer_rows(network)):
+      # Planes are read layer by layer, and these layers share their arrays.
+      artifact = artifact.upgrade()
+      network = load(artifact)
+    self._choices = Choices(artifact, allocations, accuracy, latency)
+    self._missing = Missing(artifact)
     self._paths = _serve_all(network)
     apply, params, batch_stats, *_ = nn.functional(network)
-    self._arrays = params, batch_stats
+    self._arrays = {"params": params, "batch_stats": batch_stats}
     self._switching = threading.Lock()
     self._to(self._choices.at(artifact.opened if bits is None else bits))
 
     @jax.jit
     def serve(arrays, index, x):
-      return apply(*arrays, index, x)[0]
+      return apply(arrays["params"], arrays["batch_stats"], index, x)[0]
 
     self._program = serve
     self._compiled: set[tuple[Any, ...]] = set()
@@ -230,10 +238,9 @@ class Switchable:
   def _to(self, choice):
     """Reads what an assignment lacks, then serves it."""
     for name, pieces in self._missing.of(choice.allocation).items():
-      params, stats = self._arrays
       path = self._paths[name]
-      read = self._missing.read(name, pieces, _at(stats, path))
-      self._arrays = params, _replaced(stats, path, read)
+      read = self._missing.read(name, pieces, _at(self._arrays, path))
+      self._arrays = _replaced(self._arrays, path, read)
       # The same numbers at the old bit-width, so that old codes are let go.
       self._serving = self._serving._replace(arrays=self._arrays)
     index = jax.device_put(np.int32(choice.allocation.index(self.candidates)))
@@ -250,10 +257,10 @@ def _serve_all(network):
   for path, module in nnx.iter_modules(network):
     if isinstance(module, nn.stored.Stored):
       module.first = 0
-      paths[module.name] = (*map(str, path), "encoded")
+      paths[module.name] = ("params", *map(str, path), "encoded")
     elif isinstance(module, nn.FoldedNorm):
       module.held = tuple(range(module.rows))
-      paths["/".join(map(str, path))] = tuple(map(str, path))
+      paths["/".join(map(str, path))] = ("batch_stats", *map(str, path))
   return paths
 
 

@@ -397,3 +397,19 @@ def test_a_stack_is_recalibrated_requantized_and_searched():
   errors = search.quantization_errors(network)
   assert errors.shape == (1 + 2 * LAYERS, 3)
   assert (np.diff(errors, axis=1) > 0).all()
+
+
+def test_a_stack_of_planes_is_switched(tmp_path):
+  x = random(4, 5)
+  network = quantize(
+    Scanned(), x, weight=quant.double_rounding(BITS, rounding="floor")
+  )
+  deploy.save(tmp_path / "model", network)
+  served = deploy.Switchable(tmp_path / "model", bits=2, model=Scanned(seed=7))
+  names = [row.name for row in nn.layer_table(network)]
+  for bits in (2, mixed(names, shared=False), 8):
+    served.switch(bits)
+    nn.set_bits(network, bits)
+    np.testing.assert_allclose(
+      served.predict(x), network(x), rtol=1e-5, atol=1e-6
+    )
