@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from dr_jax import allocate, deploy
+from dr_jax import allocate, deploy, models
 from dr_jax.deploy.export.onnx.export import ARITHMETICS, OPSET, WEIGHT_TYPES
 from dr_jax.deploy.export.stablehlo import PLATFORMS
 from dr_jax.runtime import compilation, files
@@ -198,7 +198,9 @@ def _network(artifact):
       f"224,224,3, got {','.join(sizes or ['nothing'])}"
     )
   network = artifact.load()
-  sample = jax.ShapeDtypeStruct((1, *map(int, sizes)), jnp.float32)
+  name, _ = artifact.manifest["architecture"]
+  dtype = jnp.int32 if name in models.TASKS["language"] else jnp.float32
+  sample = jax.ShapeDtypeStruct((1, *map(int, sizes)), dtype)
   try:
     jax.eval_shape(lambda x: network(x), sample)
   except Exception as error:  # Networks raise what they like.

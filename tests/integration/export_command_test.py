@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import small_artifact
+import small_language_model
 from forked_command import ROOT, ForkedCommand
 from jax import export as jax_export
 
@@ -64,6 +65,19 @@ def test_a_program_of_an_allocation_gives_the_logits_of_the_artifact(
   np.testing.assert_array_equal(
     jax.jit(program.call)(arrays, images), jax.jit(lambda x: network(x))(images)
   )
+
+
+def test_a_program_of_a_language_model_takes_tokens(command, folder, tmp_path):
+  small_language_model.save(folder / "language")
+  ended = command(
+    tmp_path / "program",
+    artifact=folder / "language",
+    bits=4,
+    **STABLEHLO | {"input_shape": "16"},
+  )
+  assert (ended.code, ended.err) == (0, "")
+  about = json.loads((tmp_path / "program" / "program.json").read_text())
+  assert about["arguments"][-1]["dtype"] == "int32"
 
 
 def test_flags_say_batch_and_platforms_of_a_program_of_all_bits(
