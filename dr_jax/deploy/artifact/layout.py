@@ -24,7 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dr_jax import quant
-from dr_jax.deploy.artifact.manifest import Broken, guarded, with_sign
+from dr_jax.deploy.artifact.manifest import (
+  Broken,
+  guarded,
+  quantizers,
+  with_sign,
+)
 from dr_jax.nn.norm import row_at
 from dr_jax.runtime import schema
 
@@ -73,7 +78,8 @@ class Layout(NamedTuple):
   """All tensors of an artifact but `float/...` and the checksums.
 
   Attributes:
-    weight: quantizer of all layers.
+    weight: weight quantizer of all layers.
+    activation: input quantizer of all layers, its sign open, or None.
     names: of the quantized layers, in call order.
     norms: of the manifest.
     layers, inputs: {key: tensor}, read as a whole.
@@ -82,6 +88,7 @@ class Layout(NamedTuple):
   """
 
   weight: quant.WeightQuantizer
+  activation: quant.ActivationQuantizer | None
   names: tuple[str, ...]
   norms: Mapping[str, Any]
   layers: dict[str, Joined]
@@ -129,17 +136,14 @@ def plane_pieces(name: str, count: int) -> list[Piece]:
   return [(f"planes/{p}", name) for p in range(count)]
 
 
-def layout_of(
-  manifest: Mapping[str, Any],
-  weight: quant.WeightQuantizer,
-  activation: quant.ActivationQuantizer | None,
-) -> Layout:
+def layout_of(manifest: Mapping[str, Any]) -> Layout:
   """Derives where everything lies from a manifest that is checked.
 
   Raises:
-    ValueError: if the manifest names a weight that its method cannot store,
-      or rows that a norm cannot have.
+    ValueError: if there are no such quantizers, the method cannot store a
+      weight of that shape, or a norm cannot have these rows.
   """
+  weight, activation = quantizers(manifest)
   layers: dict[str, Joined] = {}
   inputs: dict[str, Joined] = {}
   planes: dict[str, tuple[int, ...]] = {}
@@ -165,7 +169,9 @@ def layout_of(
       Joined(f"planes/{p}", byte, planes) for p in range(weight.bits[0])
     ]
   names = tuple(layer["name"] for layer in manifest["layers"])
-  return Layout(weight, names, norms, layers, inputs, tuple(sections), pairs)
+  return Layout(
+    weight, activation, names, norms, layers, inputs, tuple(sections), pairs
+  )
 
 
 def _append(joined, prefix, name, layout, lengths: Mapping[str, int] = {}):

@@ -33,7 +33,6 @@ from dr_jax.deploy.artifact.layout import Layout, layout_of, packed_layout
 from dr_jax.deploy.artifact.manifest import (
   MANIFEST,
   TENSORS,
-  quantizers,
   read_manifest,
 )
 from dr_jax.deploy.artifact.reader import ArtifactError, errors_of, open_file
@@ -55,8 +54,6 @@ class Artifact:
   Attributes:
     path: its directory.
     manifest: what manifest.json says, without its own checksum.
-    weight: the weight quantizer of all layers.
-    activation: the input quantizer of all layers, its sign open, or None.
     opened: {layer: bits} that was asked for last; `load` starts there.
     parts: what was read: quantized layers, norms, float parameters.
     read_bytes: bytes read from disk so far.
@@ -65,12 +62,15 @@ class Artifact:
 
   path: pathlib.Path
   manifest: dict[str, Any]
-  weight: quant.WeightQuantizer
-  activation: quant.ActivationQuantizer | None
   opened: dict[str, int]
   parts: nn.deployed.Parts
   read_bytes: int
   store: Store
+
+  @property
+  def weight(self) -> quant.WeightQuantizer:
+    """The weight quantizer of all layers."""
+    return self.store.layout.weight
 
   @property
   def bits(self) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ class Artifact:
     parts = self.parts
     if read:
       with errors_of(store.path):
-        parts = _parts(self.manifest, self.activation, store)
+        parts = _parts(self.manifest, store)
     return dataclasses.replace(
       self,
       opened=opened,
@@ -225,18 +225,15 @@ def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:
   path = files.expand(path)
   with open_file(path / MANIFEST, _LARGEST_MANIFEST) as reader:
     manifest = read_manifest(reader.read(0, reader.size))
-    weight, activation = quantizers(manifest)
-    layout = layout_of(manifest, weight, activation)
+    layout = layout_of(manifest)
   opened = _assignment(bits, layout)
   # Of a manifest whose sections the file has: there can be many pieces.
   store = open_store(path / TENSORS, manifest["sha256"], layout)
   store = store.with_pieces(layout.pieces_for(None if bits is None else opened))
   with errors_of(path / TENSORS):
-    parts = _parts(manifest, activation, store)
+    parts = _parts(manifest, store)
   read_bytes = reader.read_bytes + store.read_bytes
-  return Artifact(
-    path, manifest, weight, activation, opened, parts, read_bytes, store
-  )
+  return Artifact(path, manifest, opened, parts, read_bytes, store)
 
 
 def load(
@@ -286,7 +283,5 @@ def _assignment(bits, layout: Layout) -> dict[str, int]:
   return {name: bits[name] for name in names}
 
 
-def _parts(manifest, activation, store):
-  return checked_parts(
-    manifest, activation, store.layout, store.tensors, store.pieces
-  )
+def _parts(manifest, store):
+  return checked_parts(manifest, store.layout, store.tensors, store.pieces)

@@ -29,7 +29,6 @@ from dr_jax.nn.deployed import LARGEST
 
 def checked_parts(
   manifest: Mapping[str, Any],
-  activation: quant.ActivationQuantizer | None,
   layout: Layout,
   tensors: Mapping[str, np.ndarray],
   pieces: Mapping[Piece, np.ndarray],
@@ -37,7 +36,7 @@ def checked_parts(
   """Checks all values and returns what they are parts of.
 
   Args:
-    manifest, activation, layout: of the artifact.
+    manifest, layout: of the artifact.
     tensors: as in a file, but sections and checksums.
     pieces: of the sections, those that were read.
 
@@ -51,7 +50,7 @@ def checked_parts(
     name, arrays = layer["name"], packed.get(layer["name"], {})
     if layout.weight.storage.planes:
       arrays["codes"] = _planes(name, layout.weight.bits[0], pieces)
-    quantizer = with_sign(activation, layer["signed"])
+    quantizer = with_sign(layout.activation, layer["signed"])
     stored[name] = _layer(
       order, layer, layout.weight, arrays, quantizer, inputs.get(name, {})
     )

@@ -77,10 +77,10 @@ def save(
   }
   manifest = _manifest(parts, packed, architecture)
   check_manifest(manifest | {"sha256": "0" * 64})
-  layout = layout_of(manifest, first.weight, first.activation)
+  layout = layout_of(manifest)
   tensors = _tensors(parts, packed, layout)
   pieces = _pieces(parts, packed, layout)
-  checked_parts(manifest, first.activation, layout, tensors, pieces)
+  checked_parts(manifest, layout, tensors, pieces)
   checksums, subchecksums = checksums_of(layout, pieces)
   sections = _sections(layout, pieces)
   header, data = dumps(tensors | checksums | sections | subchecksums)
