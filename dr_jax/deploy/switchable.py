@@ -41,7 +41,7 @@ class _Snapshot(NamedTuple):
 
   choice: Choice
   index: jax.Array
-  arrays: tuple[dict[str, Any], dict[str, Any]]
+  arrays: dict[str, dict[str, Any]]
 
 
 class Switchable:

@@ -8,6 +8,7 @@ from dr_jax.nn.backend_choice import (
 )
 from dr_jax.nn.backends import BACKENDS
 from dr_jax.nn.bits import Bits, NormParam, Offset, Scale
+from dr_jax.nn.coverage import Coverage, CoverageRow, coverage
 from dr_jax.nn.functional import Functional, functional, update
 from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.layer_table import (
@@ -41,6 +42,8 @@ __all__ = [
   "Bits",
   "Conv",
   "ConvTranspose",
+  "Coverage",
+  "CoverageRow",
   "Einsum",
   "Embed",
   "FoldedNorm",
@@ -57,6 +60,7 @@ __all__ = [
   "StoredConv",
   "StoredLinear",
   "candidates",
+  "coverage",
   "deployed",
   "first_and_last",
   "functional",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -244,21 +244,30 @@ def _settled(activation, call, name):
     raise ValueError(f"input of layer {name!r}: {error}") from error
 
 
-def _warn_of_float_layers(model):
-  """Names layers with a kernel that `quantize` does not know."""
+def float_layers(
+  model: nnx.Module,
+) -> Iterator[tuple[tuple[Any, ...], nnx.Module, str]]:
+  """Yields the layers that `quantize` does not replace: path, layer, why."""
   inside = inside_float_wrappers(model)
-  left = []
   for path, module in nnx.iter_modules(model):
-    wrapper = inside.get(id(module))
-    if is_observed(module) and wrapper is None:
+    if (wrapper := inside.get(id(module))) is not None:
+      if is_observed(module):
+        yield path, module, f"is in {wrapper}"
+    elif is_observed(module):
       continue
-    reason = why_not(module) if wrapper is None else f"is in {wrapper}"
-    if reason is None and isinstance(module, nnx.BatchNorm):
-      reason = "overrides __call__"
-    if reason is None and not _has_own_kernel(module):
-      continue
-    of_kind = f"{name_of(path)} ({type(module).__name__}"
-    left.append(f"{of_kind}, {reason})" if reason else f"{of_kind})")
+    elif (reason := why_not(module)) is not None:
+      yield path, module, reason
+    elif isinstance(module, nnx.BatchNorm):
+      yield path, module, "overrides __call__"
+    elif _has_own_kernel(module):
+      yield path, module, "is none of them"
+
+
+def _warn_of_float_layers(model):
+  left = [
+    f"{name_of(path)} ({type(module).__name__}, {reason})"
+    for path, module, reason in float_layers(model)
+  ]
   if left:
     known = ", ".join(f"nnx.{kind.__name__}" for kind in CONTRACTIONS)
     warnings.warn(

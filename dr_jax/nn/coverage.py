@@ -1,0 +1,129 @@
+"""What of a network is quantized, what stays float, and why."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from dr_jax.nn.calibrate import calibrate, observable
+from dr_jax.nn.contraction import base_of, contraction_of
+from dr_jax.nn.kernels import kernel_of
+from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.leaves import name_of
+from dr_jax.nn.quantize import float_layers
+from dr_jax.nn.recorder import stack_of
+
+
+class CoverageRow(NamedTuple):
+  """One layer with a kernel, or a stack of them.
+
+  Attributes:
+    name: path in the model, with slashes.
+    kind: as in `LayerRow`, or the name of its class.
+    parameters: kernel entries.
+    macs: multiply-accumulates for one example; None where it is no layer that
+      can be quantized.
+    reason: why it stays float; "" if it is quantized.
+  """
+
+  name: str
+  kind: str
+  parameters: int
+  macs: int | None
+  reason: str
+
+
+class Coverage(tuple[CoverageRow, ...]):
+  """All layers with a kernel; `print` shows them as a table with shares."""
+
+  __slots__ = ()
+
+  @property
+  def macs(self) -> float:
+    """Share of the multiply-accumulates of known layers that is quantized."""
+    return _share((row.macs or 0, row.reason) for row in self)
+
+  @property
+  def parameters(self) -> float:
+    """Share of kernel entries that is quantized."""
+    return _share((row.parameters, row.reason) for row in self)
+
+  def __str__(self) -> str:
+    header = ("name", "kind", "parameters", "macs", "stays float")
+    cells = [header] + [
+      tuple("-" if cell is None else str(cell) for cell in row) for row in self
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+      "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+      for row in cells
+    ]
+    return "\n".join(
+      [
+        *lines,
+        f"quantized: {100 * self.parameters:.1f} % of parameters of kernels, "
+        f"{100 * self.macs:.1f} % of multiply-accumulates",
+      ]
+    )
+
+
+def coverage(model: nnx.Module, network: nnx.Module, sample: Any) -> Coverage:
+  """Lists all layers with a kernel, and which of them are quantized.
+
+  Products outside of layers (of attention, say) have no kernel: they are not
+  counted.
+
+  Args:
+    model: the float network.
+    network: what `nn.quantize` made of it.
+    sample: one batch, as for `nn.quantize`.
+
+  >>> import jax.numpy as jnp
+  >>> from dr_jax import nn, quant
+  >>> rngs = nnx.Rngs(0)
+  >>> model = nnx.Sequential(
+  ...   nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+  ... )
+  >>> network = nn.quantize(
+  ...   model,
+  ...   weight=quant.double_rounding((8, 4)),
+  ...   sample=jnp.ones((1, 4)),
+  ...   skip="layers/1",
+  ... )
+  >>> print(nn.coverage(model, network, jnp.ones((1, 4))))
+  name      kind    parameters  macs  stays float
+  layers/0  linear  24          24
+  layers/1  linear  12          12    skipped
+  quantized: 66.7 % of parameters of kernels, 66.7 % of multiply-accumulates
+  """
+  quantized = quantized_layers(network)
+  found = []
+  for name, call in calibrate(model, None, sample).items():
+    if base_of(call.module) is None:
+      continue
+    found.append(
+      CoverageRow(
+        name=name,
+        kind=contraction_of(call.module).kind,
+        parameters=kernel_of(call.module).size,
+        macs=call.macs * math.prod(stack_of(call.module)),
+        reason="" if name in quantized else "skipped",
+      )
+    )
+  known = observable(model)
+  for path, module, reason in float_layers(model):
+    if (name := name_of(path)) not in known:
+      kernel = getattr(module, "kernel", None)
+      size = 0 if kernel is None else kernel.size
+      found.append(CoverageRow(name, type(module).__name__, size, None, reason))
+  return Coverage(found)
+
+
+def _share(amounts) -> float:
+  total = quantized = 0
+  for amount, reason in amounts:
+    total += amount
+    quantized += 0 if reason else amount
+  return quantized / total if total else 0.0
