@@ -24,6 +24,7 @@ from dr_jax.nn.layers import (
   Quantized,
   arrays_of,
   class_for,
+  quantized_layers,
 )
 from dr_jax.nn.plane_call import PlaneCall, with_codes, with_planes
 from dr_jax.quant import Integers, WeightQuantizer
@@ -192,3 +193,18 @@ _STORED: dict[type, Any] = {
 def stored_class(layer: nnx.Module) -> Any:
   """The class that computes as a float layer does, from stored codes."""
   return class_for(type(layer), _STORED[base_of(layer)])  # pyrefly: ignore
+
+
+def stored_layers(model: nnx.Module) -> dict[str, Stored]:
+  """Returns the quantized layers of a deployed network by name, in call order.
+
+  Raises:
+    ValueError: if one of them has a float kernel.
+  """
+  found: dict[str, Any] = {**quantized_layers(model)}
+  for name, layer in found.items():
+    if not isinstance(layer, Stored):
+      raise ValueError(
+        f"layer {name} must hold stored codes; pass what deploy.load returned"
+      )
+  return found

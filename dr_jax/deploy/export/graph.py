@@ -134,15 +134,11 @@ def stored_layers(network: nnx.Module) -> dict[str, Layer]:
   """Returns the quantized layers of a deployed network, by name.
 
   Raises:
-    GraphError: if a layer's kernel is not stored codes, or its bit-width is not
-      one.
+    ValueError: if a layer has a float kernel.
+    GraphError: if the bit-width of one is a mixture.
   """
   layers = {}
-  for name, layer in nn.layers.quantized_layers(network).items():
-    if not isinstance(layer, nn.stored.Stored):
-      raise GraphError(
-        f"layer {name} holds a float kernel; pass what deploy.load returned"
-      )
+  for name, layer in nn.stored.stored_layers(network).items():
     index = layer.bits.get_value()
     if nn.bits.is_mixture(index):
       raise GraphError(f"layer {name} must have one bit-width, has a mixture")

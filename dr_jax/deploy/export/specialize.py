@@ -20,9 +20,8 @@ from flax import nnx
 from dr_jax import nn, quant
 from dr_jax.nn.backends import Backend
 from dr_jax.nn.bits import all_bits
-from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.norm import FoldedNorm
-from dr_jax.nn.stored import Stored
+from dr_jax.nn.stored import stored_layers
 
 
 def specialize(
@@ -44,12 +43,7 @@ def specialize(
   """
   network = nnx.clone(network)
   nn.set_bits(network, bits)
-  layers: dict[str, Any] = {**quantized_layers(network)}
-  for name, layer in layers.items():
-    if not isinstance(layer, Stored):
-      raise ValueError(
-        f"layer {name} must hold stored codes; pass what deploy.load returned"
-      )
+  layers: dict[str, Any] = {**stored_layers(network)}
   weights = _weights(layers)
   for name, layer in layers.items():
     index = int(layer.bits.get_value())
