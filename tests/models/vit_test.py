@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dr_jax import models
+from dr_jax import models, nn, quant
 
 SMALL = {"num_classes": 4, "image_size": 8, "patch_size": 4, "width": 12}
 
@@ -107,3 +107,19 @@ def test_a_size_that_is_not_allowed_is_an_error_that_names_it(options, message):
 def test_a_tiny_network_has_no_option_for_its_depth():
   with pytest.raises(ValueError, match="options of model 'vit_tiny'.* 'depth'"):
     models.build("vit_tiny", depth=3, rngs=nnx.Rngs(0))
+
+
+def test_every_product_with_a_kernel_is_quantized():
+  model = small(depth=1)
+  quantized = nn.quantize(
+    model,
+    weight=quant.double_rounding((8, 2)),
+    sample=jnp.ones((1, 8, 8, 3)),
+    skip=(),
+  )
+  names = {row.name for row in nn.layer_table(quantized)}
+  attention = {
+    f"blocks/0/attention/{name}" for name in ("query", "key", "value", "out")
+  }
+  layers = {"patches", "blocks/0/up", "blocks/0/down", "head"}
+  assert names == attention | layers
