@@ -125,7 +125,8 @@ class Reader:
 
   def input_scales(self, name):
     """Scales of a layer's inputs, one per bit-width."""
-    names = [layer["name"] for layer in self.manifest["layers"]]
+    layers = self.manifest["layers"]
+    names = [layer["name"] for layer in layers if layer["signed"] is not None]
     scales = self.tensor("inputs/scale").reshape(len(names), len(self.bits))
     return scales[names.index(name)]
 

@@ -157,9 +157,8 @@ def layout_of(manifest: Mapping[str, Any]) -> Layout:
     if {key for key, like in packed.items() if like is None} != {*lengths}:
       raise Broken(f"streams must be those of the method, got {[*streams]}")
     _append(layers, "layers", name, packed, lengths)
-    if activation is not None:
-      signed = with_sign(activation, layer["signed"])
-      _append(inputs, "inputs", name, guarded(where, _input_layout, signed))
+    if quantizer := with_sign(activation, layer["signed"]):
+      _append(inputs, "inputs", name, guarded(where, _input_layout, quantizer))
   norms = manifest["norms"]
   pairs = any(len(norm["follows"]) == 2 for norm in norms.values())
   sections = _norm_sections(norms, len(weight.bits), pairs)

@@ -149,3 +149,35 @@ def test_statistics_in_bfloat16_come_back_as_they_were(tmp_path):
   np.testing.assert_array_equal(norm.gain[1], gain[1])
   np.testing.assert_array_equal(norm.offset[1], offset[1])
   assert np.isnan(norm.gain[0].astype("f4")).all()
+
+
+def test_a_layer_whose_inputs_stay_float_stores_no_scales_for_them(tmp_path):
+  class Network(nnx.Module):
+    def __init__(self):
+      rngs = nnx.Rngs(0)
+      self.embed = nnx.Embed(6, 4, rngs=rngs)
+      self.layer = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, tokens):
+      return self.layer(self.embed(tokens))
+
+  model, tokens = Network(), jnp.arange(6)
+  network = nn.quantize(
+    model,
+    weight=quant.double_rounding((4, 2), rounding="floor"),
+    activation=quant.lsq_activation((4, 2)),
+    sample=tokens,
+    skip=(),
+  )
+  deploy.save(tmp_path / "model", network)
+  stored = deploy.load(tmp_path / "model", model=model)
+  for bits in (4, 2):
+    nn.set_bits(network, bits)
+    nn.set_bits(stored, bits)
+    np.testing.assert_allclose(
+      stored(tokens), network(tokens), rtol=1e-6, atol=1e-6
+    )
+  reader = Reader(tmp_path / "model")
+  assert [x["signed"] for x in reader.manifest["layers"]] == [None, True]
+  scales = network.layer.input_params["scale"]
+  np.testing.assert_array_equal(reader.input_scales("layer"), scales)
