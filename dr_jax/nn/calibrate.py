@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 def calibrate(
   model: nnx.Module,
-  activation: quant.ActivationQuantizer | None,
+  activations: Mapping[str, quant.ActivationQuantizer | None],
   sample: Any,
   *,
   init: str = "published",
@@ -52,7 +52,7 @@ def calibrate(
 
   Args:
     model: the float network.
-    activation: input quantizer, or None.
+    activations: input quantizers by layer; float inputs where there is none.
     sample: the first batch; it alone says what is called, and at what cost.
     init: where parameters start; see `quant.fit`.
     batches: further ones.
@@ -64,7 +64,7 @@ def calibrate(
   modules = observable(model)
   check_kernels({n: m for n, m in modules.items() if base_of(m) is not None})
   inputs = [Inputs.of(sample), *map(Inputs.of, batches)]
-  seen = observe(model, modules, activation, init, inputs)
+  seen = observe(model, modules, activations, init, inputs)
   unseen = [name for name in modules if name not in seen]
   if unseen:
     raise ValueError(
@@ -72,7 +72,9 @@ def calibrate(
     )
   calls = {}
   for name, found in seen.items():
-    signed, params = _settled(name, found.statistics, activation, init)
+    signed, params = _settled(
+      name, found.statistics, activations.get(name), init
+    )
     calls[name] = Call(
       modules[name], found.macs, signed, params, found.source, found.stack
     )

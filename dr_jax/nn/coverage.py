@@ -100,7 +100,7 @@ def coverage(model: nnx.Module, network: nnx.Module, sample: Any) -> Coverage:
   """
   quantized = quantized_layers(network)
   found = []
-  for name, call in calibrate(model, None, sample).items():
+  for name, call in calibrate(model, {}, sample).items():
     if base_of(call.module) is None:
       continue
     found.append(

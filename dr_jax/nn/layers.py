@@ -323,30 +323,27 @@ def encode(layer: Quantized, columns: jax.Array) -> dict[str, jax.Array]:
 
 
 def initial_params(
-  weight: WeightQuantizer,
+  weights: Mapping[str, WeightQuantizer],
   kernels: Mapping[str, jax.Array],
   init: str = "published",
   *,
   stacks: Mapping[str, tuple[int, ...]],
 ) -> dict[str, dict[str, jax.Array]]:
-  """Returns the initial parameters of a weight quantizer for each kernel.
+  """Returns the initial parameters of the weight quantizer of each kernel.
 
   Args:
-    weight: the quantizer.
-    kernels: of every layer, from `computed_kernels`.
+    weights: quantizer of every layer.
+    kernels: likewise, from `computed_kernels`.
     init: where they start; see `quant.fit`.
     stacks: leading axes of those that are stacked; each layer starts alone.
   """
-
-  def fitted_alone(w):
-    return fit(weight, w, init)
 
   # One program for all layers: eagerly, each shape compiles its own.
   @jax.jit
   def fitted(kernels):
     params = {}
     for name, w in kernels.items():
-      start = fitted_alone
+      start = functools.partial(fit, weights[name], init=init)
       for _ in stacks[name]:
         start = jax.vmap(start)
       params[name] = start(w)

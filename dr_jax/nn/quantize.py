@@ -18,12 +18,19 @@ from flax import nnx
 from dr_jax import quant
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
-from dr_jax.nn.calibrate import Call, calibrate, is_batch_norm, is_observed
+from dr_jax.nn.calibrate import (
+  Call,
+  calibrate,
+  is_batch_norm,
+  is_observed,
+  observable,
+)
 from dr_jax.nn.contraction import CONTRACTIONS, base_of, why_not
 from dr_jax.nn.kernels import computed_kernels, inside_float_wrappers
 from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.leaves import name_of
 from dr_jax.nn.recorder import stack_of
+from dr_jax.nn.rules import Quantizers, Rule, resolve
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
 
@@ -51,6 +58,7 @@ def quantize(
   init: str | tuple[str, str] = "published",
   norm: str = "switchable",
   stack_bits: str = "own",
+  rules: Iterable[Rule] = (),
   skip: Skip | Iterable[Skip] = first_and_last,
 ) -> nnx.Module:
   """Returns a multi-precision copy of a Flax NNX network.
@@ -92,6 +100,10 @@ def quantize(
       parameters with leading axes; every layer has scales of its own): "own",
       each its own; "shared", the same for all of a stack, as they must be where
       the transformation passes other variables than nnx.Param whole.
+    rules: quantizers of single layers with the same bits, pairs of a glob
+      pattern and what it changes: `("head/*", {"activation": None})` leaves
+      inputs float, `("stem", {"weight": quant.lsq(bits)})` takes another
+      method. Later rules win. (An artifact has one method for all weights.)
     skip: layers that stay float: names, glob patterns ("head/*"), functions
       from the layer names in call order to names, or a sequence of these.
 
@@ -99,9 +111,9 @@ def quantize(
     ValueError: if bit-widths differ or `norm`, `init` or `stack_bits` is
       unknown; if the model is not an nnx.Module, is quantized already or
       nothing is left to quantize, or two layers have the same path; if a skip
-      matches no layer; if weights or inputs are NaN or infinite; if the sample
-      does not reach a layer; if a layer has inputs of a sign that the
-      activation cannot quantize; if stacked layers have transitional norms.
+      or a rule matches no layer; if weights or inputs are NaN or infinite; if
+      the sample does not reach a layer; if a layer has inputs of a sign that
+      the activation cannot quantize; if stacked layers have transitional norms.
 
   >>> import jax.numpy as jnp
   >>> from dr_jax import nn, quant
@@ -134,7 +146,13 @@ def quantize(
     )
   _check_model(model)
   model = nnx.clone(model)
-  calls = calibrate(model, activation, sample, init=inits[1], batches=batches)
+  quantizers = resolve(
+    rules,
+    Quantizers(weight, activation),
+    [name for name, m in observable(model).items() if base_of(m) is not None],
+  )
+  activations = {name: q.activation for name, q in quantizers.items()}
+  calls = calibrate(model, activations, sample, init=inits[1], batches=batches)
   names = [n for n, call in calls.items() if base_of(call.module) is not None]
   skipped = _skipped(skip, names) if names else set()
   quantized = [name for name in names if name not in skipped]
@@ -145,7 +163,7 @@ def quantize(
   _warn_of_float_layers(model)
   kernels = computed_kernels(model)
   params = layers.initial_params(
-    weight,
+    {name: quantizers[name].weight for name in quantized},
     {name: kernels[id(calls[name].module)] for name in quantized},
     inits[0],
     stacks={name: stack_of(calls[name].module) for name in quantized},
@@ -164,8 +182,8 @@ def quantize(
       replacements[id(call.module)] = layers.quantized_class(call.module)(
         call.module,
         info,
-        weight,
-        _settled(activation, call, name),
+        quantizers[name].weight,
+        _settled(quantizers[name].activation, call, name),
         input_params=call.params,
         weight_arrays=params[name],
       )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,7 @@ class Seen(NamedTuple):
 def observe(
   model: nnx.Module,
   modules: dict[str, Any],
-  activation: quant.ActivationQuantizer | None,
+  activations: Mapping[str, quant.ActivationQuantizer | None],
   init: str,
   batches: list[Inputs],
 ) -> dict[str, Seen]:
@@ -83,7 +83,10 @@ def observe(
   """
   for batch in batches:
     batch.examples  # noqa: B018 (raises where there is none)
-  of_inputs = functools.partial(_statistics, activation, init)
+
+  def of_inputs(name, xs):
+    return _statistics(xs, activations.get(name), init)
+
   if not any(stack_of(module) for module in modules.values()):
     try:
       return _observe_outputs(model, modules, of_inputs, batches)
@@ -151,10 +154,7 @@ def _observe_outputs(model, modules, of_inputs, batches):
     finally:
       tracing.pop()
     traced.append((trace.sources, macs))
-    return {
-      name: of_inputs(base_of(modules[name]) is not None, xs)
-      for name, xs in calls.items()
-    }
+    return {name: of_inputs(name, xs) for name, xs in calls.items()}
 
   found = [statistics(state, batch) for batch in batches]
   sources, macs = traced[0]
@@ -217,7 +217,6 @@ def _observe_calls(model, modules, of_inputs, batches):
   def run(state, inputs):
     nnx.merge(graph, state)(*inputs.args, **inputs.kwargs)
 
-  fit = jax.jit(of_inputs, static_argnums=0)  # one program for each size
   found: dict[str, list[Statistics | None]] = {}
   for batch in batches:
     hosts.append(_Host())
@@ -225,9 +224,7 @@ def _observe_calls(model, modules, of_inputs, batches):
     jax.effects_barrier()
     for name, places in hosts[-1].inputs.items():
       each = [
-        fit(base_of(modules[name]) is not None, [np.concatenate(xs)])
-        if xs
-        else None
+        of_inputs(name, [np.concatenate(xs)]) if xs else None
         for _, xs in sorted(places.items())
       ]
       found.setdefault(name, []).append(_of_stack(each, stacks[name]))
@@ -262,7 +259,9 @@ def _of_stack(each, stack):
   )
 
 
-def _statistics(activation, init, quantized, xs) -> Statistics:
+# Called outside of a program, one for all layers with inputs of a size.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _statistics(xs, activation, init) -> Statistics:
   # A layer that is called several times has one scale for all its inputs. To
   # touch them finds those that belong to an inner trace, so do it always.
   x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
@@ -270,7 +269,7 @@ def _statistics(activation, init, quantized, xs) -> Statistics:
   if init == "mse" and x.size > _SEARCHED:
     searched = x[:: -(-x.size // _SEARCHED)]
   params = {}
-  if activation is not None and quantized:
+  if activation is not None:
     for signed in (False, True):
       try:
         quantizer = activation.with_sign(signed)

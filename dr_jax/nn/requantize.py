@@ -61,7 +61,7 @@ def requantize(
     check_kernels(found)
     kernels = computed_kernels(model)
     params = layers.initial_params(
-      weight,
+      dict.fromkeys(found, weight),
       {name: kernels[id(layer)] for name, layer in found.items()},
       init,
       stacks={name: layer.stack for name, layer in found.items()},

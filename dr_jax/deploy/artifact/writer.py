@@ -49,8 +49,9 @@ def save(
 
   Raises:
     FileExistsError: if the path exists; nothing is overwritten.
-    ValueError: if the model is not quantized, its method is not registered, or
-      it has NaN, infinite or huge (above 2^60) values.
+    ValueError: if the model is not quantized, its method is not registered or
+      not that of all layers, or it has NaN, infinite or huge (above 2^60)
+      values.
 
   >>> import tempfile
   >>> from dr_jax import deploy, quant
@@ -70,6 +71,7 @@ def save(
   True
   """
   parts = nn.deployed.parts_of(model)
+  _check_methods(parts)
   first = next(iter(parts.layers.values()))
   packed = {
     name: first.weight.storage.pack(layer.encoded)
@@ -90,6 +92,21 @@ def save(
   with files.atomic_directory(path) as directory:
     (directory / TENSORS).write_bytes(header + data)
     (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _check_methods(parts):
+  """Raises ValueError if weights or inputs have several methods."""
+  for field in ("weight", "activation"):
+    specs: dict[str, str] = {}
+    for name, layer in parts.layers.items():
+      if (quantizer := getattr(layer, field)) is not None:
+        specs.setdefault(json.dumps(_spec(quantizer)), name)
+    if len(specs) > 1:
+      (one, first), (other, second) = list(specs.items())[:2]
+      raise ValueError(
+        f"{field}s of layers must have one method to be stored, got {one} of "
+        f"{first} and {other} of {second}"
+      )
 
 
 def _tensors(parts, packed, layout):
