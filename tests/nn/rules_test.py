@@ -80,7 +80,7 @@ def test_an_artifact_has_one_method(tmp_path):
 @pytest.mark.parametrize(
   ("rule", "message"),
   [
-    (("tail", {"activation": None}), r"must match layers of \['body/0'.*'tail'"),
+    (("tail", {"activation": None}), r"match layers of \['body/0'.*'tail'"),
     (("head", {"bits": 4}), r"rules must be pairs.*'bits'"),
     (("head",), "rules must be pairs"),
     ("head", "rules must be pairs"),
