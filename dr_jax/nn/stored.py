@@ -199,12 +199,18 @@ def stored_layers(model: nnx.Module) -> dict[str, Stored]:
   """Returns the quantized layers of a deployed network by name, in call order.
 
   Raises:
-    ValueError: if one of them has a float kernel.
+    ValueError: if one of them has a float kernel, or stands for a stack of
+      layers, which can have several bit-widths.
   """
   found: dict[str, Any] = {**quantized_layers(model)}
   for name, layer in found.items():
     if not isinstance(layer, Stored):
       raise ValueError(
         f"layer {name} must hold stored codes; pass what deploy.load returned"
+      )
+    if layer.stack:
+      raise ValueError(
+        f"layer {name} must not be a stack of layers, which only StableHLO "
+        "programs of all bit-widths (bits=None) can have"
       )
   return found

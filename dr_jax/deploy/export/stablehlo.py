@@ -32,7 +32,7 @@ from jax import export
 
 from dr_jax import nn
 from dr_jax.deploy.export.specialize import specialize
-from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.layers import layer_rows, quantized_layers
 from dr_jax.runtime import command, files
 from dr_jax.runtime.tree import named_leaves
 
@@ -123,7 +123,7 @@ def inference(
     bits=None
     if bits is None
     else {name: x.weight_quantizer.bits[0] for name, x in layers.items()},
-    layers=tuple(layers),
+    layers=tuple(row.name for row in layer_rows(network)),
   )
 
 
