@@ -101,8 +101,8 @@ class Allocation(Mapping[str, int]):
       FileNotFoundError: if there is none.
       ValueError: if it holds anything else, naming the file.
     """
-    content = files.read_bytes(path, limit=_LARGEST)
     try:
+      content = files.read_bytes(path, limit=_LARGEST)
       return cls.from_json(content.decode())
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from None

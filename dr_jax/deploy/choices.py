@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping
@@ -68,6 +69,11 @@ class Choices:
       b: self._choice(Allocation.uniform(self.layers, b))
       for b in self.candidates
     }
+    if isinstance(allocations, str | os.PathLike | Mapping):
+      raise ValueError(
+        f"allocations must be a list of files or {{layer: bits}}, got "
+        f"{allocations!r}"
+      )
     choices = [self.at(_read(allocation)) for allocation in allocations]
     choices += self._uniform.values()
     score = _scores(choices, accuracy)
@@ -144,4 +150,17 @@ def _scores(choices, accuracy):
       raise ValueError(
         f"accuracy must have every choice, but lacks {choice.bits!r}"
       )
+    value = accuracy[choice.bits]
+    if not _is_number(value):
+      raise ValueError(
+        f"accuracy[{choice.bits!r}] must be a number, got {value!r}"
+      )
   return {choice.allocation: accuracy[choice.bits] for choice in choices}
+
+
+def _is_number(value):
+  """Whether numbers can be compared with it; arrays of one number can."""
+  try:
+    return not math.isnan(value)
+  except TypeError:
+    return False

@@ -50,7 +50,7 @@ def write_bytes(path: Path, content: bytes) -> None:
   b'content'
   """
   path = expand(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _make_parents(path)
   partial = partial_path(path)
   # What a killed process left, or a link that someone put there.
   partial.unlink(missing_ok=True)
@@ -128,10 +128,12 @@ def open_regular(path: Path, flags: int) -> Iterator[IO[bytes]]:
   descriptor = os.open(
     expand(path), flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
   )
+  # A file object of a directory is an error that names the descriptor.
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise ValueError("must be a regular file")
   mode = "rb" if flags & os.O_ACCMODE == os.O_RDONLY else "r+b"
   with os.fdopen(descriptor, mode) as file:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-      raise ValueError("must be a regular file")
     yield file
 
 
@@ -154,7 +156,7 @@ def open_lines(path: Path, schema: Any) -> tuple[IO[str], list[Any]]:
     ValueError: if it holds anything else, naming file and line.
   """
   path = expand(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _make_parents(path)
   flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
   advice = "; delete it and run again"
   with _naming(path, advice), open_regular(path, flags) as file:
@@ -172,7 +174,7 @@ def open_append(path: Path) -> IO[str]:
     OSError: if it cannot be opened, or is a link.
   """
   path = expand(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _make_parents(path)
   flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
   return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
 
@@ -222,6 +224,20 @@ def read_json(path: Path, schema: Any = object) -> Any:
   return value
 
 
+def _make_parents(path):
+  """Makes the directories of a path; one that is a file is no FileExistsError.
+
+  Whoever heard that a file exists would look for the path itself.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except FileExistsError:
+    code = errno.ENOTDIR
+    raise NotADirectoryError(
+      code, os.strerror(code), str(path.parent)
+    ) from None
+
+
 @contextlib.contextmanager
 def _naming(path, advice=""):
   """Names the file in errors about what it holds."""
@@ -253,7 +269,7 @@ def atomic_directory(path: Path) -> Iterator[pathlib.Path]:
   """
   path = expand(path)
   check_absent(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  _make_parents(path)
   for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
     _remove_abandoned(left)
   draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")

@@ -103,6 +103,11 @@ def test_a_damaged_file_is_named(tmp_path, content, message):
   assert "\n" not in str(error.value)
 
 
+def test_a_directory_in_place_of_a_file_is_named(tmp_path):
+  with pytest.raises(ValueError, match=f"^{tmp_path}: must be a regular file$"):
+    Allocation.load(tmp_path)
+
+
 def test_a_missing_file_is_not_found(tmp_path):
   with pytest.raises(FileNotFoundError):
     Allocation.load(tmp_path / "none.json")

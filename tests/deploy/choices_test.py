@@ -1,6 +1,7 @@
 """Tests of what budgets choose."""
 
 import itertools
+import pathlib
 
 import pytest
 from small_artifact import SERVED as BITS
@@ -110,3 +111,11 @@ def test_wrong_choices_are_errors_at_once(artifact, mixed):
     ValueError, match="accuracy must have every choice, but lacks 2"
   ):
     deploy.Switchable(artifact, accuracy={8: 1.0, 4: 1.0})
+  for value in (None, "97.1", float("nan")):
+    with pytest.raises(
+      ValueError, match=r"accuracy\[4\] must be a number, got"
+    ):
+      deploy.Switchable(artifact, accuracy={8: 1.0, 4: value, 2: 0.5})
+  for one in ("mixed.json", pathlib.Path("mixed.json"), mixed):
+    with pytest.raises(ValueError, match="allocations must be a list of files"):
+      deploy.Switchable(artifact, allocations=one)

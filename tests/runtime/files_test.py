@@ -100,6 +100,18 @@ def test_damaged_json_is_one_line_that_names_the_file(tmp_path):
     files.read_json(tmp_path / "absent.json")
 
 
+def test_a_path_below_a_file_is_not_a_directory(tmp_path):
+  (tmp_path / "file").write_bytes(b"")
+  with pytest.raises(NotADirectoryError, match="Not a directory: '.*/file'"):
+    files.write_bytes(tmp_path / "file" / "new", b"")
+  assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_directory_is_not_read_as_a_file(tmp_path):
+  with pytest.raises(ValueError, match="^must be a regular file$"):
+    files.read_bytes(tmp_path, limit=1)
+
+
 def test_a_directory_appears_when_its_block_ends(tmp_path):
   path = tmp_path / "new" / "artifact"
   with files.atomic_directory(path) as draft:

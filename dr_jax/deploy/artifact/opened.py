@@ -61,11 +61,11 @@ class Artifact:
   """
 
   path: pathlib.Path
-  manifest: dict[str, Any]
+  manifest: dict[str, Any] = dataclasses.field(repr=False)
   opened: dict[str, int]
-  parts: nn.deployed.Parts
+  parts: nn.deployed.Parts = dataclasses.field(repr=False)
   read_bytes: int
-  store: Store
+  store: Store = dataclasses.field(repr=False)
 
   @property
   def weight(self) -> quant.WeightQuantizer:

@@ -104,6 +104,13 @@ def test_a_loaded_model_computes_with_the_backend_asked_for(exported):
     deploy.load(path, backend="int3")
 
 
+def test_a_printed_artifact_is_a_line_without_arrays(exported):
+  _, path = exported
+  printed = repr(deploy.open(path))
+  assert "opened=" in printed and "\n" not in printed
+  assert "manifest=" not in printed and "parts=" not in printed
+
+
 def test_per_layer_bits_work_on_a_loaded_model(exported):
   network, path = exported
   bits = nn.candidates(network)
