@@ -58,6 +58,9 @@ def set_backend(model: nnx.Module, name: str, *, sample: Any = None) -> None:
     if sample is None:
       raise ValueError("sample must be inputs of the network for 'auto'")
     name = next(iter(time_backends(model, sample)))
+  elif name not in backends.BACKENDS:
+    allowed = (*backends.BACKENDS, "auto")
+    raise ValueError(f"backend must be one of {allowed}, got {name!r}")
   backend = backends.get(name)
   layers = quantized_layers(model)
   if not layers:

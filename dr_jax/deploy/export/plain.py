@@ -54,6 +54,10 @@ def export_safetensors(
       method or its activation has no integers, or two arrays would have the
       same name.
   """
+  if not isinstance(artifact, Artifact):
+    raise ValueError(
+      f"artifact must be what deploy.open returned, got {artifact!r}"
+    )
   artifact = artifact.upgrade(bits)  # reads what they need
   opened, parts = artifact.opened, artifact.parts
   index = [artifact.bits.index(b) for b in opened.values()]

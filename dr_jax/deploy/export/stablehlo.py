@@ -31,6 +31,7 @@ from flax import nnx
 from jax import export
 
 from dr_jax import nn
+from dr_jax.allocate.problem import integer
 from dr_jax.deploy.export.specialize import specialize
 from dr_jax.nn.layers import layer_rows, quantized_layers
 from dr_jax.runtime import command, files
@@ -161,8 +162,8 @@ def export_stablehlo(
       f"platforms must be of {', '.join(PLATFORMS)}, rocm, got "
       f"{', '.join(platforms) or 'none'}"
     )
-  if batch is not None and batch < 1:
-    raise ValueError(f"batch must be >= 1, got {batch}")
+  if batch is not None:
+    batch = integer("batch", batch, at_least=1)
   found = inference(network, bits)
   arguments = _arguments(found, sample, batch)
   # Arrays that a network does not read are arguments all the same: what is

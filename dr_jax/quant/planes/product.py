@@ -87,6 +87,10 @@ def matmul(
   *batch, k = x.shape
   check_planes(planes, k)
   n = planes.shape[2]
+  if scale.size not in (1, n):
+    raise ValueError(
+      f"scale must have 1 or {n} entries, got shape {scale.shape}"
+    )
   stored_bits = len(planes) if stored_bits is None else stored_bits
   count = planes_read(bits, stored_bits=stored_bits, rounding=rounding)
   if count > len(planes):

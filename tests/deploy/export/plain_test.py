@@ -230,6 +230,10 @@ def test_wrong_bits_and_existing_paths_are_errors(artifact, tmp_path):
     export_safetensors(tmp_path / "plain", artifact, bits=3)
   with pytest.raises(ValueError, match="missing layers .*'stage1/block0/conv1"):
     export_safetensors(tmp_path / "plain", artifact, bits={"x": 4})
+  with pytest.raises(
+    ValueError, match="what deploy.open returned, got 'model'"
+  ):
+    export_safetensors(tmp_path / "plain", "model", bits=4)
   assert not list(tmp_path.iterdir())
   (tmp_path / "plain").touch()
   with pytest.raises(FileExistsError, match="plain exists already"):

@@ -212,7 +212,8 @@ def test_dropout_and_half_precision_parameters_are_exported(tmp_path):
     ({"bits": {"x": 8}}, r"unknown layers \['x'\]"),
     ({"platforms": ("cpu", "vulkan")}, "platforms must be of cpu, cuda, tpu"),
     ({"platforms": ()}, "platforms must be of .*, got none"),
-    ({"batch": 0}, "batch must be >= 1, got 0"),
+    ({"batch": 0}, "batch must be an integer >= 1, got 0"),
+    ({"batch": "8"}, "batch must be an integer >= 1, got '8'"),
     ({"sample": np.ones((1, 8, 8, 3))}, r"input \(batch, 8, 8, 3\) must fit"),
     (
       {"sample": np.ones((1, 8))},

@@ -216,6 +216,7 @@ def test_auto_measures_once_for_each_shape_bit_width_and_kind(monkeypatch):
     ({"backend": "cuda"}, "backend must be one of 'auto', 'xla', 'pallas'"),
     ({"x": jnp.ones((1, 40), jnp.int8)}, "x must be float32 or bfloat16"),
     ({"x": jnp.ones((1, 70))}, r"planes must be uint32 \[1..8, 3, n\]"),
+    ({"scale": jnp.ones((1, 5))}, r"scale must have 1 or 6 entries, got shape"),
     ({"bits": 9}, "bits must be an integer in 2..8"),
     ({"rounding": "half_even"}, "rounding must be one of"),
     ({"stored_bits": 8, "planes": jnp.zeros((4, 2, 6), jnp.uint32)}, "least 5"),
