@@ -482,14 +482,14 @@ def test_change_without_new_checksums_is_refused(cases, tmp_path):
   check_unsigned(cases, tmp_path, DEFAULT, 500)
 
 
-# 2500 of each of the nine methods, and some of a network that is named.
+# 1000 of each of the nine methods, and some of a network that is named.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "resnet"])
 def test_many_changes_with_new_checksums(cases, tmp_path, name):
-  check_signed(cases, tmp_path, (name,), 2500 if name in METHODS else 500, 1)
+  check_signed(cases, tmp_path, (name,), 1000 if name in METHODS else 200, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_many_changes_without_new_checksums(cases, tmp_path, name):
-  check_unsigned(cases, tmp_path, (name,), 2500, 1)
+  check_unsigned(cases, tmp_path, (name,), 1000, 1)

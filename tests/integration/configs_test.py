@@ -231,10 +231,12 @@ def test_the_docstring_has_the_command_the_targets_and_an_estimated_time(name):
   "name",
   [
     # Compilation takes minutes. The stages of resnet50_mixed and resnet18 run
-    # in resnet18_mixed, the network of the first in resnet50.
+    # in resnet18_mixed, the network of the first in resnet50. The others have
+    # the stages of resnet50, and networks that other tests train and serve.
     pytest.param(name, marks=pytest.mark.slow)
     for name in (*PAPER, *TRANSFORMERS)
-    if name not in ("resnet50_mixed", "resnet18")
+    if name
+    not in ("resnet50_mixed", "resnet18", "resnet20_cifar10", "mobilenetv2")
   ],
 )
 def test_a_smoke_run_ends_with_a_table_and_an_artifact(name, tmp_path):
