@@ -109,6 +109,11 @@ def _onnx(artifact, bits, output):
       found = {_BITS.value: exact}
   except ImportError as error:
     raise ValueError(error) from None
+  except MemoryError as error:  # Positions of a convolution's windows.
+    raise ValueError(
+      f"--input_shape={','.join(map(str, shape))} must fit in memory, but: "
+      f"{command.one_line(error)}"
+    ) from None
   return [
     f"bits {bits}: {sum(map(sum, exact.values()))} of "
     f"{sum(map(len, exact.values()))} fused channels are exact"

@@ -151,6 +151,10 @@ def test_the_integers_of_an_artifact_are_written_for_pytorch(
     ({"input_shape": "8,8,3"}, "--input_shape=8,8,3 must fit the network"),
     ({"input_shape": "8,-8,1"}, "--input_shape must be the sizes of one input"),
     ({"format": "onnx", "input_shape": "8,8,3"}, "8,8,3 must fit the network"),
+    (
+      {"format": "onnx", "input_shape": "999999999999,8,1"},
+      "--input_shape=999999999999,8,1 must fit in memory, but: Unable to",
+    ),
     ({"format": "onnx", "opset": 3}, "opset must be in 18.."),
     (
       {"format": "onnx", "bits": "all", "weight_type": "int4"},
