@@ -1,6 +1,7 @@
 """Strict numerics for every test: no implicit dtype or rank promotion."""
 
 import collections
+import functools
 import gc
 import json
 import os
@@ -21,8 +22,15 @@ import numpy as np
 import optax
 import pytest
 import quick_compilation
+from absl import flags
 
 from dr_jax.runtime import compilation
+
+# A process of tests imports several commands, of which each has flags of its
+# own, under the same names.
+flags.Flag.__init__ = functools.partialmethod(
+  flags.Flag.__init__, allow_override=True
+)
 
 # In fixtures of every scope, too.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -61,6 +61,7 @@ def layer_table(model: nnx.Module) -> LayerTable:
   Layers that stay float are not listed, so that a budget computed from the
   table counts only what is quantized.
 
+  >>> import jax.numpy as jnp
   >>> from dr_jax import nn, quant
   >>> rngs = nnx.Rngs(0)
   >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
@@ -110,6 +111,7 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
       names, which it lists, or bits for which a deployed layer or its norm
       holds too little (`deploy.open` with fewer bits).
 
+  >>> import jax.numpy as jnp
   >>> from dr_jax import nn, quant
   >>> rngs = nnx.Rngs(0)
   >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)

@@ -178,7 +178,8 @@ def test_a_comparison_takes_one_process(as_process_of_two, monkeypatch):
 )
 def test_the_default_workdir_is_runs_and_the_name(monkeypatch, given, workdir):
   def run(config, workdir, interrupted):
-    return {"name": config.name, "bits": (), "stages": {}}
+    task = "classification"
+    return {"name": config.name, "task": task, "bits": (), "stages": {}}
 
   monkeypatch.setattr(main.compilation, "cache_on_disk", lambda: None)
   monkeypatch.setattr(main.pipeline, "run", run)

@@ -14,7 +14,13 @@ _state = {"quick": False, "known": False}
 
 
 def use(quick):
-  """Whether what is compiled from now on is compiled quickly."""
+  """Whether what is compiled from now on is compiled quickly.
+
+  What was compiled in the other way is forgotten: results of both can differ in
+  their last bits.
+  """
+  if quick != _state["quick"]:
+    jax.clear_caches()
   jax.config.update("jax_disable_most_optimizations", quick)
   _state["quick"] = quick
 
