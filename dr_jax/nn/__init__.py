@@ -14,6 +14,7 @@ from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.layer_table import (
   LayerRow,
   LayerTable,
+  kernel_paths,
   layer_table,
   set_bits,
   tied_layers,
@@ -64,6 +65,7 @@ __all__ = [
   "deployed",
   "first_and_last",
   "functional",
+  "kernel_paths",
   "layer_table",
   "layers",
   "quantize",

@@ -10,6 +10,7 @@ from flax import nnx
 from dr_jax.nn.calibrate import calibrate, observable
 from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.kernels import kernel_of
+from dr_jax.nn.layer_table import aligned
 from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.leaves import name_of
 from dr_jax.nn.quantize import float_layers
@@ -52,20 +53,11 @@ class Coverage(tuple[CoverageRow, ...]):
 
   def __str__(self) -> str:
     header = ("name", "kind", "parameters", "macs", "stays float")
-    cells = [header] + [
-      tuple("-" if cell is None else str(cell) for cell in row) for row in self
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-      "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-      for row in cells
-    ]
-    return "\n".join(
-      [
-        *lines,
-        f"quantized: {100 * self.parameters:.1f} % of parameters of kernels, "
-        f"{100 * self.macs:.1f} % of multiply-accumulates",
-      ]
+    rows = (("-" if cell is None else str(cell) for cell in r) for r in self)
+    return (
+      f"{aligned([header, *rows])}\n"
+      f"quantized: {100 * self.parameters:.1f} % of parameters of kernels, "
+      f"{100 * self.macs:.1f} % of multiply-accumulates"
     )
 
 

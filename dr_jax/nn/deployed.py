@@ -19,7 +19,7 @@ from dr_jax.nn import layers
 from dr_jax.nn.bits import Bits, Offset, Scale
 from dr_jax.nn.calibrate import is_batch_norm
 from dr_jax.nn.contraction import base_of, contraction_of
-from dr_jax.nn.kernels import computed_kernels
+from dr_jax.nn.kernels import computed_kernels, kernel_of
 from dr_jax.nn.layers import layer_rows, quantized_layers
 from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
@@ -285,7 +285,7 @@ def _own_stack(norms, stack):
 
 def _check_kernels(model, found, paths):
   """Rejects a kernel that a float layer would lose."""
-  kernels = {id(layer.weights): name for name, layer in found.items()}
+  kernels = {id(kernel_of(layer)): name for name, layer in found.items()}
   for _, module in nnx.iter_modules(model):
     if not isinstance(module, layers.Quantized):
       for value in vars(module).values():

@@ -26,7 +26,7 @@ from dr_jax.nn.bits import (
   all_bits,
   is_mixture,
 )
-from dr_jax.nn.layers import candidates, layer_rows
+from dr_jax.nn.layers import Quantized, candidates, layer_rows
 from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 
 Tree = dict[str, Any]
@@ -53,8 +53,8 @@ class Functional(NamedTuple):
       learned parameters).
     layers: number of quantized layers; 0 for a float network.
     scale_layers: number of the layer of every learned scale, in the order in
-      which `jax.tree.leaves(params)` has them; of a stack of layers an array of
-      numbers.
+      which `jax.tree.leaves(params)` has them; of a stack of layers the numbers
+      of all, with its axes.
   """
 
   apply: Callable[..., tuple[Any, Tree]]
@@ -63,7 +63,7 @@ class Functional(NamedTuple):
   bits: tuple[int, ...]
   param_labels: Tree
   layers: int
-  scale_layers: tuple[int | np.ndarray, ...]
+  scale_layers: tuple[np.ndarray, ...]
 
 
 def functional(model: nnx.Module) -> Functional:
@@ -128,9 +128,9 @@ def functional(model: nnx.Module) -> Functional:
     params=_nest((path, value_of(v)) for path, v in params),
     batch_stats=_nest((path, value_of(v)) for path, v in rest),
     bits=candidate_bits,
-    param_labels=_nest((path, _label(v)) for path, v in params),
+    param_labels=_nest((path, _label(path, v)) for path, v in params),
     layers=layers,
-    scale_layers=_scale_layers(params, followed),
+    scale_layers=_scale_layers(model, params),
   )
 
 
@@ -185,35 +185,31 @@ def _check_index(index, layers, count):
     )
 
 
-def _scale_layers(params, followed):
+def _scale_layers(model, params):
   # A scale is at <layer>/weight_params/scale or <layer>/input_params/scale.
-  orders = _nest(
-    (
-      path,
-      _layers_of(followed[(*path[:-2], "bits")])
-      if isinstance(v, Scale)
-      else None,
-    )
+  numbers = {
+    path: layer.numbers
+    for path, layer in nnx.iter_modules(model)
+    if isinstance(layer, Quantized)
+  }
+  found = _nest(
+    (path, numbers[path[:-2]] if isinstance(v, Scale) else None)
     for path, v in params
   )
-  return tuple(jax.tree.leaves(orders))
+  return tuple(jax.tree.leaves(found))
 
 
-def _layers_of(bits):
-  """Numbers of the layers that a learned scale belongs to, in its shape."""
-  if not bits.stack:
-    return bits.order
-  return np.array(bits.orders).reshape(bits.stack)
-
-
-def _label(variable):
+def _label(path, variable):
   if isinstance(variable, Scale):
     return "scale"
   if isinstance(variable, Offset):
     return "offset"
   if isinstance(variable, NormParam):
     return "norm"
-  return "weight" if variable.ndim > 1 else "vector"
+  # A bias has several axes where its layer's features have, or in a stack.
+  if variable.ndim < 2 or path[-1] in ("bias", "scale"):
+    return "vector"
+  return "weight"
 
 
 def _without_arrays(leaves):

@@ -1,8 +1,8 @@
 """One call of a quantized layer in integers.
 
 The Flax layer does what it always does (batch axes, padding modes, strides,
-groups); it sees an `IntegerCall` in its place, whose operands are codes and
-whose convolution or product is a backend's.
+groups); it sees a `TrainedCall` or `StoredCall` in its place, whose operands
+are codes and whose convolution or product is a backend's.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -47,12 +47,17 @@ class LayerTable(tuple[LayerRow, ...]):
   __slots__ = ()
 
   def __str__(self) -> str:
-    cells = [LayerRow._fields] + [tuple(map(str, row)) for row in self]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-      "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-      for row in cells
-    )
+    return aligned([LayerRow._fields, *(map(str, row) for row in self)])
+
+
+def aligned(rows: Iterable[Iterable[str]]) -> str:
+  """Returns rows of words as lines, in columns."""
+  cells = [tuple(row) for row in rows]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return "\n".join(
+    "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+    for row in cells
+  )
 
 
 def layer_table(model: nnx.Module) -> LayerTable:
@@ -93,6 +98,39 @@ def layer_table(model: nnx.Module) -> LayerTable:
       )
     )
   return LayerTable(rows)
+
+
+def kernel_paths(model: nnx.Module) -> dict[str, str]:
+  """Returns {layer: path of its kernel} in the params of `nn.functional`.
+
+  The float network has the same paths: `hessian.trace` selects by them.
+
+  Args:
+    model: what `nn.quantize` returned.
+
+  Raises:
+    ValueError: for a stack of layers, which has one kernel for all.
+
+  >>> import jax.numpy as jnp
+  >>> from dr_jax import nn, quant
+  >>> network = nn.quantize(
+  ...   nnx.Sequential(nnx.Embed(5, 4, rngs=nnx.Rngs(0)), nnx.relu),
+  ...   weight=quant.double_rounding((8, 4)),
+  ...   sample=jnp.ones((1, 2), int),
+  ...   skip=(),
+  ... )
+  >>> nn.kernel_paths(network)
+  {'layers/0': 'layers/0/embedding'}
+  """
+  paths = {}
+  for name, layer, _ in layer_rows(model):
+    if layer.stack:
+      raise ValueError(
+        f"model must not stack layers: {layer.name} has one kernel for "
+        f"{math.prod(layer.stack)}"
+      )
+    paths[name] = f"{name}/{contraction_of(layer).kernel}"
+  return paths
 
 
 def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:

@@ -9,6 +9,7 @@ and parameter names are untouched, and whatever Flax adds works here too.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from flax import nnx
 
 from dr_jax.nn.backends import Backend, Planes
 from dr_jax.nn.bits import Bits, Offset, Scale, is_mixture, quantize_at
-from dr_jax.nn.contraction import CONTRACTIONS, base_of
+from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.integer_call import TrainedCall
 from dr_jax.nn.substitute import copy_attributes
 from dr_jax.quant import (
@@ -87,7 +88,7 @@ class Quantized:
     weight_arrays: dict[str, jax.Array],
   ):
     copy_attributes(self, layer, omit=self._omit)
-    contraction = CONTRACTIONS[self.computes_as]
+    contraction = contraction_of(self)
     self.columns = contraction.columns(layer)
     self.stack = contraction.stack(layer)
     self.name, self.order, self.macs, axes, self.shared = info
@@ -110,9 +111,10 @@ class Quantized:
     return self.bits.get_value()
 
   @property
-  def weights(self) -> Any:
-    """The kernel: a variable, or what stored codes decode to."""
-    return getattr(self, CONTRACTIONS[self.computes_as].kernel)
+  def numbers(self) -> np.ndarray:
+    """Its number among the quantized layers; of a stack those of all."""
+    count = math.prod(self.stack)
+    return np.arange(self.order, self.order + count).reshape(self.stack)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     flax_call: Any = super().__call__  # pyrefly: ignore[missing-attribute]

@@ -174,8 +174,8 @@ def _joined(found: list[Statistics]) -> Statistics | None:
   return functools.reduce(Statistics.joined, found).mean_of(len(found))
 
 
-class _Host:
-  """What the calls of one batch say, by layer.
+class _Calls:
+  """What the calls of one batch say of a layer.
 
   Attributes:
     macs: of all calls.
@@ -183,23 +183,34 @@ class _Host:
   """
 
   def __init__(self):
-    self.macs: dict[str, int] = {}
-    self.inputs: dict[str, dict[int, list[np.ndarray]]] = {}
+    self.macs = 0
+    self.inputs: dict[int, list[np.ndarray]] = {}
+
+
+class _Host:
+  """Receives the calls of a running program."""
+
+  def __init__(self):
+    self._calls: dict[str, _Calls] = {}
 
   def add(self, name: str, macs: int, place: Any, *x: Any) -> None:
-    self.macs[name] = self.macs.get(name, 0) + macs
-    calls = self.inputs.setdefault(name, {}).setdefault(int(place), [])
-    calls.extend(np.asarray(each).reshape(-1) for each in x)
+    calls = self._calls.setdefault(name, _Calls())
+    calls.macs += macs
+    inputs = calls.inputs.setdefault(int(place), [])
+    inputs.extend(np.asarray(each).reshape(-1) for each in x)
+
+  def taken(self) -> dict[str, _Calls]:
+    """The calls since the last time, by layer."""
+    jax.effects_barrier()
+    calls, self._calls = self._calls, {}
+    return calls
 
 
 def _observe_calls(model, modules, of_inputs, batches):
   """By calls to the host, which sees what the program itself would see."""
   stacks = {name: stack_of(module) for name, module in modules.items()}
-  trace, hosts = _Trace(), []
+  trace, host = _Trace(), _Host()
   own_bits: dict[str, bool] = {}
-
-  def add(*call):
-    hosts[-1].add(*call)
 
   def record(name, module, method, x, y):
     trace.add(name, x, y)
@@ -208,7 +219,7 @@ def _observe_calls(model, modules, of_inputs, batches):
     place = module.place.get_value() if stacks[name] else 0
     macs = _macs(module, method, x, y)
     seen = () if _is_lookup(module, method) else (x,)
-    jax.debug.callback(functools.partial(add, name, macs), place, *seen)
+    jax.debug.callback(functools.partial(host.add, name, macs), place, *seen)
 
   extra = {name: _numbered(stack) for name, stack in stacks.items() if stack}
   graph, state = nnx.split(observed(model, modules, record, extra=extra))
@@ -217,27 +228,27 @@ def _observe_calls(model, modules, of_inputs, batches):
   def run(state, inputs):
     nnx.merge(graph, state)(*inputs.args, **inputs.kwargs)
 
+  macs: list[dict[str, int]] = []
   found: dict[str, list[Statistics | None]] = {}
   for batch in batches:
-    hosts.append(_Host())
     run(state, batch)
-    jax.effects_barrier()
-    for name, places in hosts[-1].inputs.items():
+    taken = host.taken()
+    macs.append({name: calls.macs for name, calls in taken.items()})
+    for name, calls in taken.items():
       each = [
         of_inputs(name, [np.concatenate(xs)]) if xs else None
-        for _, xs in sorted(places.items())
+        for _, xs in sorted(calls.inputs.items())
       ]
       found.setdefault(name, []).append(_of_stack(each, stacks[name]))
-      places.clear()
   return {
     name: Seen(
-      hosts[0].macs[name] // batches[0].examples // math.prod(stacks[name]),
+      macs[0][name] // batches[0].examples // math.prod(stacks[name]),
       source,
       _joined([of for of in found[name] if of is not None]),
       stacks[name] if own_bits.get(name) else (),
     )
     for name, source in trace.sources.items()
-    if name in hosts[0].macs
+    if name in macs[0]
   }
 
 

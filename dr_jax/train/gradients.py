@@ -140,7 +140,7 @@ def _weighted_by_alrs(parts, state, gradients, index):
   factor = alrs_lib.factor(
     parts.alrs,
     eta[jnp.asarray(index)],
-    alrs_lib.gradient_size(scales),
+    alrs_lib.gradient_size(_layer_by_layer(parts, scales)),
     learning_rate,
   )
   # A scale learns at the pace of its own layer's bit-width.
@@ -151,6 +151,15 @@ def _weighted_by_alrs(parts, state, gradients, index):
     for layers, size in zip(parts.network.scale_layers, total, strict=True)
   ]
   return Gradients(gradients, weighted, total)
+
+
+def _layer_by_layer(parts, scales):
+  """The scales of every layer, those of a stack one by one."""
+  return [
+    own
+    for layers, scale in zip(parts.network.scale_layers, scales, strict=True)
+    for own in scale.reshape(layers.size, -1)
+  ]
 
 
 def _per_layer(factors, scales):

@@ -202,7 +202,7 @@ def test_a_step_out_of_memory_is_reported_in_the_table():
 def test_scaling_trains_equally_many_images_on_every_device(devices):
   layout = sharding.layout(devices=jax.devices()[:devices])
   speed = scaling.measure(SMALL, layout, 3, 2)
-  images = speed.examples_per_second * speed.step_seconds
+  images = speed.images_per_second * speed.step_seconds
   assert images == pytest.approx(3 * devices)
   assert (speed.sum_seconds > 0) == (devices > 1)
 

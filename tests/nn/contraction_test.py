@@ -85,6 +85,11 @@ CASES = {
     random(2, 5, 3, 4),
     *(15, 5 * 3 * 4 * 5),
   ),
+  "einsum, axes in turn": (
+    lambda: Holder(nnx.Einsum("btd,hkd->bthk", (2, 3, 6), (2, 3), rngs=rngs())),
+    random(2, 5, 6),
+    *(6, 5 * 6 * 6),
+  ),
   "transpose": (
     lambda: Holder(nnx.ConvTranspose(4, 5, (3, 3), strides=2, rngs=rngs())),
     random(2, 6, 6, 4),
@@ -106,6 +111,15 @@ CASES = {
     random(3, 4),
     *(6, 4 * 6),
   ),
+}
+
+
+# One axis of the kernel that the output has; the last one unless said here.
+CHANNELS = {
+  "einsum, axes in turn": 1,
+  "transpose, kernel": 2,
+  "embed": 0,
+  "tied": 0,
 }
 
 
@@ -138,18 +152,14 @@ def test_a_scale_belongs_to_each_output_channel(case):
   assert (row.macs, row.parameters) == (macs, kernel_of(make().layer).size)
 
 
-def test_a_channels_scale_depends_on_its_own_weights_alone(case):
+def test_a_channels_scale_depends_on_its_own_weights_alone(case, request):
   """Times 3 for all weights that one output feature is computed from."""
   make, x, _, _, network = case
   before = network.layer.weight_params["scale"][...].reshape(-1)
   model = make()
   kernel = kernel_of(model.layer)
-  axes = {"embed": 0, "tied": 0}
-  axis = axes.get(type(model.layer).__name__.lower(), kernel.ndim - 1)
-  if isinstance(model.layer, nnx.Embed):
-    axis = 0
-  elif getattr(model.layer, "transpose_kernel", False):
-    axis = kernel.ndim - 2
+  name = request.node.callspec.params["case"]
+  axis = CHANNELS.get(name, kernel.ndim - 1)
   first = (slice(None),) * axis + (0,)
   kernel[...] = kernel[...].at[first].multiply(3.0)
   after = quantize(model, x).layer.weight_params["scale"][...].reshape(-1)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dr_jax import nn, quant
+from tests.support.stacked_network import ConvBlock, Scanned
 
 BITS = (8, 4, 2)
 ASSIGNMENT = (2, 8, 4, 2)
@@ -254,6 +255,19 @@ def test_params_are_plain_dicts_of_arrays_with_string_keys(model):
     f"norm{i}/{part}" for i in (1, 2) for part in ("mean", "var")
   }
   assert all(isinstance(value, jax.Array) for value in stats.values())
+
+
+@pytest.mark.parametrize("model", [Scanned(), Scanned(ConvBlock, features=4)])
+def test_biases_and_norms_with_several_axes_are_vectors(model):
+  labels = dict(leaves(nn.functional(model).param_labels))
+  names = {path.split("/")[-1]: label for path, label in labels.items()}
+  assert names == {"bias": "vector", "kernel": "weight", "scale": "vector"}
+
+
+def test_biases_of_attention_are_vectors():
+  model = nnx.MultiHeadAttention(2, 6, rngs=nnx.Rngs(0))
+  labels = nn.functional(model).param_labels
+  assert labels["query"] == {"bias": "vector", "kernel": "weight"}
 
 
 def test_param_labels_say_what_each_parameter_is(model):

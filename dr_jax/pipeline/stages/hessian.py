@@ -31,11 +31,11 @@ def traces(run: RunContext) -> Traces:
   network = nn.functional(float_network(run))
   fingerprint = tree.fingerprint((network.params, network.batch_stats))
   path = run.workdir.path / STAGE.name / "traces.json"
-  layers = [row.name for row in nn.layer_table(multi_precision_network(run))]
+  kernels = nn.kernel_paths(multi_precision_network(run))
   if path.exists() and run.workdir.result(STAGE.name) is not None:
-    return _load(path, fingerprint, layers)
+    return _load(path, fingerprint, list(kernels))
   started = time.monotonic()
-  estimates = _estimate(run, network, layers)
+  estimates = _estimate(run, network, kernels)
   _warn_of_uncertain(estimates, run.config.hessian)
   path.parent.mkdir(parents=True, exist_ok=True)
   hessian.save(path, estimates, fingerprint=fingerprint)
@@ -71,7 +71,7 @@ def _load(path, fingerprint, layers):
   return estimates
 
 
-def _estimate(run, network, layers):
+def _estimate(run, network, kernels):
   config = run.config.hessian
 
   def loss(state, batch):
@@ -80,7 +80,7 @@ def _estimate(run, network, layers):
     )
     return train.cross_entropy(logits, batch["label"])
 
-  names = {name: f"params/{name}/kernel" for name in layers}
+  names = {name: f"params/{path}" for name, path in kernels.items()}
   estimates = hessian.trace(
     loss,
     {"params": network.params, "batch_stats": network.batch_stats},
