@@ -17,7 +17,7 @@ FLOORS = {
     [
       "quant models runtime",
       "hessian allocate data nn checkpoint",
-      "train deploy",
+      "train deploy interop",
       "search",
       "config report",
       "pipeline",

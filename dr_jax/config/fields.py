@@ -155,10 +155,11 @@ class DataConfig:
 class ModelConfig:
   """A network of `models.build`; classes and sizes come from the data.
 
-  `weights` is the path of a safetensors file with torchvision's names, from
-  which the float network starts; it may then be trained no further, with no
-  stage pretrain, or with `pretrain.epochs` 0 to have it scored. `dtype` is the
-  type in which the network computes; its parameters are float32.
+  `weights` is the path of a state dict of PyTorch in safetensors
+  (`interop.torch.load_weights`), from which the float network starts; it may
+  then be trained no further, with no stage pretrain, or with `pretrain.epochs`
+  0 to have it scored. `dtype` is the type in which the network computes; its
+  parameters are float32.
   """
 
   name: str = field("resnet20", one_of="dr_jax.models:NAMES")

@@ -16,7 +16,6 @@ from dr_jax.models.imagenet_resnet import (
 )
 from dr_jax.models.mobilenet import MobileNetV2
 from dr_jax.models.resnet import ResNet, resnet20, resnet32, resnet44, resnet56
-from dr_jax.models.torchvision import load_torchvision
 from dr_jax.models.transformer import Transformer
 from dr_jax.models.vit import ViT, vit_small, vit_tiny
 
@@ -29,7 +28,6 @@ __all__ = [
   "Transformer",
   "ViT",
   "build",
-  "load_torchvision",
   "options_of",
   "resnet18",
   "resnet20",

@@ -6,7 +6,7 @@ average and a linear head. arXiv 1512.03385, table 1. In a bottleneck the
 stride is on the 3x3 convolution, as torchvision has it ("v1.5").
 
   post-activation  conv, norm, ReLU, ..., conv, norm; added to the shortcut;
-                   ReLU. Its layers are torchvision's; see `load_torchvision`.
+                   ReLU. Its layers are torchvision's.
   pre-activation   norm, ReLU, conv, ..., norm, ReLU, conv; added to the
                    shortcut; norm and ReLU once more before the average
                    (arXiv 1603.05027). A shortcut convolution sees the

@@ -19,6 +19,7 @@ from flax import nnx
 
 from dr_jax import data, models, nn, train
 from dr_jax.config import Config, ConfigError, prefixed, quantizers
+from dr_jax.interop import torch
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.runtime import processes, sharding
 
@@ -104,7 +105,7 @@ class RunContext:
     model, path = self.model(), self.config.model.weights
     if path and self.start is None:
       try:
-        models.load_torchvision(model, path)
+        torch.load_weights(model, path)
       except ValueError as error:
         raise ConfigError(f"model.{error}") from None
     return model

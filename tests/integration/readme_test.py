@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
+from torch_networks import Tensors
 
 from dr_jax import config, data, deploy, models, nn, pipeline, quant
 
@@ -237,6 +239,26 @@ def test_a_run_trains_and_exports_it(tmp_path):
   network = deploy.load(tmp_path / "export" / "model", bits=4)
   assert nn.layer_table(network)[0].bits == 4
   assert isinstance(network, models.ResNet) and isinstance(network, nnx.Module)
+
+
+def test_the_example_of_weights_from_pytorch_fills_a_network(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  tensors = Tensors()
+  sizes = {"depth": 1, "width": 4, "heads": 2}
+  tensors.vit(np.ones((1, 3, 8, 8)), patch=4, classes=10, **sizes)
+  safetensors.numpy.save_file(tensors, "deit_tiny.safetensors")
+  sizes |= {"image_size": 8, "patch_size": 4, "num_classes": 10}
+  source = block("Weights from PyTorch")
+  assert "models.vit_tiny(" in source
+  small = ", ".join(f"{name}={size}" for name, size in sizes.items())
+  source = source.replace("vit_tiny(", f"ViT({small}, ")
+  names = {}
+  exec(source, names)
+  np.testing.assert_array_equal(
+    names["network"].head.kernel[...], tensors["head.weight"].T
+  )
 
 
 def test_the_example_without_training_fits_scales_to_batches():

@@ -1,8 +1,4 @@
-"""Weights with torchvision's names, in networks written out in torch's layout.
-
-The reference knows nothing of Flax: it draws the tensors that torchvision's
-definitions ask for, by their names, and computes with them in NCHW.
-"""
+"""Weights with torchvision's names, compared with networks written out."""
 
 import jax
 import jax.numpy as jnp
@@ -10,126 +6,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from jax import lax
+from torch_networks import Torch
 
 from dr_jax import models, pipeline
 from dr_jax.config import ConfigError, from_dict
+from dr_jax.interop.torch import load_weights
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
-
-
-class Torch:
-  """torchvision's networks in inference mode; tensors are drawn when used."""
-
-  def __init__(self, seed=0):
-    self.rng = np.random.default_rng(seed)
-    self.tensors = {}
-    self.highest = 0.0
-
-  def tensor(self, name, shape, low=None, high=None):
-    if low is None:
-      drawn = self.rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
-    else:
-      drawn = self.rng.uniform(low, high, shape)
-    return self.tensors.setdefault(name, drawn.astype(np.float32))
-
-  def conv(self, x, name, c_out, size, stride=1, groups=1):
-    shape = (c_out, x.shape[1] // groups, size, size)
-    return lax.conv_general_dilated(
-      x,
-      jnp.asarray(self.tensor(f"{name}.weight", shape)),
-      (stride, stride),
-      [(size // 2, size // 2)] * 2,
-      dimension_numbers=("NCHW", "OIHW", "NCHW"),
-      feature_group_count=groups,
-    )
-
-  def norm(self, x, name):
-    weight, bias, mean, var = (
-      self.tensor(f"{name}.{suffix}", (x.shape[1],), *bounds).reshape(
-        1, -1, 1, 1
-      )
-      for suffix, bounds in (
-        ("weight", (0.5, 2.0)),
-        ("bias", (-0.5, 0.5)),
-        ("running_mean", (-0.5, 0.5)),
-        ("running_var", (0.5, 2.0)),
-      )
-    )
-    self.tensors[f"{name}.num_batches_tracked"] = np.asarray(7)
-    x = np.asarray(x)
-    return jnp.asarray((x - mean) / np.sqrt(var + 1e-5) * weight + bias)
-
-  def linear(self, x, name, c_out):
-    weight = self.tensor(f"{name}.weight", (c_out, x.shape[1]))
-    return x @ weight.T + self.tensor(f"{name}.bias", (c_out,), -1, 1)
-
-  def relu6(self, x):
-    self.highest = max(self.highest, float(x.max()))
-    return jnp.clip(x, 0.0, 6.0)
-
-  def resnet(self, x, blocks, bottleneck, width, classes):
-    x = jax.nn.relu(self.norm(self.conv(x, "conv1", width, 7, 2), "bn1"))
-    pads = ((0, 0), (0, 0), (1, 1), (1, 1))
-    x = lax.reduce_window(
-      x, -jnp.inf, lax.max, (1, 1, 3, 3), (1, 1, 2, 2), pads
-    )
-    for stage, count in enumerate(blocks):
-      planes = width * 2**stage
-      for number in range(count):
-        stride = 2 if stage and not number else 1
-        x = self.block(
-          x, f"layer{stage + 1}.{number}", planes, stride, bottleneck
-        )
-    return self.linear(np.asarray(x).mean((2, 3)), "fc", classes)
-
-  def block(self, x, name, planes, stride, bottleneck):
-    if bottleneck:
-      c_out = 4 * planes
-      y = self.norm(self.conv(x, f"{name}.conv1", planes, 1), f"{name}.bn1")
-      y = self.conv(jax.nn.relu(y), f"{name}.conv2", planes, 3, stride)
-      y = jax.nn.relu(self.norm(y, f"{name}.bn2"))
-      y = self.norm(self.conv(y, f"{name}.conv3", c_out, 1), f"{name}.bn3")
-    else:
-      c_out = planes
-      y = self.conv(x, f"{name}.conv1", planes, 3, stride)
-      y = jax.nn.relu(self.norm(y, f"{name}.bn1"))
-      y = self.norm(self.conv(y, f"{name}.conv2", planes, 3), f"{name}.bn2")
-    if stride != 1 or x.shape[1] != c_out:
-      x = self.conv(x, f"{name}.downsample.0", c_out, 1, stride)
-      x = self.norm(x, f"{name}.downsample.1")
-    return jax.nn.relu(x + y)
-
-  def mobilenet(self, x, classes):
-    """At width_mult=0.25: channels are multiples of 8, the last are 1280."""
-    settings = [
-      *((1, 8, 1, 1), (6, 8, 2, 2), (6, 8, 3, 2), (6, 16, 4, 2)),
-      *((6, 24, 3, 1), (6, 40, 3, 2), (6, 80, 1, 1)),
-    ]
-    x = self.unit(x, "features.0", 8, 3, 2)
-    place = 1
-    for t, c, n, s in settings:
-      for number in range(n):
-        x = self.inverted(x, f"features.{place}.conv", t, c, 1 if number else s)
-        place += 1
-    x = self.unit(x, f"features.{place}", 1280, 1)
-    return self.linear(np.asarray(x).mean((2, 3)), "classifier.1", classes)
-
-  def unit(self, x, name, c_out, size, stride=1, groups=1):
-    x = self.conv(x, f"{name}.0", c_out, size, stride, groups)
-    return self.relu6(self.norm(x, f"{name}.1"))
-
-  def inverted(self, x, name, t, c_out, stride):
-    y, hidden = x, t * x.shape[1]
-    if t != 1:
-      y = self.unit(y, f"{name}.0", hidden, 1)
-    at = int(t != 1)
-    y = self.unit(y, f"{name}.{at}", hidden, 3, stride, hidden)
-    y = self.norm(
-      self.conv(y, f"{name}.{at + 1}", c_out, 1), f"{name}.{at + 2}"
-    )
-    return x + y if stride == 1 and x.shape[1] == c_out else y
-
 
 CASES = {
   "resnet18": (
@@ -208,7 +91,7 @@ def test_a_network_with_torchvisions_weights_gives_torchvisions_logits(
   path = tmp_path / "weights.safetensors"
   safetensors.numpy.save_file(torch.tensors, path)
   model = build(name)
-  models.load_torchvision(model, path)
+  load_weights(model, path)
   # float32 sums in another order, through up to 53 layers.
   np.testing.assert_allclose(
     logits(model, x), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
@@ -232,7 +115,7 @@ def test_a_network_of_torchvision_itself_gives_the_same_logits(name, tmp_path):
   tensors = {key: value.numpy() for key, value in network.state_dict().items()}
   safetensors.numpy.save_file(tensors, path)
   model = models.build(name.replace("_", ""), num_classes=7, rngs=nnx.Rngs(0))
-  models.load_torchvision(model, path)
+  load_weights(model, path)
   np.testing.assert_allclose(
     logits(model, x), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
   )
@@ -243,7 +126,7 @@ def test_other_floating_point_types_become_float32(narrow):
   tensors, write = narrow
   model = small()
   half = jnp.asarray(tensors["fc.weight"]).astype(jnp.bfloat16)
-  models.load_torchvision(
+  load_weights(
     model,
     write(
       fc__weight=np.asarray(half), fc__bias=tensors["fc.bias"].astype("float64")
@@ -286,7 +169,7 @@ FLAWS = {
       "without": [f"bn1.{s}" for s in ("weight", "bias", "running_mean")]
       + ["conv1.weight"]
     },
-    "missing: conv1.weight, bn1.weight, bn1.bias and 1 more$",
+    "missing: conv1.weight, bn1.bias, bn1.running_mean and 1 more$",
   ),
 }
 
@@ -297,7 +180,7 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(narrow, flaw):
   model = small()
   before = arrays(model)
   with pytest.raises(ValueError, match=message) as caught:
-    models.load_torchvision(model, narrow[1]("flawed", **changes))
+    load_weights(model, narrow[1]("flawed", **changes))
   assert str(caught.value).startswith("weights='") and "\n" not in str(
     caught.value
   )
@@ -307,9 +190,11 @@ def test_a_file_that_does_not_fit_is_named_and_changes_nothing(narrow, flaw):
 
 def test_a_head_of_another_class_count_is_one_line(narrow):
   with pytest.raises(ValueError, match=r"fc.weight \[10, 32\] instead of \[4"):
-    models.load_torchvision(small(num_classes=4), narrow[1]())
-  with pytest.raises(ValueError, match="torchvision's network with 4 classes"):
-    models.load_torchvision(small(num_classes=4), narrow[1]())
+    load_weights(small(num_classes=4), narrow[1]())
+  with pytest.raises(
+    ValueError, match="the tensors of torchvision's ResNet in"
+  ):
+    load_weights(small(num_classes=4), narrow[1]())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors" * 9])
@@ -320,16 +205,17 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path, content):
   with pytest.raises(
     ValueError, match="w.safetensors' must be a safetensors file"
   ):
-    models.load_torchvision(small(), path)
+    load_weights(small(), path)
 
 
-def test_a_network_that_torchvision_does_not_have_is_an_error(narrow):
+def test_a_network_that_pytorch_does_not_have_is_an_error(narrow):
   for model in (
     small(preactivation=True),
-    models.ResNet(8, num_classes=10, rngs=nnx.Rngs(0)),
+    nnx.Linear(2, 3, rngs=nnx.Rngs(0)),
   ):
-    with pytest.raises(ValueError, match="has no network like this .*ResNet"):
-      models.load_torchvision(model, narrow[1]())
+    kind = type(model).__name__
+    with pytest.raises(ValueError, match=f"has no network like this {kind};"):
+      load_weights(model, narrow[1]())
 
 
 def configuration(weights, **changes):
@@ -351,7 +237,7 @@ def gray(narrow):
 
 def test_a_run_starts_from_the_weights_that_it_is_given(gray, tmp_path):
   expected = small(channels=1)
-  models.load_torchvision(expected, gray)
+  load_weights(expected, gray)
   run = RunContext(configuration(gray, stages=("multi_precision",)), tmp_path)
   for a, b in zip(arrays(float_network(run)), arrays(expected), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -360,7 +246,7 @@ def test_a_run_starts_from_the_weights_that_it_is_given(gray, tmp_path):
 def test_without_an_epoch_the_weights_are_scored_as_they_are(gray, tmp_path):
   summary = pipeline.run(configuration(gray), tmp_path / "run")
   model = small(channels=1)
-  models.load_torchvision(model, gray)
+  load_weights(model, gray)
   run = RunContext(configuration(gray), tmp_path)
   test = run.data.test.gather(np.arange(len(run.data.test)))
   model.eval()
