@@ -17,7 +17,7 @@ FLOORS = {
     [
       "quant models runtime",
       "hessian allocate data nn checkpoint",
-      "train deploy interop",
+      "train deploy interop linen",
       "search",
       "config report",
       "pipeline",

@@ -95,7 +95,7 @@ def functional(model: nnx.Module) -> Functional:
   candidate_bits = candidates(model) if layers else ()
   # Without their arrays, which would live as long as `apply`.
   kept_params, kept_bits, kept_rest = map(_without_arrays, (params, bits, rest))
-  takes_train = "train" in inspect.signature(type(model).__call__).parameters
+  takes_train = "train" in inspect.signature(model).parameters
 
   def apply(params_tree, stats_tree, index, *inputs, train=False, **kwargs):
     shape = np.shape(index)

@@ -95,7 +95,6 @@ def test_the_example_of_the_front_page_quantizes_saves_and_loads(
   assert {row.bits for row in nn.layer_table(names["stored"])} == {2}
   code = [x for x in source.splitlines() if x and "import" not in x]
   assert len(code) <= 20
-  print(block("Artifacts"))
   names = {"deploy": deploy}
   artifact = block("Artifacts").replace(
     '{"conv1": 8, "conv2": 4}', "dict.fromkeys(artifact.layer_bytes, 8)"
@@ -135,6 +134,18 @@ def test_the_example_of_bit_planes_serves_what_was_saved(tmp_path, monkeypatch):
 def test_it_has_ten_to_twenty_lines_without_imports_and_blanks(method):
   lines = [x for x in method.splitlines() if x and "import" not in x]
   assert 10 <= len(lines) <= 20
+
+
+@pytest.mark.slow
+def test_the_examples_for_linen_serve_what_was_saved(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  text = PAGES["dr_jax/linen/README.md"].read_text()
+  for source in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    exec(compile(source, "linen.py", "exec"), names)
+  stored, images = names["stored"], names["images"]
+  nn.set_bits(stored, 4)
+  np.testing.assert_array_equal(stored(images), names["network"](images))
 
 
 @pytest.mark.slow
