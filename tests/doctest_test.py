@@ -19,9 +19,14 @@ PACKAGES = sorted(
   if ">>> " in file.read_text(encoding="utf-8")
 )
 
+# What modules need that is no dependency of the package.
+OPTIONAL = {"dr_jax.interop.qwix": "qwix"}
+
 
 @pytest.mark.parametrize("name", [*MODULES, *PACKAGES])
 def test_examples_in_docstrings_print_what_they_say(name):
+  if name in OPTIONAL:
+    pytest.importorskip(OPTIONAL[name], reason=f"needs {OPTIONAL[name]}")
   module = importlib.import_module(name)
   # An example is a user's session, without the strict promotion of tests.
   with (

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,20 @@ def test_the_example_of_weights_from_pytorch_fills_a_network(
   np.testing.assert_array_equal(
     names["network"].head.kernel[...], tensors["head.weight"].T
   )
+
+
+def test_the_example_for_qwix_exchanges_integers_and_rules():
+  qwix = pytest.importorskip("qwix", reason="needs qwix")
+  x = jax.random.normal(jax.random.key(0), (4, 8))
+  layers = [nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)]
+  names = {"model": nnx.Sequential(*layers), "x": x}
+  with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"):
+    warnings.simplefilter("ignore", DeprecationWarning)  # qwix's
+    exec(block("Integers and rules for qwix"), names)
+  assert names["array"].qtype == "int4"
+  kernel = qwix.dequantize(names["array"])
+  np.testing.assert_allclose(names["y"], x @ kernel, rtol=0, atol=1e-5)
+  assert isinstance(names["by_qwix"].layers[1].kernel, nnx.Param)
 
 
 def test_the_example_without_training_fits_scales_to_batches():
