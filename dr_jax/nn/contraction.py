@@ -11,7 +11,7 @@ Methods see every kernel in one form, the channels as its last axis: `Columns`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +27,13 @@ class Columns(NamedTuple):
     axes: order of the kernel's axes.
     ordered: shape of the kernel in that order.
     shape: of the result.
+    channels: how many of the axes, the last ones, become one.
   """
 
   axes: tuple[int, ...]
   ordered: tuple[int, ...]
   shape: tuple[int, ...]
+  channels: int
 
   @classmethod
   def ending_in(
@@ -43,13 +45,22 @@ class Columns(NamedTuple):
     ordered = tuple(shape[a] for a in axes)
     inner, outer = ordered[: len(rest)], ordered[len(rest) :]
     inner = (math.prod(inner),) if flat else inner
-    return cls(axes, ordered, (*inner, math.prod(outer)))
+    shape = (*inner, math.prod(outer))
+    return cls(axes, ordered, shape, len(channels))
 
   @property
   def kernel_shape(self) -> tuple[int, ...]:
     """Shape of the kernel."""
     sizes = dict(zip(self.axes, self.ordered, strict=True))
     return tuple(sizes[axis] for axis in range(len(sizes)))
+
+  def grouped(self, entries: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Entries of the kernel's axes, by the axis that theirs become."""
+    ordered = tuple(entries[axis] for axis in self.axes)
+    count = len(ordered) - self.channels
+    inner, outer = ordered[:count], ordered[count:]
+    own = len(self.shape) == count + 1
+    return [*([(entry,) for entry in inner] if own else [inner]), outer]
 
   def of(self, kernel: jax.Array) -> jax.Array:
     """The kernel with its channels last."""

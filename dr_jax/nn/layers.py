@@ -23,6 +23,7 @@ from dr_jax.nn.backends import Backend, Planes
 from dr_jax.nn.bits import Bits, Offset, Scale, is_mixture, quantize_at
 from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.integer_call import TrainedCall
+from dr_jax.nn.partitioning import annotate, columns_spec, spec_of
 from dr_jax.nn.substitute import copy_attributes
 from dr_jax.quant import (
   ActivationQuantizer,
@@ -58,6 +59,7 @@ class Quantized:
     computes_as: the Flax layer type that it computes as, one of `CONTRACTIONS`.
     columns: how its kernel becomes what its method quantizes.
     stack: leading axes of its parameters, where it stands for several layers.
+    spec: axes of a mesh for those and the columns, if its kernel is annotated.
     name, order, macs, shared: as in LayerInfo.
     bits: Bits, position in the candidate bit-widths.
     input_params: learned parameters of the input quantizer.
@@ -91,6 +93,9 @@ class Quantized:
     contraction = contraction_of(self)
     self.columns = contraction.columns(layer)
     self.stack = contraction.stack(layer)
+    self.spec = columns_spec(
+      spec_of(getattr(layer, contraction.kernel)), self.columns, len(self.stack)
+    )
     self.name, self.order, self.macs, axes, self.shared = info
     self.bits = Bits.following(self.order, axes)
     self.input_quantizer = activation
@@ -104,6 +109,11 @@ class Quantized:
     """Sets the weight quantizer and its parameters."""
     self.weight_quantizer = weight
     self.weight_params = _learned(arrays)
+    self._annotate(self.weight_params)
+
+  def _annotate(self, variables):
+    for variable in variables.values():
+      annotate(variable, self.spec, (*self.stack, *self.columns.shape))
 
   @property
   def index(self) -> int | jax.Array:

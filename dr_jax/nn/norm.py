@@ -26,6 +26,7 @@ from flax import nnx
 
 from dr_jax.nn.bits import Bits, NormParam, is_mixture
 from dr_jax.nn.integer_call import accumulators_of
+from dr_jax.nn.partitioning import annotate, spec_of
 from dr_jax.nn.substitute import copy_attributes
 
 KINDS = ("switchable", "transitional", "shared")
@@ -137,13 +138,16 @@ class BatchNorm(Rows, nnx.BatchNorm):
     rows = 1 if kind == "shared" else candidates ** len(orders)
     self._follow(orders, rows, stack)
     has_rows = isinstance(norm, BatchNorm)
-    for name in ("scale", "bias"):
+    spec = _spec(norm)
+    for name, variable in (
+      *(("scale", NormParam), ("bias", NormParam)),
+      *(("mean", nnx.BatchStat), ("var", nnx.BatchStat)),
+    ):
       value = getattr(norm, name)
       if value is not None:
-        value = NormParam(_rows(value[...], rows, has_rows))
+        value = variable(_rows(value[...], rows, has_rows))
+        annotate(value, spec, value.shape)
       setattr(self, name, value)
-    self.mean = nnx.BatchStat(_rows(norm.mean[...], rows, has_rows))
-    self.var = nnx.BatchStat(_rows(norm.var[...], rows, has_rows))
 
   def __call__(
     self,
@@ -246,6 +250,8 @@ class FoldedNorm(Rows, nnx.Module):
     self.held = tuple(range(self.rows)) if held is None else held
     self.gain = nnx.BatchStat(gain)
     self.offset = nnx.BatchStat(offset)
+    for variable in (self.gain, self.offset):
+      annotate(variable, _spec(norm), gain.shape)
 
   def __call__(self, x: jax.Array, *args, **kwargs) -> jax.Array:
     row = self.row
@@ -339,6 +345,14 @@ def _affine(x, gain, offset, axis):
   wide = jnp.promote_types(x.dtype, gain.dtype)
   y = x.astype(wide) * gain.reshape(shape) + offset.reshape(shape)
   return y.astype(x.dtype)
+
+
+def _spec(norm):
+  """Axes of a mesh for rows, as for the features of a scale or bias."""
+  spec = spec_of(norm.scale) or spec_of(norm.bias)
+  if spec is None or isinstance(norm, BatchNorm):
+    return spec
+  return (*spec[:-1], None, spec[-1])
 
 
 def _at_row(rows, row):

@@ -97,6 +97,7 @@ class Stored(Quantized):
 
   def _store(self, arrays):
     self.encoded = nnx.data({k: Encoded(v) for k, v in arrays.items()})
+    self._annotate(self.encoded)
 
   @property
   def kernel(self) -> jax.Array:
