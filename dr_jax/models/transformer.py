@@ -180,6 +180,7 @@ class Attention(nnx.Module):
     self.key = _linear(width, shared, normal, dtype, rngs)
     self.value = _linear(width, shared, normal, dtype, rngs)
     self.out = _linear(width, width, out_init, dtype, rngs)
+    self.attention_fn = nnx.dot_product_attention
 
   def __call__(
     self,
@@ -206,7 +207,7 @@ class Attention(nnx.Module):
     if stored is not None:
       stored = stored.write(positions, key, value)
       key, value = stored.read(x.dtype)
-    y = jax.nn.dot_product_attention(query, key, value, mask=mask[None, None])
+    y = self.attention_fn(query, key, value, mask=mask[None, None])
     return self.out(y.reshape(x.shape)), stored
 
 

@@ -94,10 +94,10 @@ class NormParam(nnx.Param):
 def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits]]:
   """Yields every Bits variable with its path.
 
-  A quantized layer follows itself; a norm follows the quantized layer whose
-  output it normalizes, else the one that was called last before it (the first
-  layer, if there was none). A transitional norm also follows the quantized
-  layer that was called just before that one.
+  A quantized layer follows itself; a norm, and an operand of a product of
+  attention, the quantized layer whose output it takes, else the one that was
+  called last before it (the first layer, if there was none). A transitional
+  norm also follows the quantized layer that was called just before that one.
   """
   for path, node in nnx.iter_graph(model):
     if isinstance(node, Bits):

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import quant
+from dr_jax.nn.attention import Operand, Product
 from dr_jax.nn.contraction import base_of
 from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.kernels import check_kernels, inside_float_wrappers
@@ -52,14 +53,14 @@ def calibrate(
 
   Args:
     model: the float network.
-    activations: input quantizers by layer; float inputs where there is none.
+    activations: quantizers by layer or operand; floats where there is none.
     sample: the first batch; it alone says what is called, and at what cost.
     init: where parameters start; see `quant.fit`.
     batches: further ones.
 
   Returns:
-    What each layer that can be quantized and each nnx.BatchNorm saw, in the
-    order of first calls.
+    What each layer that can be quantized, each operand and product of an
+    Attention and each nnx.BatchNorm saw, in the order of first calls.
   """
   modules = observable(model)
   check_kernels({n: m for n, m in modules.items() if base_of(m) is not None})
@@ -93,7 +94,8 @@ def observable(model: nnx.Module) -> dict[str, Any]:
 
 def is_observed(module: Any) -> bool:
   """Whether a module can be quantized, or is a norm to give rows."""
-  return base_of(module) is not None or is_batch_norm(module)
+  known = base_of(module) is not None or is_batch_norm(module)
+  return known or isinstance(module, Operand | Product)
 
 
 def is_batch_norm(module: Any) -> bool:

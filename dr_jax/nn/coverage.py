@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from flax import nnx
 
-from dr_jax.nn.calibrate import calibrate, observable
-from dr_jax.nn.contraction import base_of, contraction_of
-from dr_jax.nn.kernels import kernel_of
+from dr_jax.nn import products
+from dr_jax.nn.attention import Product
+from dr_jax.nn.calibrate import calibrate, is_observed, observable
+from dr_jax.nn.contraction import base_of, contraction_of, why_not
+from dr_jax.nn.kernels import inside_float_wrappers, kernel_of
 from dr_jax.nn.layer_table import aligned
 from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.leaves import name_of
-from dr_jax.nn.quantize import float_layers
 from dr_jax.nn.recorder import stack_of
 
 
 class CoverageRow(NamedTuple):
-  """One layer with a kernel, or a stack of them.
+  """One layer with a kernel, one product of attention, or a stack of them.
 
   Attributes:
-    name: path in the model, with slashes.
-    kind: as in `LayerRow`, or the name of its class.
+    name: path in the model, with slashes; a product is "scores" (query x key)
+      or "outputs" (softmax x value) of an attention function.
+    kind: as in `LayerRow`, "product", or the name of its class.
     parameters: kernel entries.
-    macs: multiply-accumulates for one example; None where it is no layer that
-      can be quantized.
+    macs: multiply-accumulates for one example, of a product also those that a
+      mask hides; None where it is nothing that can be quantized.
     reason: why it stays float; "" if it is quantized.
   """
 
@@ -37,13 +40,13 @@ class CoverageRow(NamedTuple):
 
 
 class Coverage(tuple[CoverageRow, ...]):
-  """All layers with a kernel; `print` shows them as a table with shares."""
+  """Layers with a kernel and products; `print` shows a table with shares."""
 
   __slots__ = ()
 
   @property
   def macs(self) -> float:
-    """Share of the multiply-accumulates of known layers that is quantized."""
+    """Share of the multiply-accumulates of all rows that is quantized."""
     return _share((row.macs or 0, row.reason) for row in self)
 
   @property
@@ -62,10 +65,10 @@ class Coverage(tuple[CoverageRow, ...]):
 
 
 def coverage(model: nnx.Module, network: nnx.Module, sample: Any) -> Coverage:
-  """Lists all layers with a kernel, and which of them are quantized.
+  """Lists layers with a kernel and products of attention: which are quantized.
 
-  Products outside of layers (of attention, say) have no kernel: they are not
-  counted.
+  Of attention functions `nnx.dot_product_attention` is known; what other
+  functions compute has no kernel and is not counted.
 
   Args:
     model: the float network.
@@ -90,20 +93,27 @@ def coverage(model: nnx.Module, network: nnx.Module, sample: Any) -> Coverage:
   layers/1  linear  12          12    skipped
   quantized: 66.7 % of parameters of kernels, 66.7 % of multiply-accumulates
   """
-  quantized = quantized_layers(network)
+  model = nnx.clone(model)
+  products.attach(model)
+  multiplied = products.quantized_products(network)
+  quantized = multiplied | {*quantized_layers(network)}
   found = []
   for name, call in calibrate(model, {}, sample).items():
-    if base_of(call.module) is None:
+    is_product = isinstance(call.module, Product)
+    if base_of(call.module) is None and not is_product:
       continue
+    skipped = "skipped" if multiplied or not is_product else "products=None"
     found.append(
       CoverageRow(
         name=name,
-        kind=contraction_of(call.module).kind,
-        parameters=kernel_of(call.module).size,
+        kind="product" if is_product else contraction_of(call.module).kind,
+        parameters=0 if is_product else kernel_of(call.module).size,
         macs=call.macs * math.prod(stack_of(call.module)),
-        reason="" if name in quantized else "skipped",
+        reason="" if name in quantized else skipped,
       )
     )
+  for name in products.unknown_functions(model):
+    found.append(CoverageRow(name, "product", 0, None, "is another function"))
   known = observable(model)
   for path, module, reason in float_layers(model):
     if (name := name_of(path)) not in known:
@@ -111,6 +121,29 @@ def coverage(model: nnx.Module, network: nnx.Module, sample: Any) -> Coverage:
       size = 0 if kernel is None else kernel.size
       found.append(CoverageRow(name, type(module).__name__, size, None, reason))
   return Coverage(found)
+
+
+def float_layers(
+  model: nnx.Module,
+) -> Iterator[tuple[tuple[Any, ...], nnx.Module, str]]:
+  """Yields the layers that `quantize` does not replace: path, layer, why."""
+  inside = inside_float_wrappers(model)
+  for path, module in nnx.iter_modules(model):
+    if (wrapper := inside.get(id(module))) is not None:
+      if is_observed(module):
+        yield path, module, f"is in {wrapper}"
+    elif is_observed(module):
+      continue
+    elif (reason := why_not(module)) is not None:
+      yield path, module, reason
+    elif isinstance(module, nnx.BatchNorm):
+      yield path, module, "overrides __call__"
+    elif _has_own_kernel(module):
+      yield path, module, "is none of them"
+
+
+def _has_own_kernel(module):
+  return isinstance(getattr(module, "kernel", None), nnx.Param)
 
 
 def _share(amounts) -> float:

@@ -1,9 +1,9 @@
 """A trained network as the parts that a deployment stores, and back.
 
 `parts_of` takes a quantized network apart: codes and scales of its quantized
-layers, folded norms, and whatever stays float. `assemble` builds a network from
-these parts and the float architecture: it switches bit-widths from the stored
-codes alone, without a float kernel.
+layers, folded norms, scales of products, and whatever stays float. `assemble`
+builds a network from these parts and the float architecture: it switches
+bit-widths from the stored codes alone, without a float kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from dr_jax.nn import layers
+from dr_jax.nn.attention import QuantizedOperand
 from dr_jax.nn.bits import Bits, Offset, Scale
 from dr_jax.nn.calibrate import is_batch_norm
 from dr_jax.nn.contraction import base_of, contraction_of
@@ -23,6 +24,7 @@ from dr_jax.nn.kernels import computed_kernels, kernel_of
 from dr_jax.nn.layers import layer_rows, quantized_layers
 from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
+from dr_jax.nn.products import attach, operands_of
 from dr_jax.nn.stored import Encoded, Stored, stored_class
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
@@ -61,17 +63,27 @@ class StoredNorm(NamedTuple):
   held: tuple[int, ...] | None = None
 
 
+class StoredOperand(NamedTuple):
+  """An operand of a product: number of the layer it follows, its quantizer."""
+
+  order: int
+  activation: ActivationQuantizer
+  input_params: dict[str, jax.Array]
+
+
 class Parts(NamedTuple):
   """All parts of a deployed network, by name.
 
   Attributes:
     layers: quantized layers, in call order, those of a stack one by one.
     norms: batch norms, folded for inference, likewise.
+    operands: those of products of attention that are quantized, likewise.
     floats: every other variable, by slash path.
   """
 
   layers: dict[str, StoredLayer]
   norms: dict[str, StoredNorm]
+  operands: dict[str, StoredOperand]
   floats: dict[str, jax.Array]
 
 
@@ -115,10 +127,14 @@ def parts_of(model: nnx.Module) -> Parts:
   for _, module in nnx.iter_modules(model):
     if isinstance(module, BatchNorm):
       norms |= _stored_norms(paths[id(module)], module)
+  operands: dict[str, StoredOperand] = {}
+  for name, operand in operands_of(model):
+    if isinstance(operand, QuantizedOperand):
+      operands |= _stored_operands(name, operand)
   inside = tuple(
     f"{paths[id(module)]}/"
     for _, module in nnx.iter_modules(model)
-    if isinstance(module, BatchNorm)
+    if isinstance(module, BatchNorm | QuantizedOperand)
   ) + tuple(
     f"{paths[id(layer)]}/{part}".lstrip("/")  # a model can be one layer
     for layer in found.values()
@@ -132,7 +148,7 @@ def parts_of(model: nnx.Module) -> Parts:
     for name, leaf in _leaves(model).items()
     if not name.startswith(inside)
   }
-  return Parts(stored, norms, floats)
+  return Parts(stored, norms, operands, floats)
 
 
 def _at(arrays, position):
@@ -154,6 +170,17 @@ def _stored_norms(path, norm):
   return stored
 
 
+def _stored_operands(path, operand):
+  """An operand, or those of a stack one by one."""
+  params, numbers = layers.arrays_of(operand.input_params), operand.numbers
+  return {
+    "/".join([path, *map(str, position)]): StoredOperand(
+      int(numbers[position]), operand.input_quantizer, _at(params, position)
+    )
+    for position in np.ndindex(*operand.stack)
+  }
+
+
 def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
   """Builds a deployed network, with its bits at the highest.
 
@@ -164,9 +191,11 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
 
   Raises:
     ValueError: if the parts belong to another network; it names the first
-      layer, norm or variable that does not fit.
+      layer, norm, operand or variable that does not fit.
   """
   model = nnx.clone(model)
+  # Where no operand is stored the network keeps its function.
+  attach(model, parts.operands)
   modules: dict[str, Any] = {
     name_of(path): module for path, module in nnx.iter_modules(model)
   }
@@ -175,6 +204,7 @@ def assemble(model: nnx.Module, parts: Parts) -> nnx.Module:
   replacements: dict[int, nnx.Module] = {}
   unused = _replace_layers(modules, parts, replacements)
   unused += _replace_norms(modules, parts, replacements)
+  unused += _replace_operands(model, parts, replacements)
   for kind, name, *about in unused:
     shown = " ".join(map(str, (kind, name, *about)))
     raise ValueError(
@@ -254,6 +284,27 @@ def _replace_norms(modules, parts, replacements):
     ("norm", name, part.gain.dtype, part.gain.shape[-1:])
     for name, part in rest.items()
   ]
+
+
+def _replace_operands(model, parts, replacements):
+  """Puts operands in; returns those that the network has no place for."""
+  rest = dict(parts.operands)
+  for name, operand in operands_of(model):
+    names = _names(name, operand.stack)
+    found = [rest[n] for n in names if n in rest]
+    if len(found) < len(names):
+      continue
+    for n in names:
+      del rest[n]
+    orders, stack = [part.order for part in found], operand.stack
+    axes = stack if len(set(orders)) == len(orders) else ()
+    replacements[id(operand)] = QuantizedOperand(
+      found[0].activation,
+      _stacked([part.input_params for part in found], stack),
+      Bits.following(orders[0], axes),
+      stack=stack,
+    )
+  return [("operand", name) for name in rest]
 
 
 def _folded(norm, parts, stack):

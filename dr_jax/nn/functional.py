@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dr_jax.nn.attention import QuantizedOperand
 from dr_jax.nn.bits import (
   Bits,
   NormParam,
@@ -54,7 +55,8 @@ class Functional(NamedTuple):
     layers: number of quantized layers; 0 for a float network.
     scale_layers: number of the layer of every learned scale, in the order in
       which `jax.tree.leaves(params)` has them; of a stack of layers the numbers
-      of all, with its axes.
+      of all, with its axes. A scale of a product has that of the layer whose
+      bits it follows.
   """
 
   apply: Callable[..., tuple[Any, Tree]]
@@ -190,7 +192,7 @@ def _scale_layers(model, params):
   numbers = {
     path: layer.numbers
     for path, layer in nnx.iter_modules(model)
-    if isinstance(layer, Quantized)
+    if isinstance(layer, Quantized | QuantizedOperand)
   }
   found = _nest(
     (path, numbers[path[:-2]] if isinstance(v, Scale) else None)

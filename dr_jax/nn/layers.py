@@ -99,7 +99,7 @@ class Quantized:
     self.name, self.order, self.macs, axes, self.shared = info
     self.bits = Bits.following(self.order, axes)
     self.input_quantizer = activation
-    self.input_params = _learned(input_params)
+    self.input_params = variables_of(input_params)
     self.set_weight_quantizer(weight, weight_arrays)
     self.promote: Any = getattr(layer, "promote_dtype")  # noqa: B009
 
@@ -108,7 +108,7 @@ class Quantized:
   ) -> None:
     """Sets the weight quantizer and its parameters."""
     self.weight_quantizer = weight
-    self.weight_params = _learned(arrays)
+    self.weight_params = variables_of(arrays)
     self._annotate(self.weight_params)
 
   def _annotate(self, variables):
@@ -369,7 +369,7 @@ def arrays_of(variables: Mapping[str, nnx.Variable]) -> dict[str, jax.Array]:
   return {name: variable[...] for name, variable in variables.items()}
 
 
-def _learned(arrays: dict[str, Any]) -> dict[str, Any]:
+def variables_of(arrays: dict[str, Any]) -> dict[str, Any]:
   """Variables of learned parameters: only "scale" has to stay positive."""
   # A plain dict: Flax gives an nnx.Dict entries of its own (nnx.capture).
   return nnx.data(

@@ -8,25 +8,23 @@ network has the same attributes, parameter names and call signature.
 from __future__ import annotations
 
 import fnmatch
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from flax import nnx
 
 from dr_jax import quant
 from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
-from dr_jax.nn.calibrate import (
-  Call,
-  calibrate,
-  is_batch_norm,
-  is_observed,
-  observable,
-)
-from dr_jax.nn.contraction import CONTRACTIONS, base_of, why_not
-from dr_jax.nn.kernels import computed_kernels, inside_float_wrappers
+from dr_jax.nn import products as known_products
+from dr_jax.nn.attention import Product, QuantizedOperand
+from dr_jax.nn.bits import Bits
+from dr_jax.nn.calibrate import calibrate, is_batch_norm, observable
+from dr_jax.nn.contraction import CONTRACTIONS, base_of
+from dr_jax.nn.coverage import float_layers
+from dr_jax.nn.followed import followed_layers
+from dr_jax.nn.kernels import computed_kernels
 from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.leaves import name_of
 from dr_jax.nn.recorder import stack_of
@@ -58,6 +56,7 @@ def quantize(
   init: str | tuple[str, str] = "published",
   norm: str = "switchable",
   stack_bits: str = "own",
+  products: ActivationQuantizer | None = None,
   rules: Iterable[Rule] = (),
   skip: Skip | Iterable[Skip] = first_and_last,
 ) -> nnx.Module:
@@ -100,6 +99,15 @@ def quantize(
       parameters with leading axes; every layer has scales of its own): "own",
       each its own; "shared", the same for all of a stack, as they must be where
       the transformation passes other variables than nnx.Param whole.
+    products: quantizer, with the same bits, of both sides of the two products
+      of attention, query x key and softmax x value; None leaves them float. It
+      reaches functions `nnx.dot_product_attention` that a module holds as an
+      attribute, as nnx.MultiHeadAttention does; a warning names others. Each of
+      the four sides has scales of its own, unsigned ones for the softmax, and
+      follows bits as norms do: of the layer whose output it is, else of the
+      last one called before. Products compute with fake-quantized floats,
+      whatever the backend. In `skip` they are "PATH/attention_fn/scores" and
+      "PATH/attention_fn/outputs".
     rules: quantizers of single layers with the same bits, pairs of a glob
       pattern and what it changes: `("head/*", {"activation": None})` leaves
       inputs float, `("stem", {"weight": quant.lsq(bits)})` takes another
@@ -113,7 +121,8 @@ def quantize(
       nothing is left to quantize, or two layers have the same path; if a skip
       or a rule matches no layer; if weights or inputs are NaN or infinite; if
       the sample does not reach a layer; if a layer has inputs of a sign that
-      the activation cannot quantize; if stacked layers have transitional norms.
+      the activation cannot quantize; if stacked layers have transitional norms;
+      if `products` reaches none.
 
   >>> import jax.numpy as jnp
   >>> from dr_jax import nn, quant
@@ -128,11 +137,9 @@ def quantize(
   >>> nn.candidates(network), network(jnp.ones((3, 4))).shape
   ((8, 4), (3, 2))
   """
-  if activation is not None and activation.bits != weight.bits:
-    raise ValueError(
-      f"activation.bits must be the bits of weight, {weight.bits}, got "
-      f"{activation.bits}"
-    )
+  for field, quantizer in (("activation", activation), ("products", products)):
+    if quantizer is not None:
+      _check_activation(field, quantizer, weight.bits)
   if norm not in norms.KINDS:
     raise ValueError(f"norm must be one of {norms.KINDS}, got {norm!r}")
   if stack_bits not in STACK_BITS:
@@ -152,14 +159,26 @@ def quantize(
     [name for name, m in observable(model).items() if base_of(m) is not None],
   )
   activations = {name: q.activation for name, q in quantizers.items()}
+  if products is not None:
+    known_products.attach(model)
+    activations |= known_products.quantizers_of(model, products)
   calls = calibrate(model, activations, sample, init=inits[1], batches=batches)
   names = [n for n, call in calls.items() if base_of(call.module) is not None]
-  skipped = _skipped(skip, names) if names else set()
+  found = [n for n, call in calls.items() if isinstance(call.module, Product)]
+  skipped = _skipped(skip, names, found) if names else set()
   quantized = [name for name in names if name not in skipped]
   if not quantized:
     raise ValueError(
       f"skip must leave a layer to quantize; the model's layers are {names}"
     )
+  operands = {
+    name
+    for product in found
+    if product not in skipped
+    for name in known_products.operands_in(product)
+  }
+  if products is not None:
+    known_products.check_reach(model, operands)
   _warn_of_float_layers(model)
   kernels = computed_kernels(model)
   params = layers.initial_params(
@@ -168,7 +187,7 @@ def quantize(
     inits[0],
     stacks={name: stack_of(calls[name].module) for name in quantized},
   )
-  follows = _followed_layers(calls, quantized)
+  follows = followed_layers(calls, quantized)
   replacements: dict[int, nnx.Module] = {}
   for name, call in calls.items():
     if name in quantized:
@@ -195,7 +214,28 @@ def quantize(
         order=follows[name].order,
         stack=follows[name].stack,
       )
-  return substitute(model, replacements)
+    elif name in operands:
+      replacements[id(call.module)] = QuantizedOperand(
+        _settled(activations[name], call, name),
+        call.params,
+        Bits.following(*follows[name]),
+        stack=call.module.stack,
+      )
+  model = substitute(model, replacements)
+  known_products.detach_float(model)
+  return model
+
+
+def _check_activation(field, quantizer, bits):
+  if not isinstance(quantizer, ActivationQuantizer):
+    raise ValueError(
+      f"{field} must be a quant.ActivationQuantizer or None, got "
+      f"{type(quantizer).__name__}"
+    )
+  if quantizer.bits != bits:
+    raise ValueError(
+      f"{field}.bits must be the bits of weight, {bits}, got {quantizer.bits}"
+    )
 
 
 def _check_model(model):
@@ -216,43 +256,13 @@ def _check_model(model):
       )
 
 
-class _Followed(NamedTuple):
-  """Whose bits a module follows: number of the first layer, axes of a stack."""
-
-  order: int
-  stack: tuple[int, ...]
-
-
-def _followed_layers(
-  calls: Mapping[str, Call], quantized: Sequence[str]
-) -> dict[str, _Followed]:
-  """The numbers of the quantized layers whose bits each module follows.
-
-  A quantized layer follows its own; a norm those of the layer whose output it
-  normalizes, else of the quantized layer that was called last, else the first.
-  """
-  own: dict[str, _Followed] = {}
-  order = 0
-  for name in quantized:
-    own[name] = _Followed(order, calls[name].stack)
-    order += math.prod(stack_of(calls[name].module))
-  follows: dict[str, _Followed] = {}
-  last = own[quantized[0]]
-  for name, call in calls.items():
-    if name in own:
-      last = follows[name] = own[name]
-    else:
-      follows[name] = own[call.source] if call.source in own else last
-  return follows
-
-
 def _shares_bits(call, stack_bits):
   return bool(stack_of(call.module)) and (
     stack_bits == "shared" or not call.stack
   )
 
 
-def _settled(activation, call, name):
+def _settled(activation, call, name) -> Any:
   """The activation at the sign that a layer needs."""
   if activation is None or call.signed is None:
     return None
@@ -260,25 +270,6 @@ def _settled(activation, call, name):
     return activation.with_sign(call.signed)
   except ValueError as error:
     raise ValueError(f"input of layer {name!r}: {error}") from error
-
-
-def float_layers(
-  model: nnx.Module,
-) -> Iterator[tuple[tuple[Any, ...], nnx.Module, str]]:
-  """Yields the layers that `quantize` does not replace: path, layer, why."""
-  inside = inside_float_wrappers(model)
-  for path, module in nnx.iter_modules(model):
-    if (wrapper := inside.get(id(module))) is not None:
-      if is_observed(module):
-        yield path, module, f"is in {wrapper}"
-    elif is_observed(module):
-      continue
-    elif (reason := why_not(module)) is not None:
-      yield path, module, reason
-    elif isinstance(module, nnx.BatchNorm):
-      yield path, module, "overrides __call__"
-    elif _has_own_kernel(module):
-      yield path, module, "is none of them"
 
 
 def _warn_of_float_layers(model):
@@ -296,22 +287,22 @@ def _warn_of_float_layers(model):
     )
 
 
-def _has_own_kernel(module):
-  return isinstance(getattr(module, "kernel", None), nnx.Param)
+def _skipped(skip, names, products) -> set[str]:
+  """Resolves skip rules to names; a rule that matches nothing raises.
 
-
-def _skipped(skip, names) -> set[str]:
-  """Resolves skip rules to layer names; a rule that matches nothing raises."""
+  Products match patterns alone: functions choose among layers.
+  """
   rules = [skip] if isinstance(skip, str) or callable(skip) else list(skip)
+  known: list[str] = [*names, *products]
   skipped: set[str] = set()
   for rule in rules:
     if callable(rule):
       matched = set(rule(names))
     else:
-      matched = set(fnmatch.filter(names, rule))
-    if not matched or matched - set(names):
+      matched = set(fnmatch.filter(known, rule))
+    if not matched or matched - set(known):
       raise ValueError(
-        f"skip must match layers of {names}, but {rule!r} matches none"
+        f"skip must match layers of {known}, but {rule!r} matches none"
       )
     skipped |= matched
   return skipped

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import quant
+from dr_jax.nn.attention import Operand, Product
 from dr_jax.nn.bits import Bits
 from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.inputs import Inputs
@@ -99,6 +100,8 @@ def stack_of(module: Any) -> tuple[int, ...]:
   """Leading axes of the parameters of a module that stands for several."""
   if base_of(module) is not None:
     return contraction_of(module).stack(module)
+  if isinstance(module, Operand | Product):
+    return module.stack
   return tuple(module.mean.shape[:-1])
 
 
@@ -116,6 +119,8 @@ class _Trace:
 
 
 def _macs(module, method, x, y):
+  if isinstance(module, Product):
+    return module.macs(x, y)
   if base_of(module) is None or _is_lookup(module, method):
     return 0
   return contraction_of(module).macs(module, x, y)
@@ -124,6 +129,11 @@ def _macs(module, method, x, y):
 def _is_lookup(module, method):
   known = base_of(module) is not None
   return known and method in contraction_of(module).lookups
+
+
+def _has_inputs(module, method):
+  """Whether a call has an input to quantize; operands have a product's."""
+  return not (_is_lookup(module, method) or isinstance(module, Product))
 
 
 def _observe_outputs(model, modules, of_inputs, batches):
@@ -145,7 +155,7 @@ def _observe_outputs(model, modules, of_inputs, batches):
     def add(name, module, method, x, y):
       trace.add(name, x, y)
       macs[name] += _macs(module, method, x, y)
-      if not _is_lookup(module, method):
+      if _has_inputs(module, method):
         calls.setdefault(name, []).append(x)
 
     tracing.append(add)
@@ -218,7 +228,7 @@ def _observe_calls(model, modules, of_inputs, batches):
       own_bits[name] = not module.bits.get_value().ndim
     place = module.place.get_value() if stacks[name] else 0
     macs = _macs(module, method, x, y)
-    seen = () if _is_lookup(module, method) else (x,)
+    seen = (x,) if _has_inputs(module, method) else ()
     jax.debug.callback(functools.partial(host.add, name, macs), place, *seen)
 
   extra = {name: _numbered(stack) for name, stack in stacks.items() if stack}

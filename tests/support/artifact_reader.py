@@ -130,6 +130,12 @@ class Reader:
     scales = self.tensor("inputs/scale").reshape(len(names), len(self.bits))
     return scales[names.index(name)]
 
+  def operand_scales(self, name):
+    """Scales of an operand of a product, one per bit-width."""
+    names = list(self.manifest["operands"])
+    scales = self.tensor("operands/scale").reshape(len(names), len(self.bits))
+    return scales[names.index(name)]
+
   def rows(self, name):
     """Yields gain and offset of each row of a norm."""
     norms = self.manifest["norms"]

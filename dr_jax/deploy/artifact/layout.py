@@ -5,6 +5,7 @@ entries and that what is read together lies together:
 
   layers/KEY   what the method's `storage.pack` makes of each weight
   inputs/KEY   parameters of the input quantizers
+  operands/KEY those of the quantizers of products
   norms/T      gain and offset of one row of each norm
   planes/P     bit-plane P of each weight's codes, 0 the most significant
 
@@ -80,19 +81,22 @@ class Layout(NamedTuple):
   Attributes:
     weight: weight quantizer of all layers.
     activation: input quantizer of all layers, its sign open, or None.
+    products: quantizer of all operands of products, likewise.
     names: of the quantized layers, in call order.
     norms: of the manifest.
-    layers, inputs: {key: tensor}, read as a whole.
+    layers, inputs, operands: {key: tensor}, read as a whole.
     sections: read piece by piece, in the order of the file.
     pairs: whether a norm follows two layers.
   """
 
   weight: quant.WeightQuantizer
   activation: quant.ActivationQuantizer | None
+  products: quant.ActivationQuantizer | None
   names: tuple[str, ...]
   norms: Mapping[str, Any]
   layers: dict[str, Joined]
   inputs: dict[str, Joined]
+  operands: dict[str, Joined]
   sections: tuple[Joined, ...]
   pairs: bool
 
@@ -143,9 +147,10 @@ def layout_of(manifest: Mapping[str, Any]) -> Layout:
     ValueError: if there are no such quantizers, the method cannot store a
       weight of that shape, or a norm cannot have these rows.
   """
-  weight, activation = quantizers(manifest)
+  weight, activation, products = quantizers(manifest)
   layers: dict[str, Joined] = {}
   inputs: dict[str, Joined] = {}
+  operands: dict[str, Joined] = {}
   planes: dict[str, tuple[int, ...]] = {}
   streams = manifest["streams"]
   for number, layer in enumerate(manifest["layers"]):
@@ -159,6 +164,10 @@ def layout_of(manifest: Mapping[str, Any]) -> Layout:
     _append(layers, "layers", name, packed, lengths)
     if quantizer := with_sign(activation, layer["signed"]):
       _append(inputs, "inputs", name, guarded(where, _input_layout, quantizer))
+  for name, operand in manifest.get("operands", {}).items():
+    quantizer = with_sign(products, operand["signed"])
+    found = guarded(f"operand {name}", _input_layout, quantizer)
+    _append(operands, "operands", name, found)
   norms = manifest["norms"]
   pairs = any(len(norm["follows"]) == 2 for norm in norms.values())
   sections = _norm_sections(norms, len(weight.bits), pairs)
@@ -169,7 +178,16 @@ def layout_of(manifest: Mapping[str, Any]) -> Layout:
     ]
   names = tuple(layer["name"] for layer in manifest["layers"])
   return Layout(
-    weight, activation, names, norms, layers, inputs, tuple(sections), pairs
+    weight=weight,
+    activation=activation,
+    products=products,
+    names=names,
+    norms=norms,
+    layers=layers,
+    inputs=inputs,
+    operands=operands,
+    sections=tuple(sections),
+    pairs=pairs,
   )
 
 

@@ -18,7 +18,8 @@ from dr_jax.runtime import command, schema
 from dr_jax.runtime.schema import COUNT, Where
 
 FORMAT = "dr_jax"
-VERSION = 3
+# 4 is 3 with products of attention, and written for these alone.
+VERSIONS = (3, 4)
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 
 # Of layers, norms and tensors: one line, also in a message.
@@ -71,6 +72,14 @@ _MANIFEST = {
   },
   "sha256": _DIGEST,
 }
+_PRODUCTS = {
+  "products": _QUANTIZER,
+  "operands": Where(
+    {...: {"follows": COUNT, "signed": bool}},
+    lambda operands: isinstance(operands, dict) and len(operands) > 0,
+    "an object of operands, not empty",
+  ),
+}
 
 # Of what another error says: it can quote the file.
 _LONGEST = 200
@@ -103,11 +112,11 @@ def read_manifest(text: bytes) -> dict[str, Any]:
   """
   manifest = schema.parse(text)
   schema.check(manifest, {...: object})
-  if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+  found, version = manifest.get("format"), manifest.get("version")
+  if found != FORMAT or type(version) is not int or version not in VERSIONS:
     raise ValueError(
-      f"must have format {FORMAT!r} version {VERSION}, got "
-      f"{schema.shown(manifest.get('format'))} version "
-      f"{schema.shown(manifest.get('version'))}"
+      f"must have format {FORMAT!r} version {' or '.join(map(str, VERSIONS))}, "
+      f"got {schema.shown(found)} version {schema.shown(version)}"
     )
   expected = manifest.pop("manifest_sha256", None)
   if manifest_digest(manifest) != expected:
@@ -129,7 +138,8 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
   Raises:
     ValueError: naming the field that is wrong.
   """
-  schema.check(manifest, _MANIFEST)
+  with_products = manifest["version"] == VERSIONS[1]
+  schema.check(manifest, _MANIFEST | (_PRODUCTS if with_products else {}))
   layers = manifest["layers"]
   names = collections.Counter(layer["name"] for layer in layers)
   name, times = names.most_common(1)[0]
@@ -156,26 +166,42 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         f"norm {name} must follow a layer, or it and the one before, "
         f"got {follows}"
       )
+  for name, operand in manifest.get("operands", {}).items():
+    schema.check(name, NAME, "operand")
+    if operand["follows"] >= len(layers):
+      raise Broken(
+        f"operand {name} must follow a layer, one of {len(layers)}, got "
+        f"{operand['follows']}"
+      )
 
 
 def quantizers(
   manifest: Mapping[str, Any],
-) -> tuple[quant.WeightQuantizer, quant.ActivationQuantizer | None]:
-  """Builds the quantizers of a manifest.
+) -> tuple[
+  quant.WeightQuantizer,
+  quant.ActivationQuantizer | None,
+  quant.ActivationQuantizer | None,
+]:
+  """Builds the quantizers of a manifest: of weights, inputs and products.
 
   Raises:
     ValueError: if there are no such quantizers, or not for the same bits.
   """
   weight = _quantizer(manifest, "method", quant.WeightQuantizer)
-  if manifest["activation"] is None:
-    return weight, None
-  activation = _quantizer(manifest, "activation", quant.ActivationQuantizer)
+  activation = _activation(manifest, "activation", weight)
+  return weight, activation, _activation(manifest, "products", weight)
+
+
+def _activation(manifest, field, weight):
+  if manifest.get(field) is None:
+    return None
+  activation = _quantizer(manifest, field, quant.ActivationQuantizer)
   if activation.bits != weight.bits:
     raise Broken(
-      f"activation must have the bits of the method, {weight.bits}, got "
+      f"{field} must have the bits of the method, {weight.bits}, got "
       f"{activation.bits}"
     )
-  return weight, activation
+  return activation
 
 
 @functools.lru_cache(maxsize=64)

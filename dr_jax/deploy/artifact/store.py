@@ -235,7 +235,8 @@ def _check_header(header, layout):
 def _expected(layout) -> dict[str, tuple[Any, tuple[int, ...]]]:
   """Dtype and shape of every tensor but `float/...`; None for any floats."""
   sections = layout.sections
-  joined = (*layout.layers.values(), *layout.inputs.values(), *sections)
+  whole = (layout.layers, layout.inputs, layout.operands)
+  joined = (*(t for tensors in whole for t in tensors.values()), *sections)
   expected: dict[str, tuple[Any, tuple[int, ...]]] = {
     tensor.name: (tensor.dtype, (tensor.size,)) for tensor in joined
   }

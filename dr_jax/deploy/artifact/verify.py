@@ -41,7 +41,7 @@ def checked_parts(
     pieces: of the sections, those that were read.
 
   Raises:
-    ValueError: naming the layer, norm or tensor that is wrong.
+    ValueError: naming the layer, norm, operand or tensor that is wrong.
   """
   packed = _by_layer(layout.layers, tensors)
   inputs = _by_layer(layout.inputs, tensors)
@@ -58,7 +58,12 @@ def checked_parts(
     name: _norm(name, norm, layout.row_pieces(name), pieces)
     for name, norm in manifest["norms"].items()
   }
-  return deployed.Parts(stored, norms, _floats(tensors))
+  params = _by_layer(layout.operands, tensors)
+  operands = {
+    name: _operand(name, operand, layout.products, params.get(name, {}))
+    for name, operand in manifest.get("operands", {}).items()
+  }
+  return deployed.Parts(stored, norms, operands, _floats(tensors))
 
 
 def abstract_network(
@@ -166,17 +171,29 @@ def _layer(order, layer, weight, arrays, activation, inputs):
   name, shape = layer["name"], tuple(layer["shape"])
   for key, array in arrays.items():
     _check_values(f"{name}/{key}", array)
-  for key, array in inputs.items():
-    _check_values(f"{name}/input/{key}", array)
   return deployed.StoredLayer(
     info=layers.LayerInfo(name, order, layer["macs"]),
     shape=shape,
     weight=weight,
     activation=activation,
-    input_params={key: jnp.asarray(array) for key, array in inputs.items()},
+    input_params=_input_params(name, inputs),
     encoded=guarded(f"layer {name}", _encoded, arrays, shape, weight),
     first=_first(weight.storage.planes, arrays),
   )
+
+
+def _operand(name, operand, products, params):
+  """An operand of a product."""
+  quantizer: Any = with_sign(products, operand["signed"])
+  inputs = _input_params(name, params)
+  return deployed.StoredOperand(operand["follows"], quantizer, inputs)
+
+
+def _input_params(name, arrays):
+  """Parameters of an input quantizer, checked."""
+  for key, array in arrays.items():
+    _check_values(f"{name}/input/{key}", array)
+  return {key: jnp.asarray(array) for key, array in arrays.items()}
 
 
 def _planes(name, count, pieces):

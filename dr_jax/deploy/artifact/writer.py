@@ -20,7 +20,7 @@ from dr_jax.deploy.artifact.manifest import (
   FORMAT,
   MANIFEST,
   TENSORS,
-  VERSION,
+  VERSIONS,
   check_manifest,
   manifest_digest,
 )
@@ -96,9 +96,10 @@ def save(
 
 def _check_methods(parts):
   """Raises ValueError if weights or inputs have several methods."""
-  for field in ("weight", "activation"):
+  stored = (("weight", parts.layers), ("activation", parts.layers))
+  for field, found in (*stored, ("activation", parts.operands)):
     specs: dict[str, str] = {}
-    for name, layer in parts.layers.items():
+    for name, layer in found.items():
       if (quantizer := getattr(layer, field)) is not None:
         specs.setdefault(json.dumps(_spec(quantizer)), name)
     if len(specs) > 1:
@@ -112,12 +113,15 @@ def _check_methods(parts):
 def _tensors(parts, packed, layout):
   """All tensors but sections."""
   tensors = {f"float/{name}": np.asarray(a) for name, a in parts.floats.items()}
-  for key, tensor in layout.inputs.items():
-    arrays = [
-      _as_read(key, parts.layers[name].input_params[key])
-      for name in tensor.shapes
-    ]
-    tensors[tensor.name] = _joined(tensor.name, arrays)
+  for joined, found in (
+    (layout.inputs, parts.layers),
+    (layout.operands, parts.operands),
+  ):
+    for key, tensor in joined.items():
+      arrays = [
+        _as_read(key, found[name].input_params[key]) for name in tensor.shapes
+      ]
+      tensors[tensor.name] = _joined(tensor.name, arrays)
   for key, tensor in layout.layers.items():
     arrays = [packed[name][key] for name in tensor.shapes]
     tensors[tensor.name] = _joined(tensor.name, arrays)
@@ -173,7 +177,7 @@ def _manifest(parts, packed, architecture):
   ]
   manifest = {
     "format": FORMAT,
-    "version": VERSION,
+    "version": VERSIONS[bool(parts.operands)],
     "method": _spec(first.weight),
     "activation": _spec(
       next(filter(None, (p.activation for p in parts.layers.values())), None)
@@ -200,7 +204,20 @@ def _manifest(parts, packed, architecture):
       for name, norm in parts.norms.items()
     },
   }
-  return json.loads(json.dumps(manifest))
+  return json.loads(json.dumps(manifest | _products(parts)))
+
+
+def _products(parts):
+  """What the manifest says of products of attention, if there are some."""
+  if not parts.operands:
+    return {}
+  return {
+    "products": _spec(next(iter(parts.operands.values())).activation),
+    "operands": {
+      name: {"follows": operand.order, "signed": operand.activation.signed}
+      for name, operand in parts.operands.items()
+    },
+  }
 
 
 def _spec(quantizer):

@@ -8,6 +8,9 @@ A layer stage1/block0/conv1 becomes
   stage1.block0.conv1.input_scale   float32 [1], unless its input stays float
   stage1.block0.conv1.bias          if it has one
 
+An operand of a product of attention (`nn.quantize`, products) has its
+input_scale, as block0.attention.attention_fn.query.input_scale.
+
 There is no zero point: the integers of all methods are symmetric. A batch norm
 is folded; it is x * weight + bias, stored as one that normalizes nothing:
 
@@ -29,7 +32,7 @@ import numpy as np
 import safetensors.numpy
 
 from dr_jax.deploy.artifact import Artifact
-from dr_jax.nn.deployed import StoredLayer, StoredNorm
+from dr_jax.nn.deployed import StoredLayer, StoredNorm, StoredOperand
 from dr_jax.nn.norm import row_at
 from dr_jax.runtime import files
 
@@ -41,7 +44,8 @@ def export_safetensors(
 
   The file appears complete or not at all. Its metadata has "format": "pt",
   "method" and "activation" (name and options, with the rounding), and "layers",
-  JSON {layer: {"bits": ..., "input_codes": [lowest, highest]}}.
+  JSON {layer: {"bits": ..., "input_codes": [lowest, highest]}}; where products
+  of attention are quantized, "products" and "operands" likewise.
 
   Args:
     path: file to create.
@@ -69,14 +73,24 @@ def export_safetensors(
       scale, codes = _input(layer, i)
       tensors.add(name, {"input_scale": scale})
     layers[_dotted(name)] = {"bits": opened[name], "input_codes": codes}
+  operands = {}
+  for name, operand in parts.operands.items():
+    scale, codes = _input(operand, index[operand.order])
+    tensors.add(name, {"input_scale": scale})
+    bits_of = artifact.bits[index[operand.order]]
+    operands[_dotted(name)] = {"bits": bits_of, "input_codes": codes}
   for name, norm in parts.norms.items():
     tensors.add(name, _norm(norm, index))
   for name, value in parts.floats.items():
     layer, _, leaf = name.rpartition("/")
     tensors.add(layer, _float(leaf, np.asarray(value)))
   manifest = artifact.manifest
-  spec = {key: json.dumps(manifest[key]) for key in ("method", "activation")}
-  metadata = {"format": "pt", **spec, "layers": json.dumps(layers)}
+  fields = {key: manifest[key] for key in ("method", "activation")}
+  fields["layers"] = layers
+  if operands:
+    fields |= {"products": manifest["products"], "operands": operands}
+  spec = {key: json.dumps(value) for key, value in fields.items()}
+  metadata = {"format": "pt", **spec}
   files.create_bytes(path, safetensors.numpy.save(tensors.by_name, metadata))
 
 
@@ -110,8 +124,8 @@ def _weight(layer: StoredLayer, index):
   }
 
 
-def _input(layer: StoredLayer, index):
-  """The scale of a layer's input, and its lowest and its highest code."""
+def _input(layer: StoredLayer | StoredOperand, index):
+  """The scale of an input, and its lowest and its highest code."""
   quantizer: Any = layer.activation
   if quantizer.integers is None:
     raise ValueError(f"activation {quantizer.name} has no integers to export")

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from dr_jax import nn, quant
+from dr_jax.nn.attention import QuantizedOperand
 from dr_jax.nn.backends import Backend
 from dr_jax.nn.bits import all_bits
 from dr_jax.nn.norm import FoldedNorm
@@ -59,6 +60,10 @@ def specialize(
       for rows in (module.gain, module.offset):
         rows.set_value(jnp.asarray(np.asarray(rows[...])[row : row + 1]))
       module.rows, module.held = 1, (0,)
+    elif isinstance(module, QuantizedOperand):
+      index = int(module.bits.get_value())
+      quantizer: Any = _input_at(module.input_quantizer, index)
+      module.input_quantizer = quantizer
   for _, variable in all_bits(network):
     variable.set_value(jnp.int32(0))
   return network
