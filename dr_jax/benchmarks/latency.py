@@ -37,7 +37,7 @@ from dr_jax.benchmarks import network
 from dr_jax.nn.layers import candidates, quantized_layers
 from dr_jax.nn.observe import observed
 from dr_jax.pipeline.summary import environment
-from dr_jax.runtime import command, compilation
+from dr_jax.runtime import command, compilation, files
 
 FLAGS = flags.FLAGS
 
@@ -76,6 +76,8 @@ def define_flags() -> None:
 def main():
   if (FLAGS.artifact is None) == (FLAGS.model is None):
     raise ValueError("one of artifact and model must be given")
+  if not FLAGS.output or files.expand(FLAGS.output).is_dir():
+    raise ValueError(f"output must be a file, got {FLAGS.output!r}")
   compilation.cache_on_disk()
   served, channels, size = _from_artifact() if FLAGS.artifact else _named()
   nn.set_backend(served, FLAGS.backend)

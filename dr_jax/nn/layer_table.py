@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -174,7 +175,7 @@ def set_bits(model: nnx.Module, bits: int | Mapping[str, int]) -> None:
       f"bits must name exactly the layers {layers}, but has unknown "
       f"layers {unknown}, missing layers {missing}"
     )
-  wrong = {name: b for name, b in bits.items() if b not in known}
+  wrong = {name: b for name, b in bits.items() if not _is_one_of(b, known)}
   if wrong:
     name, b = next(iter(wrong.items()))
     raise ValueError(f"bits of {name} must be one of {known}, got {b!r}")
@@ -195,6 +196,12 @@ def tied_layers(model: nnx.Module) -> list[tuple[str, ...]]:
     if layer.shared:
       groups.setdefault(layer.name, []).append(name)
   return list(map(tuple, groups.values()))
+
+
+def _is_one_of(value, bits):
+  # 4.0 and True equal integers.
+  known = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+  return known and value in bits
 
 
 def _check_tied(model, bits):

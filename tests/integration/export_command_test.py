@@ -161,7 +161,7 @@ def test_the_integers_of_an_artifact_are_written_for_pytorch(
       "--weight_type must be int8 with --bits=all, got int4",
     ),
     ({"arithmetic": "fused"}, "--arithmetic must come with --format=onnx"),
-    ({"platforms": "tpu,vulkan"}, "platforms must be of cpu, cuda, tpu"),
+    ({"platforms": "tpu,vulkan"}, "platforms must be a list of cpu, cuda"),
     ({"artifact": "nowhere"}, "nowhere/manifest.json: No such file"),
     ({"nothing": 1}, "Unknown command line flag 'nothing'"),
   ],

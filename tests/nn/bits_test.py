@@ -99,6 +99,8 @@ def test_numbers_from_numpy_are_bit_widths_too(model):
     (-1, r"bits of conv must be one of \(8, 4, 2\), got -1"),
     (None, r"bits of conv must be one of \(8, 4, 2\), got None"),
     ("4", r"bits of conv must be one of \(8, 4, 2\), got '4'"),
+    (4.0, r"bits of conv must be one of \(8, 4, 2\), got 4.0"),
+    (np.array([8, 4]), r"bits of conv must be one of \(8, 4, 2\), got array"),
     (
       {"conv": 8, "depthwise": 5, "head": 2},
       r"bits of depthwise must be one of \(8, 4, 2\), got 5",

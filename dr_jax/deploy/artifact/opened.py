@@ -29,6 +29,7 @@ import jax
 from flax import nnx
 
 from dr_jax import allocate, nn, quant
+from dr_jax.allocate.problem import integer
 from dr_jax.deploy.artifact.layout import Layout, layout_of, packed_layout
 from dr_jax.deploy.artifact.manifest import (
   MANIFEST,
@@ -276,7 +277,7 @@ def _assignment(bits, layout: Layout) -> dict[str, int]:
   if bits is None:
     bits = candidates[0]
   if not isinstance(bits, Mapping):
-    if bits not in candidates:
+    if integer("bits", bits) not in candidates:
       raise ValueError(f"bits must be one of {candidates}, got {bits!r}")
     return dict.fromkeys(names, bits)
   allocate.Allocation(bits).check(names, candidates)

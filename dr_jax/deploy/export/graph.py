@@ -21,6 +21,7 @@ from jax import export
 
 from dr_jax import nn
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
+from dr_jax.runtime import command
 
 # Primitives that only call the jaxpr in this parameter.
 _CALLS = {
@@ -111,6 +112,7 @@ def trace(
       the primitives that they compute with. Norms have the rows in use.
 
   Raises:
+    ValueError: for a shape that the network does not take.
     GraphError: if the network needs to know the batch size, or a primitive has
       several outputs.
   """
@@ -118,8 +120,22 @@ def trace(
   marked.eval()
   names = _mark(marked, layers)
   (batch,) = export.symbolic_shape("batch")
+  _check_shape(network, sample_shape, dtype)
   sample = jax.ShapeDtypeStruct((batch, *sample_shape), dtype)
   return _graph(lambda x: marked(x), (sample,), names)
+
+
+def _check_shape(network, sample_shape, dtype):
+  """Raises ValueError for a shape that a network does not take."""
+  try:
+    sample = jax.ShapeDtypeStruct((1, *sample_shape), dtype)
+    jax.eval_shape(lambda x: network(x), sample)
+  except Exception as error:  # Networks raise what they like.
+    first = command.one_line(error.args[0] if error.args else error)
+    raise ValueError(
+      f"sample_shape must fit the network, an example of {np.dtype(dtype)} "
+      f"without the batch, got {sample_shape!r}, but: {first}"
+    ) from None
 
 
 def trace_function(

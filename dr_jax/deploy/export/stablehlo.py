@@ -156,11 +156,11 @@ def export_stablehlo(
     ValueError: for an input that does not fit the network, an unknown platform,
       or as `inference`.
   """
-  unknown = [name for name in platforms if name not in (*PLATFORMS, "rocm")]
-  if unknown or not platforms:
+  named = not isinstance(platforms, str) and platforms
+  if not named or set(platforms) - {*PLATFORMS, "rocm"}:
     raise ValueError(
-      f"platforms must be of {', '.join(PLATFORMS)}, rocm, got "
-      f"{', '.join(platforms) or 'none'}"
+      f"platforms must be a list of {', '.join(PLATFORMS)}, rocm, got "
+      f"{platforms!r}"
     )
   if batch is not None:
     batch = integer("batch", batch, at_least=1)

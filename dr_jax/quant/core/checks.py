@@ -120,6 +120,19 @@ def check_finite(name: str, x: Float[Array, "..."]) -> None:
     )
 
 
+def check_codes(name: str, codes: Int[Array, "..."], bits: int) -> None:
+  """Raises ValueError for codes of more bits; under a trace, nothing."""
+  if isinstance(codes, jax.core.Tracer) or not codes.size:
+    return
+  lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+  low, high = int(codes.min()), int(codes.max())
+  if low < lowest or high > highest:
+    raise ValueError(
+      f"{name} must be in {lowest}..{highest}, of {bits} bits, got values in "
+      f"{low}..{high}"
+    )
+
+
 def check_integers(name: str, codes: Int[Array, "..."]) -> Int[Array, "..."]:
   """Returns codes as an array; raises ValueError unless they are integers."""
   codes = jnp.asarray(codes)

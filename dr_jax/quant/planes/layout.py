@@ -43,7 +43,8 @@ def to_planes(
     uint32 [bits, ceil(k / 32), n].
 
   Raises:
-    ValueError: if bits is outside 2..8, or codes are not integers [k, n].
+    ValueError: if bits is outside 2..8, or codes are not integers [k, n] of
+      that many bits (under a trace, they are not looked at).
 
   >>> planes = to_planes(jnp.array([[-2], [1], [-1]], jnp.int8), 2)
   >>> planes[:, 0, 0].tolist()  # of 10, 01 and 11, the first code lowest
@@ -53,6 +54,7 @@ def to_planes(
   codes = checks.check_integers("codes", codes)
   if codes.ndim != 2:
     raise ValueError(f"codes must have shape [k, n], got {codes.shape}")
+  checks.check_codes("codes", codes, bits)
   rows, columns = codes.shape
   words = words_of(rows)
   codes = jnp.pad(codes.astype(jnp.int32), ((0, words * WORD - rows), (0, 0)))

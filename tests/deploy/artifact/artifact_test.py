@@ -263,9 +263,11 @@ def test_nothing_is_overwritten(exported):
   assert (path / "model.safetensors").read_bytes() == before
 
 
-def test_bits_that_are_not_candidates_raise_an_error(exported):
-  with pytest.raises(ValueError, match="must be one of"):
-    deploy.load(exported[1], bits=9)
+@pytest.mark.parametrize("bits", [9, 4.0, True, np.array([8, 4])])
+def test_bits_that_are_not_candidates_raise_an_error(bits, exported):
+  for call in (deploy.open, deploy.load):
+    with pytest.raises(ValueError, match="bits.* must be (one of|an integer)"):
+      call(exported[1], bits=bits)
 
 
 class Half(nnx.Module):

@@ -222,6 +222,14 @@ def test_an_opset_that_is_too_old_is_named_with_the_smallest_allowed(
     export_onnx(tmp_path / "model.onnx", network, SHAPE, opset=12)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), 8, "88"])
+def test_a_shape_that_does_not_fit_is_one_line(network, tmp_path, shape):
+  with pytest.raises(ValueError, match="sample_shape must fit the") as raised:
+    export_onnx(tmp_path / "model.onnx", network, shape)
+  assert "\n" not in str(raised.value)
+  assert not list(tmp_path.iterdir())
+
+
 def test_without_onnx_one_line_says_what_to_install(
   network, tmp_path, monkeypatch
 ):

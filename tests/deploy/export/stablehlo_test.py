@@ -210,8 +210,9 @@ def test_dropout_and_half_precision_parameters_are_exported(tmp_path):
   [
     ({"bits": 3}, r"bits of .* must be one of \(8, 6, 4, 2\), got 3"),
     ({"bits": {"x": 8}}, r"unknown layers \['x'\]"),
-    ({"platforms": ("cpu", "vulkan")}, "platforms must be of cpu, cuda, tpu"),
-    ({"platforms": ()}, "platforms must be of .*, got none"),
+    ({"platforms": ("cpu", "vulkan")}, "platforms must be a list of cpu, cuda"),
+    ({"platforms": ()}, r"platforms must be a list of .*, got \(\)"),
+    ({"platforms": "cpu"}, "platforms must be a list of .*, got 'cpu'"),
     ({"batch": 0}, "batch must be an integer >= 1, got 0"),
     ({"batch": "8"}, "batch must be an integer >= 1, got '8'"),
     ({"sample": np.ones((1, 8, 8, 3))}, r"input \(batch, 8, 8, 3\) must fit"),

@@ -69,6 +69,10 @@ def test_bytes_of_a_product_are_planes_inputs_scale_and_result():
       r"planes must be uint32 \[1..8, 2, n\] for 33 rows",
     ),
     (
+      lambda: quant.to_planes(np.array([[-8, 7], [8, 0]]), 4),
+      r"codes must be in -8\.\.7, of 4 bits, got values in -8\.\.8",
+    ),
+    (
       lambda: quant.from_planes(np.zeros((8, 1, 4), np.int32), 32),
       "planes must be uint32",
     ),
