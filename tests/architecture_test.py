@@ -171,6 +171,7 @@ def loaded_by(code):
     ("nn", {"optax"}),
     ("models", {"optax"}),
     ("deploy", {"optax"}),
+    ("interop.torch", {"optax", "qwix", "torch"}),
   ],
 )
 def test_a_subpackage_loads_only_what_it_needs(name, also):

@@ -87,6 +87,55 @@ def test_a_network_gives_the_outputs_of_its_pytorch_kind(name, tmp_path):
   )
 
 
+def of_timm():
+  timm = pytest.importorskip("timm", reason="needs timm")
+  sizes = {"img_size": 32, "patch_size": 8, "num_classes": 7}
+  network = timm.create_model(
+    "vit_tiny_patch16_224", embed_dim=24, num_heads=3, depth=2, **sizes
+  )
+  model = models.ViT(
+    **{"depth": 2, "width": 24, "heads": 3, "image_size": 32},
+    **{"patch_size": 8, "num_classes": 7, "rngs": nnx.Rngs(0)},
+  )
+  images = draw(2, 3, 32, 32)
+  return network, model, images, images.transpose(0, 2, 3, 1)
+
+
+def of_hugging_face():
+  transformers = pytest.importorskip(
+    "transformers", reason="needs transformers"
+  )
+  network = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      **{"vocab_size": 11, "hidden_size": 24, "intermediate_size": 20},
+      **{"num_hidden_layers": 2, "num_attention_heads": 6},
+      **{"num_key_value_heads": 2, "rms_norm_eps": 1e-6},
+    )
+  )
+  tokens = np.random.default_rng(0).integers(0, 11, (2, 7))
+  model = models.Transformer(context=8, **LLAMA, rngs=nnx.Rngs(0))
+  return network, model, tokens, tokens.astype(np.int32)
+
+
+@pytest.mark.parametrize("make", [of_timm, of_hugging_face])
+def test_a_network_of_another_library_gives_the_same_outputs(make, tmp_path):
+  torch = pytest.importorskip("torch", reason="needs PyTorch")
+  torch.manual_seed(0)
+  network, model, theirs, ours = make()
+  with torch.no_grad():
+    for value in network.state_dict().values():
+      if value.ndim == 1:  # norms that are not ones, biases that are not zeros
+        value += 0.5 * torch.rand(value.shape)
+    expected = network.eval()(torch.from_numpy(theirs))
+    expected = getattr(expected, "logits", expected).numpy()
+  tensors = {key: value.numpy() for key, value in network.state_dict().items()}
+  load_weights(model, save(tmp_path / "w.safetensors", tensors))
+  outputs = nnx.jit(lambda m, x: m(x))(model, jnp.asarray(ours))
+  np.testing.assert_allclose(
+    outputs, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+  )
+
+
 @pytest.mark.parametrize(
   ("name", "tensor", "message"),
   [
