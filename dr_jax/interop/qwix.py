@@ -130,8 +130,9 @@ def rules(
   """Returns rules by which qwix quantizes these layers alone.
 
   Bits are taken over, scales are not: qwix calibrates its own. It quantizes no
-  lookup (nnx.Embed), and convolutions only with inputs of the same bits;
-  `provider.get_unused_rules()` returns the rules that matched nothing.
+  lookup (nnx.Embed), and convolutions only with inputs of the same bits; layers
+  of a stack (nnx.scan) have one path there, which no rule for one of them
+  matches. `provider.get_unused_rules()` returns the rules that matched nothing.
 
   Args:
     allocation: {layer: bits of its weights}, as `allocate.Allocation`.
