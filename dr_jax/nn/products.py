@@ -99,7 +99,7 @@ def check_reach(model: nnx.Module, operands: Collection[str]) -> None:
     raise ValueError(
       "products must be those of an nnx.dot_product_attention that a module "
       "holds as an attribute, as nnx.MultiHeadAttention does, but the model "
-      f"has none that is not skipped; it has other functions {unknown}"
+      f"has none that is not skipped; other attention functions: {unknown}"
     )
   if unknown:
     warnings.warn(
