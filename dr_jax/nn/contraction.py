@@ -19,6 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dr_jax.nn.own_einsum import (
+  OwnEinsum,
+  is_own_einsum,
+  kernel_axes,
+  own_kernel,
+)
+
 
 class Columns(NamedTuple):
   """How a kernel becomes an array [..., channels], and back.
@@ -147,12 +154,7 @@ def _general_channels(layer):
 
 def _einsum_channels(layer):
   _, output = layer.einsum_str.split("->")
-  return tuple(i for i, a in enumerate(_kernel_axes(layer)) if a in output)
-
-
-def _kernel_axes(layer):
-  operands, _ = layer.einsum_str.split("->")
-  return operands.split(",")[1]
+  return tuple(i for i, a in enumerate(kernel_axes(layer)) if a in output)
 
 
 CONTRACTIONS: dict[type, Contraction] = {
@@ -187,6 +189,13 @@ CONTRACTIONS: dict[type, Contraction] = {
     lookups=("__call__",),
   ),
   nnx.LoRALinear: Contraction("lora", lambda m: 2, lambda m: (1,), _sums),
+  OwnEinsum: Contraction(
+    "einsum",
+    lambda m: len(kernel_axes(m)),
+    _einsum_channels,
+    _sums,
+    flat=True,
+  ),
 }
 
 
@@ -199,12 +208,18 @@ def base_of(layer: Any) -> type | None:
   if (declared := getattr(type(layer), "computes_as", None)) is not None:
     return declared
   base = next((t for t in type(layer).__mro__ if t in CONTRACTIONS), None)
-  return None if base is None or _reason(layer, base) else base
+  if base is None:
+    return OwnEinsum if is_own_einsum(layer) else None
+  return None if _reason(layer, base) else base
 
 
 def contraction_of(layer: Any) -> Contraction:
   """The entry of a layer whose `base_of` is not None."""
-  return CONTRACTIONS[base_of(layer)]  # pyrefly: ignore
+  base: Any = base_of(layer)
+  if base is OwnEinsum:
+    name = getattr(layer, "kernel_name", None) or own_kernel(layer)
+    return CONTRACTIONS[base]._replace(kernel=name)
+  return CONTRACTIONS[base]
 
 
 def why_not(layer: Any) -> str | None:
@@ -221,6 +236,6 @@ def _reason(layer, base):
   if base is nnx.Einsum:
     if not layer.einsum_str:
       return "is given its einsum_str when it is called"
-    if "." in _kernel_axes(layer):
+    if "." in kernel_axes(layer):
       return "has an ellipsis among the axes of its kernel"
   return None

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dr_jax.nn import own_einsum
 from dr_jax.nn.backends import Backend, Planes
 from dr_jax.nn.bits import Bits, Offset, Scale, is_mixture, quantize_at
 from dr_jax.nn.contraction import base_of, contraction_of
@@ -90,7 +91,7 @@ class Quantized:
     weight_arrays: dict[str, jax.Array],
   ):
     copy_attributes(self, layer, omit=self._omit)
-    contraction = contraction_of(self)
+    contraction = contraction_of(layer)
     self.columns = contraction.columns(layer)
     self.stack = contraction.stack(layer)
     self.spec = columns_spec(
@@ -101,7 +102,7 @@ class Quantized:
     self.input_quantizer = activation
     self.input_params = variables_of(input_params)
     self.set_weight_quantizer(weight, weight_arrays)
-    self.promote: Any = getattr(layer, "promote_dtype")  # noqa: B009
+    self.promote: Any = getattr(layer, "promote_dtype", None)
 
   def set_weight_quantizer(
     self, weight: WeightQuantizer, arrays: dict[str, jax.Array]
@@ -252,6 +253,29 @@ class Embed(Quantized, nnx.Embed):
     return self.promote((*query, self._quantize_kernel(embedding)), **options)
 
 
+# pyrefly: ignore[inconsistent-inheritance]
+class OwnEinsum(Quantized, own_einsum.OwnEinsum):
+  """An einsum layer of another package, with quantized kernel and input."""
+
+  computes_as = own_einsum.OwnEinsum
+
+  def __init__(self, layer: nnx.Module, *args: Any, **options: Any):
+    self.kernel_name = own_einsum.own_kernel(layer)
+    self.param_dtype = getattr(layer, self.kernel_name)[...].dtype
+    super().__init__(layer, *args, **options)
+
+  def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    x = self._quantize_input(x, self.index)
+    kernel = self._quantize_kernel(self._own_kernel())
+    seen = own_einsum.with_kernel(self, self.kernel_name, kernel)
+    # pyrefly: ignore[missing-attribute]
+    own_call: Any = super(own_einsum.OwnEinsum, self).__call__
+    return own_call.__func__(seen, x, *args, **kwargs)
+
+  def _own_kernel(self):
+    return getattr(self, self.kernel_name)[...]
+
+
 _QUANTIZED: dict[type, Any] = {
   kind.computes_as: kind
   for kind in (
@@ -262,6 +286,7 @@ _QUANTIZED: dict[type, Any] = {
     ConvTranspose,
     LoRALinear,
     Embed,
+    OwnEinsum,
   )
 }
 
@@ -349,19 +374,19 @@ def initial_params(
     init: where they start; see `quant.fit`.
     stacks: leading axes of those that are stacked; each layer starts alone.
   """
+  return {
+    name: _initial_params(weights[name], w, init, len(stacks[name]))
+    for name, w in kernels.items()
+  }
 
-  # One program for all layers: eagerly, each shape compiles its own.
-  @jax.jit
-  def fitted(kernels):
-    params = {}
-    for name, w in kernels.items():
-      start = functools.partial(fit, weights[name], init=init)
-      for _ in stacks[name]:
-        start = jax.vmap(start)
-      params[name] = start(w)
-    return params
 
-  return fitted(kernels)
+# Layers of one shape share a program.
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _initial_params(weight, w, init, stack_axes):
+  start = functools.partial(fit, weight, init=init)
+  for _ in range(stack_axes):
+    start = jax.vmap(start)
+  return start(w)
 
 
 def arrays_of(variables: Mapping[str, nnx.Variable]) -> dict[str, jax.Array]:

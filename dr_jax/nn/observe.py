@@ -54,11 +54,14 @@ def _observer(module, record: Callable[..., None]):
 
   class Observer(kind):
     computes_as = base_of(module)
+    kernel_name = None
 
     def __init__(self):
       copy_attributes(self, module)
 
   known = base_of(module) is not None
+  if known:  # it may be given further variables
+    Observer.kernel_name = contraction_of(module).kernel
   for method in contraction_of(module).methods if known else ("__call__",):
     setattr(Observer, method, _recording(kind, method, record))
   return Observer()

@@ -21,11 +21,13 @@ from dr_jax.nn.layers import (
   Linear,
   LinearGeneral,
   LoRALinear,
+  OwnEinsum,
   Quantized,
   arrays_of,
   class_for,
   quantized_layers,
 )
+from dr_jax.nn.own_einsum import own_kernel
 from dr_jax.nn.plane_call import PlaneCall, with_codes, with_planes
 from dr_jax.quant import Integers, WeightQuantizer
 
@@ -177,6 +179,18 @@ class StoredEmbed(Stored, Embed):
   """Embed that reads its rows from stored codes."""
 
 
+# pyrefly: ignore
+class StoredOwnEinsum(Stored, OwnEinsum):
+  """OwnEinsum that reads its kernel from stored codes."""
+
+  def __init__(self, layer: nnx.Module, *args: Any, **options: Any):
+    self._omit = (*Stored._omit, own_kernel(layer))
+    super().__init__(layer, *args, **options)
+
+  def _own_kernel(self):
+    return self.kernel
+
+
 _STORED: dict[type, Any] = {
   kind.computes_as: kind
   for kind in (
@@ -187,6 +201,7 @@ _STORED: dict[type, Any] = {
     StoredConvTranspose,
     StoredLoRALinear,
     StoredEmbed,
+    StoredOwnEinsum,
   )
 }
 
