@@ -97,8 +97,9 @@ def coverage(model: nnx.Module, network: nnx.Module, sample: Any) -> Coverage:
   products.attach(model)
   multiplied = products.quantized_products(network)
   quantized = multiplied | {*quantized_layers(network)}
-  found = []
-  for name, call in calibrate(model, {}, sample).items():
+  found, known = [], observable(model)
+  calls = calibrate(model, {}, sample)
+  for name, call in calls.items():
     is_product = isinstance(call.module, Product)
     if base_of(call.module) is None and not is_product:
       continue
@@ -112,9 +113,12 @@ def coverage(model: nnx.Module, network: nnx.Module, sample: Any) -> Coverage:
         reason="" if name in quantized else skipped,
       )
     )
+  for name, module in known.items():
+    if name not in calls and base_of(module) is not None:
+      kind, size = contraction_of(module).kind, kernel_of(module).size
+      found.append(CoverageRow(name, kind, size, 0, "not called"))
   for name in products.unknown_functions(model):
     found.append(CoverageRow(name, "product", 0, None, "is another function"))
-  known = observable(model)
   for path, module, reason in float_layers(model):
     if (name := name_of(path)) not in known:
       kernel = getattr(module, "kernel", None)

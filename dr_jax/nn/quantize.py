@@ -113,7 +113,8 @@ def quantize(
       inputs float, `("stem", {"weight": quant.lsq(bits)})` takes another
       method. Later rules win. (An artifact has one method for all weights.)
     skip: layers that stay float: names, glob patterns ("head/*"), functions
-      from the layer names in call order to names, or a sequence of these.
+      from the layer names in call order to names, or a sequence of these. A
+      layer that the model holds and does not call has to be one of them.
 
   Raises:
     ValueError: if bit-widths differ or `norm`, `init` or `stack_bits` is
@@ -165,7 +166,13 @@ def quantize(
   calls = calibrate(model, activations, sample, init=inits[1], batches=batches)
   names = [n for n, call in calls.items() if base_of(call.module) is not None]
   found = [n for n, call in calls.items() if isinstance(call.module, Product)]
-  skipped = _skipped(skip, names, found) if names else set()
+  uncalled = [name for name in observable(model) if name not in calls]
+  skipped = _skipped(skip, names, [*found, *uncalled]) if names else set()
+  if unseen := [name for name in uncalled if name not in skipped]:
+    raise ValueError(
+      f"sample must reach every layer, but does not reach {unseen}; if the "
+      "model does not call them, name them in skip"
+    )
   quantized = [name for name in names if name not in skipped]
   if not quantized:
     raise ValueError(
@@ -287,13 +294,14 @@ def _warn_of_float_layers(model):
     )
 
 
-def _skipped(skip, names, products) -> set[str]:
+def _skipped(skip, names, others) -> set[str]:
   """Resolves skip rules to names; a rule that matches nothing raises.
 
-  Products match patterns alone: functions choose among layers.
+  Products and layers that are not called match patterns alone: functions choose
+  among the others.
   """
   rules = [skip] if isinstance(skip, str) or callable(skip) else list(skip)
-  known: list[str] = [*names, *products]
+  known: list[str] = [*names, *others]
   skipped: set[str] = set()
   for rule in rules:
     if callable(rule):

@@ -42,3 +42,37 @@ def test_every_layer_with_a_kernel_is_quantized_or_says_why_not():
   assert table.macs == 24 / 42
   assert table.parameters == 24 / (24 + 18 + 36 + 36)
   assert "57.1 % of multiply-accumulates" in str(table)
+
+
+class Unused(nnx.Module):
+  """Holds a layer that it does not call, and reads the kernel of another."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.first = nnx.Linear(4, 4, rngs=rngs)
+    self.read = nnx.Linear(4, 4, rngs=rngs)
+    self.spare = nnx.Embed(3, 4, rngs=rngs)
+
+  def __call__(self, x):
+    return self.first(x) * self.read.kernel[:1]
+
+
+def test_a_layer_that_is_not_called_stays_float_where_skip_names_it():
+  model, x = Unused(), jnp.ones((2, 4))
+  with pytest.raises(ValueError, match=r"reach \['spare'\].*name them in skip"):
+    nn.quantize(
+      model, weight=quant.double_rounding((8, 4)), sample=x, skip="read"
+    )
+  network = nn.quantize(
+    model,
+    weight=quant.double_rounding((8, 4)),
+    sample=x,
+    skip=("read", "spare"),
+  )
+  rows = nn.coverage(model, network, x)
+  assert [(row.name, row.macs, row.reason) for row in rows] == [
+    ("first", 16, ""),
+    ("read", 0, "not called"),
+    ("spare", 0, "not called"),
+  ]
+  assert type(network.read) is nnx.Linear
