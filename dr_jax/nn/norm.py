@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dr_jax.nn.bits import Bits, NormParam, is_mixture
@@ -364,6 +365,8 @@ def _at_row(rows, row):
 
 def _rows(value, rows, has_rows):
   """[..., features] or [..., present rows, features] repeated to all rows."""
+  # In numpy: programs for each shape would take longer to compile.
+  value = np.asarray(value)
   start = value if has_rows else value[..., None, :]
   times = (1,) * (start.ndim - 2) + (rows // start.shape[-2], 1)
-  return jnp.tile(start, times)
+  return jnp.asarray(np.tile(start, times))

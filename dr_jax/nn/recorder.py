@@ -26,8 +26,9 @@ from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.observe import observed
 
-# Inputs of a layer that a search for the least error looks at.
-_SEARCHED = 2**16
+# Inputs of a layer that a search for the least error looks at: at most so many,
+# or so many where there are fewer.
+_SEARCHED, _FEW = 2**16, 2**12
 
 
 class Statistics(NamedTuple):
@@ -36,21 +37,22 @@ class Statistics(NamedTuple):
   Attributes:
     finite: whether all are finite.
     low, high: the smallest and the largest.
-    params: initial parameters by sign.
+    params: initial parameters by sign, of signs that the inputs can have.
   """
 
   finite: Any
   low: Any
   high: Any
-  params: dict[bool, dict[str, Any]]
+  params: Any
 
   def joined(self, other: Statistics) -> Statistics:
     """Those of both; the sum of the parameters."""
+    mine, others = _of_common_signs([self.params, other.params])
     return Statistics(
       self.finite & other.finite,
       np.minimum(self.low, other.low),
       np.maximum(self.high, other.high),
-      jax.tree.map(np.add, self.params, other.params),
+      jax.tree.map(np.add, mine, others),
     )
 
   def mean_of(self, count: int) -> Statistics:
@@ -58,6 +60,11 @@ class Statistics(NamedTuple):
     if count == 1:
       return self
     return self._replace(params=jax.tree.map(lambda p: p / count, self.params))
+
+
+def _of_common_signs(params):
+  common = set.intersection(*map(set, params))
+  return [{sign: each[sign] for sign in sorted(common)} for each in params]
 
 
 class Seen(NamedTuple):
@@ -85,15 +92,12 @@ def observe(
   for batch in batches:
     batch.examples  # noqa: B018 (raises where there is none)
 
-  def of_inputs(name, xs):
-    return _statistics(xs, activations.get(name), init)
-
   if not any(stack_of(module) for module in modules.values()):
     try:
-      return _observe_outputs(model, modules, of_inputs, batches)
+      return _observe_outputs(model, modules, activations, init, batches)
     except jax.errors.UnexpectedTracerError:
       pass
-  return _observe_calls(model, modules, of_inputs, batches)
+  return _observe_calls(model, modules, activations, init, batches)
 
 
 def stack_of(module: Any) -> tuple[int, ...]:
@@ -136,7 +140,7 @@ def _has_inputs(module, method):
   return not (_is_lookup(module, method) or isinstance(module, Product))
 
 
-def _observe_outputs(model, modules, of_inputs, batches):
+def _observe_outputs(model, modules, activations, init, batches):
   """As outputs of one program."""
   traced: list[tuple[dict[str, str | None], dict[str, int]]] = []
   tracing: list[Callable[..., None]] = []
@@ -164,9 +168,18 @@ def _observe_outputs(model, modules, of_inputs, batches):
     finally:
       tracing.pop()
     traced.append((trace.sources, macs))
-    return {name: of_inputs(name, xs) for name, xs in calls.items()}
+    return {
+      name: _statistics(xs, activations.get(name), init)
+      for name, xs in calls.items()
+    }
 
-  found = [statistics(state, batch) for batch in batches]
+  found = [
+    {
+      name: _searched_params(of, activations.get(name))
+      for name, of in statistics(state, batch).items()
+    }
+    for batch in batches
+  ]
   sources, macs = traced[0]
   return {
     name: Seen(
@@ -216,7 +229,7 @@ class _Host:
     return calls
 
 
-def _observe_calls(model, modules, of_inputs, batches):
+def _observe_calls(model, modules, activations, init, batches):
   """By calls to the host, which sees what the program itself would see."""
   stacks = {name: stack_of(module) for name, module in modules.items()}
   trace, host = _Trace(), _Host()
@@ -230,6 +243,10 @@ def _observe_calls(model, modules, of_inputs, batches):
     macs = _macs(module, method, x, y)
     seen = (x,) if _has_inputs(module, method) else ()
     jax.debug.callback(functools.partial(host.add, name, macs), place, *seen)
+
+  def of_inputs(name, xs):
+    activation = activations.get(name)
+    return _searched_params(_statistics(xs, activation, init), activation)
 
   extra = {name: _numbered(stack) for name, stack in stacks.items() if stack}
   graph, state = nnx.split(observed(model, modules, record, extra=extra))
@@ -275,6 +292,8 @@ def _of_stack(each, stack):
   """Statistics of the layers of a stack, with its axes."""
   if not stack or each[0] is None:
     return each[0]
+  params = _of_common_signs([of.params for of in each])
+  each = [of._replace(params=p) for of, p in zip(each, params, strict=True)]
   return jax.tree.map(
     lambda *xs: np.stack(xs).reshape(*stack, *np.shape(xs[0])), *each
   )
@@ -283,21 +302,55 @@ def _of_stack(each, stack):
 # Called outside of a program, one for all layers with inputs of a size.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _statistics(xs, activation, init) -> Statistics:
+  """Statistics of inputs; for "mse", what `_searched_params` starts from."""
   # A layer that is called several times has one scale for all its inputs. To
   # touch them finds those that belong to an inner trace, so do it always.
   x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
-  searched = x
-  if init == "mse" and x.size > _SEARCHED:
-    searched = x[:: -(-x.size // _SEARCHED)]
   params = {}
   if activation is not None:
-    for signed in (False, True):
-      try:
-        quantizer = activation.with_sign(signed)
-      except ValueError:
-        continue  # nn.quantize raises where a layer needs this sign
-      params[signed] = quant.fit(quantizer, searched, init)
+    if init == "mse":
+      params = x[:: -(-x.size // _SEARCHED)]
+    else:
+      params = {
+        signed: quant.fit(quantizer, x, init)
+        for signed, quantizer in _of_signs(activation).items()
+      }
   # Not (x < 0).any(): behind a ReLU, XLA folds that constant at compile time,
   # element by element.
   low, high = x.min(), x.max()
   return Statistics(jnp.isfinite(low) & jnp.isfinite(high), low, high, params)
+
+
+def _searched_params(found: Statistics, activation) -> Statistics:
+  """Replaces the inputs to search by the parameters of least error.
+
+  Outside of the program that found them: the search takes long to compile, and
+  all layers share it.
+  """
+  if isinstance(found.params, dict):
+    return found
+  signs = _of_signs(activation)
+  if len(signs) == 2 and found.low < 0:
+    signs = {True: signs[True]}
+  # Inputs of few elements are repeated, so that few sizes have a program each.
+  size = _FEW if found.params.size <= _FEW else _SEARCHED
+  x = np.resize(np.asarray(found.params), size)
+  params = {sign: _fitted(by, x) for sign, by in signs.items()}
+  return found._replace(params=params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fitted(quantizer, x):
+  return quant.fit(quantizer, x, "mse")
+
+
+@functools.lru_cache(maxsize=64)
+def _of_signs(activation):
+  """An input quantizer at the signs that it can have."""
+  found = {}
+  for signed in (False, True):
+    try:
+      found[signed] = activation.with_sign(signed)
+    except ValueError:
+      continue  # nn.quantize raises where a layer needs this sign
+  return found

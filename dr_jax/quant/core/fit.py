@@ -98,9 +98,10 @@ def _least_error(quantizer, x, low, high, axes):
 
   def costs(fraction):
     params = quantizer.from_range(fraction * low, fraction * high)
-    indices = range(len(quantizer.bits))
-    return params, jnp.stack(
-      [cost(quantizer.fake_quantize(params, x, i)) for i in indices]
+    indices = jnp.arange(len(quantizer.bits))
+    # A loop over bit-widths too: to unroll it takes longer to compile.
+    return params, jax.lax.map(
+      lambda i: cost(quantizer.fake_quantize(params, x, i)), indices
     )
 
   params, found = jax.lax.map(costs, jnp.asarray(_FRACTIONS))
