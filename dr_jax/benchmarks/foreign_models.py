@@ -1,0 +1,160 @@
+"""What `nn.quantize` and Qwix quantize of networks of public Flax NNX packages.
+
+  pip install 'dr_jax[test-foreign]'
+  python -m dr_jax.benchmarks.foreign_models [--networks=Llama3,DiT]
+
+At 8 bits, without training. Ours: `double_rounding` and `lsq_activation`,
+init="mse", no layer skipped. Qwix's PTQ: int8 weights per output channel, int8
+inputs with a scale computed from each of their rows, its default; ours has one
+for all inputs of a layer, from the calibration batch.
+
+A share is one of multiply-accumulates. Those of layers are the products with
+parameters; all are these and products of two inputs, as attention has. Of
+Qwix, products with an 8-bit operand in its program count, of either kind.
+An asterisk: it stops at an einsum of more than two operands, and einsums
+therefore stay float. The error is |quantized - float| / |float| of the
+output, for a batch that calibration did not see.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from dr_jax import nn, quant
+from dr_jax.benchmarks.foreign_networks import NETWORKS, Network
+from dr_jax.benchmarks.products import products
+from dr_jax.pipeline.summary import environment
+from dr_jax.quant.core.checks import one_of
+from dr_jax.runtime import command
+
+_NETWORKS = flags.DEFINE_list("networks", list(NETWORKS), "Names of networks.")
+
+BITS = (8, 4, 2)
+_WITHOUT_EINSUM = ("dot_general", "conv_general_dilated")
+
+
+class Measured(NamedTuple):
+  """Of one way to quantize a network.
+
+  Attributes:
+    of_layers: share of the multiply-accumulates with parameters.
+    of_all: share of all multiply-accumulates.
+    error: of the output.
+    seconds: to convert.
+  """
+
+  of_layers: float
+  of_all: float
+  error: float
+  seconds: float
+
+
+def quantized(network: Network, model: nnx.Module) -> nnx.Module:
+  """The network at several bit-widths, all of its layers, before training."""
+  return nn.quantize(
+    model,
+    weight=quant.double_rounding(BITS),
+    activation=quant.lsq_activation(BITS),
+    sample=network.inputs(jax.random.key(0)),
+    init="mse",
+    skip=network.skip,
+  )
+
+
+def _ours(network):
+  model, inputs = network.model(), network.inputs(jax.random.key(0))
+  found = products(network.function(model), *inputs)
+  start = time.perf_counter()
+  ours = quantized(network, model)
+  seconds = time.perf_counter() - start
+  rows = nn.coverage(model, ours, inputs)
+  examples = next(x.shape[0] for x in inputs if jnp.ndim(x))
+  macs = examples * sum(row.macs or 0 for row in rows if not row.reason)
+  return Measured(
+    macs / _sum(found, layers=True),
+    macs / _sum(found),
+    _error(network, ours),
+    seconds,
+  )
+
+
+def _qwix(network, operations=()):
+  qwix = importlib.import_module("qwix")
+  rule = qwix.QuantizationRule(
+    weight_qtype=jnp.int8, act_qtype=jnp.int8, op_names=operations
+  )
+  inputs = network.inputs(jax.random.key(0))
+  model = network.model()
+  start = time.perf_counter()
+  theirs = qwix.quantize_model(model, qwix.PtqProvider([rule]), *inputs)
+  seconds = time.perf_counter() - start
+  found = products(network.function(theirs), *inputs)
+  integers = [p for p in found if p.in_integers]
+  return Measured(
+    _sum(integers, layers=True) / _sum(found, layers=True),
+    _sum(integers) / _sum(found),
+    _error(network, theirs),
+    seconds,
+  )
+
+
+def _sum(found, *, layers=False):
+  return sum(p.macs for p in found if p.of_layer or not layers)
+
+
+def _error(network, model):
+  inputs = network.inputs(jax.random.key(1))
+  expected = jax.jit(network.function(network.model()))(*inputs)
+  error = jnp.linalg.norm(jax.jit(network.function(model))(*inputs) - expected)
+  return float(error / jnp.linalg.norm(expected))
+
+
+def row(name: str) -> list[str]:
+  """The row of the table of one network."""
+  network = NETWORKS[name]
+  if importlib.util.find_spec(network.module.split(".")[0]) is None:
+    return [name, network.package, "not installed"]
+  ours, mark = _ours(network), ""
+  try:
+    theirs = _qwix(network)
+  except (ValueError, NotImplementedError):  # an einsum of three operands
+    theirs, mark = _qwix(network, _WITHOUT_EINSUM), " *"
+  both = ours, theirs
+  return [
+    *(name, network.package),
+    *(f"{100 * m.of_layers:.0f}" for m in both),
+    *(f"{100 * m.of_all:.0f}" for m in both),
+    *(f"{100 * m.error:.2f}" for m in both),
+    f"{ours.error / theirs.error:.2f}{mark}",
+    f"{ours.seconds:.1f}",
+  ]
+
+
+def main():
+  table = Table("network", "package", title="% of products, % of error")
+  headers = ("layers", "Qwix", "all", "Qwix", "error", "Qwix", "ratio", "s")
+  for header in headers:
+    table.add_column(header, justify="right")
+  for name in _NETWORKS.value:
+    one_of("networks", name, list(NETWORKS))
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)
+      table.add_row(*row(name))
+  console = Console(width=140)
+  console.print(table)
+  console.print(environment())
+
+
+if __name__ == "__main__":
+  command.start(main)
