@@ -59,14 +59,14 @@ def compilation_cache(tmp_path_factory):
 
 
 # Compilation takes most of the default run, in which XLA optimizes little,
-# but in tests of these folders: they compare programs bit for bit, or run what
-# users run. The slow run has all programs as users have them.
-OPTIMIZED = ("quant", "deploy", "integration")
+# but in these tests: they compare programs bit for bit, or run what users run.
+# The slow run has all programs as users have them.
+OPTIMIZED = ("quant/laws_test.py", "deploy/", "integration/")
 
 
-def compile_quickly(config, folder=None):
-  quick = config.option.markexpr == "not slow" and folder not in OPTIMIZED
-  quick_compilation.use(quick)
+def compile_quickly(config, file=""):
+  fast = config.option.markexpr == "not slow"
+  quick_compilation.use(fast and not file.startswith(OPTIMIZED))
 
 
 # Where this run is a job in the background, which ignores Ctrl-C, the processes
@@ -96,7 +96,7 @@ def options_of_xla():
 @pytest.fixture(scope="module", autouse=True)
 def optimization(request):
   tests = pathlib.Path(__file__).parent
-  compile_quickly(request.config, request.path.relative_to(tests).parts[0])
+  compile_quickly(request.config, request.path.relative_to(tests).as_posix())
   yield
   compile_quickly(request.config)
 
