@@ -72,4 +72,4 @@ def test_a_network_is_quantized_trained_and_stored(name, tmp_path):
       nn.set_bits(each, bits)
     by = [jax.jit(network.function(each))(*x) for each in (ours, stored)]
     np.testing.assert_array_equal(*by)
-  assert errors[0] < 0.1 and errors[0] < errors[1] < errors[2], errors
+  assert errors[0] < 0.15 and errors[0] < errors[1] < errors[2], errors
