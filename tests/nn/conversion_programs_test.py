@@ -1,5 +1,7 @@
 """How many programs a conversion compiles."""
 
+import itertools
+
 import jax
 import pytest
 from flax import nnx
@@ -8,15 +10,18 @@ from dr_jax import nn, quant
 
 
 class Stack(nnx.Module):
-  """Blocks of one shape."""
+  """Blocks of one shape, or of given widths."""
 
-  def __init__(self, depth):
+  def __init__(self, depth=0, widths=()):
     rngs = nnx.Rngs(0)
+    widths = widths or [4] * (depth + 1)
     self.blocks = nnx.List(
       nnx.Sequential(
-        nnx.Conv(4, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.relu
+        nnx.Conv(c_in, c_out, (3, 3), rngs=rngs),
+        nnx.BatchNorm(c_out, rngs=rngs),
+        nnx.relu,
       )
-      for _ in range(depth)
+      for c_in, c_out in itertools.pairwise(widths)
     )
 
   def __call__(self, x):
@@ -25,8 +30,7 @@ class Stack(nnx.Module):
     return x
 
 
-def programs(depth, init, compiled):
-  model = Stack(depth)
+def programs(model, init, compiled):
   x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
   before = len(compiled)
   nn.quantize(
@@ -40,21 +44,36 @@ def programs(depth, init, compiled):
   return len(compiled) - before
 
 
-@pytest.mark.parametrize("init", ["published", "mse"])
-def test_layers_of_one_shape_share_their_programs(init):
-  compiled = []
+@pytest.fixture
+def compiled():
+  """Seconds of each compilation so far."""
+  seconds = []
 
   def count(event, duration, **_):
     if event == "/jax/core/compile/backend_compile_duration":
-      compiled.append(duration)
+      seconds.append(duration)
 
   jax.monitoring.register_event_duration_secs_listener(count)
-  try:
-    programs(1, init, compiled)  # and what later conversions have in common
-    # The network with its statistics, initial parameters of the weights, and
-    # inputs of least error with and without a sign.
-    expected = 2 if init == "published" else 4
-    assert programs(3, init, compiled) <= expected
-    assert programs(6, init, compiled) <= expected
-  finally:
-    jax.monitoring.unregister_event_duration_listener(count)
+  yield seconds
+  jax.monitoring.unregister_event_duration_listener(count)
+
+
+@pytest.mark.parametrize("init", ["published", "mse"])
+def test_layers_of_one_shape_share_their_programs(init, compiled):
+  programs(
+    Stack(1), init, compiled
+  )  # and what later conversions have in common
+  # The network with its statistics, initial parameters of the weights, and
+  # inputs of least error with and without a sign.
+  expected = 2 if init == "published" else 4
+  assert programs(Stack(3), init, compiled) <= expected
+  assert programs(Stack(6), init, compiled) <= expected
+
+
+def test_a_further_shape_costs_a_program_for_its_kernel_and_one_for_its_norm(
+  compiled,
+):
+  programs(Stack(1), "published", compiled)
+  widths = (4, 7, 11, 13, 5, 9)
+  found = programs(Stack(widths=widths), "published", compiled)
+  assert found <= 1 + 2 * (len(widths) - 1)
