@@ -25,46 +25,12 @@ from dr_jax.nn.bits import Bits
 from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.inputs import Inputs
 from dr_jax.nn.observe import observed
-
-# Inputs of a layer that a search for the least error looks at: at most so many,
-# or so many where there are fewer.
-_SEARCHED, _FEW = 2**16, 2**12
-
-
-class Statistics(NamedTuple):
-  """What batches show of a layer's inputs; of a stack, with its axes.
-
-  Attributes:
-    finite: whether all are finite.
-    low, high: the smallest and the largest.
-    params: initial parameters by sign, of signs that the inputs can have.
-  """
-
-  finite: Any
-  low: Any
-  high: Any
-  params: Any
-
-  def joined(self, other: Statistics) -> Statistics:
-    """Those of both; the sum of the parameters."""
-    mine, others = _of_common_signs([self.params, other.params])
-    return Statistics(
-      self.finite & other.finite,
-      np.minimum(self.low, other.low),
-      np.maximum(self.high, other.high),
-      jax.tree.map(np.add, mine, others),
-    )
-
-  def mean_of(self, count: int) -> Statistics:
-    """With the parameters divided by a number of batches or calls."""
-    if count == 1:
-      return self
-    return self._replace(params=jax.tree.map(lambda p: p / count, self.params))
-
-
-def _of_common_signs(params):
-  common = set.intersection(*map(set, params))
-  return [{sign: each[sign] for sign in sorted(common)} for each in params]
+from dr_jax.nn.statistics import (
+  Statistics,
+  of_common_signs,
+  searched_params,
+  statistics_of,
+)
 
 
 class Seen(NamedTuple):
@@ -169,13 +135,13 @@ def _observe_outputs(model, modules, activations, init, batches):
       tracing.pop()
     traced.append((trace.sources, macs))
     return {
-      name: _statistics(xs, activations.get(name), init)
+      name: statistics_of(xs, activations.get(name), init)
       for name, xs in calls.items()
     }
 
   found = [
     {
-      name: _searched_params(of, activations.get(name))
+      name: searched_params(of, activations.get(name))
       for name, of in statistics(state, batch).items()
     }
     for batch in batches
@@ -246,7 +212,7 @@ def _observe_calls(model, modules, activations, init, batches):
 
   def of_inputs(name, xs):
     activation = activations.get(name)
-    return _searched_params(_statistics(xs, activation, init), activation)
+    return searched_params(statistics_of(xs, activation, init), activation)
 
   extra = {name: _numbered(stack) for name, stack in stacks.items() if stack}
   graph, state = nnx.split(observed(model, modules, record, extra=extra))
@@ -292,65 +258,8 @@ def _of_stack(each, stack):
   """Statistics of the layers of a stack, with its axes."""
   if not stack or each[0] is None:
     return each[0]
-  params = _of_common_signs([of.params for of in each])
+  params = of_common_signs([of.params for of in each])
   each = [of._replace(params=p) for of, p in zip(each, params, strict=True)]
   return jax.tree.map(
     lambda *xs: np.stack(xs).reshape(*stack, *np.shape(xs[0])), *each
   )
-
-
-# Called outside of a program, one for all layers with inputs of a size.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _statistics(xs, activation, init) -> Statistics:
-  """Statistics of inputs; for "mse", what `_searched_params` starts from."""
-  # A layer that is called several times has one scale for all its inputs. To
-  # touch them finds those that belong to an inner trace, so do it always.
-  x = jnp.concatenate([x.reshape(-1).astype(jnp.float32) for x in xs])
-  params = {}
-  if activation is not None:
-    if init == "mse":
-      params = x[:: -(-x.size // _SEARCHED)]
-    else:
-      params = {
-        signed: quant.fit(quantizer, x, init)
-        for signed, quantizer in _of_signs(activation).items()
-      }
-  # Not (x < 0).any(): behind a ReLU, XLA folds that constant at compile time,
-  # element by element.
-  low, high = x.min(), x.max()
-  return Statistics(jnp.isfinite(low) & jnp.isfinite(high), low, high, params)
-
-
-def _searched_params(found: Statistics, activation) -> Statistics:
-  """Replaces the inputs to search by the parameters of least error.
-
-  Outside of the program that found them: the search takes long to compile, and
-  all layers share it.
-  """
-  if isinstance(found.params, dict):
-    return found
-  signs = _of_signs(activation)
-  if len(signs) == 2 and found.low < 0:
-    signs = {True: signs[True]}
-  # Inputs of few elements are repeated, so that few sizes have a program each.
-  size = _FEW if found.params.size <= _FEW else _SEARCHED
-  x = np.resize(np.asarray(found.params), size)
-  params = {sign: _fitted(by, x) for sign, by in signs.items()}
-  return found._replace(params=params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _fitted(quantizer, x):
-  return quant.fit(quantizer, x, "mse")
-
-
-@functools.lru_cache(maxsize=64)
-def _of_signs(activation):
-  """An input quantizer at the signs that it can have."""
-  found = {}
-  for signed in (False, True):
-    try:
-      found[signed] = activation.with_sign(signed)
-    except ValueError:
-      continue  # nn.quantize raises where a layer needs this sign
-  return found
