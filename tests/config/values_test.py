@@ -59,7 +59,7 @@ def cases_of_methods():
       yield changed({"method": method}, name, {option: value}), option
 
 
-@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [20, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
   ("cases", "count"),
   [
