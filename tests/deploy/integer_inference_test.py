@@ -11,19 +11,18 @@ from dr_jax import nn
 INTEGER = ("integer", "im2col", "carrier")
 
 
-def predictions(network, images):
-  """Classes at every bit-width, [bits, images]."""
+def logits_of(network, images):
+  """Logits at every bit-width, [bits, images, classes]."""
   split = nn.functional(network)
 
   @jax.jit
-  def classes(index, images):
-    logits, _ = split.apply(split.params, split.batch_stats, index, images)
-    return logits.argmax(-1)
+  def logits(index, images):
+    return split.apply(split.params, split.batch_stats, index, images)[0]
 
   batches = np.split(images, -(-len(images) // 1000))
   return np.array(
     [
-      np.concatenate([classes(np.int32(index), batch) for batch in batches])
+      np.concatenate([logits(np.int32(index), batch) for batch in batches])
       for index in range(len(BITS))
     ]
   )
@@ -33,10 +32,17 @@ def predictions(network, images):
 @pytest.mark.parametrize("name", ["digits", "fashion"])
 def test_predictions_in_integers_are_those_of_the_float_layers(name):
   stored, images = stored_network(name)
-  expected = predictions(stored, images)
+  expected = logits_of(stored, images)
+  classes = expected.argmax(-1)
   # The network has learned something: it tells classes apart.
-  assert min(len(np.unique(row)) for row in expected) >= 6
+  assert min(len(np.unique(row)) for row in classes) >= 6
+  first, second = np.sort(expected, -1)[..., :-3:-1].transpose(2, 0, 1)
   network = nnx.clone(stored)
   for backend in INTEGER:
     nn.set_backend(network, backend)
-    np.testing.assert_array_equal(predictions(network, images), expected)
+    differ = logits_of(network, images).argmax(-1) != classes
+    # Floats are added in another order, which can decide a tie of codes, and
+    # that one between classes.
+    print(f"{name}, {backend}: {differ.sum(1)} of {len(images)} differ")
+    assert (differ.sum(1) <= len(images) / 5000).all()
+    assert ((first - second)[differ] < 0.01 * expected.std()).all()
