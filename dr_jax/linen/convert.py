@@ -7,12 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from flax.core import unfreeze
+from flax.errors import FlaxError
 
 from dr_jax import nn
 from dr_jax.linen.layers import twin_of
-from dr_jax.linen.network import Network, Path, Scope, marked
+from dr_jax.linen.network import Network, Path, Scope
+from dr_jax.linen.programs import marked, own_programs
+
+# Modules that compute with other kernels than the variables of their layers.
+_WRAPPERS = (linen.WeightNorm, linen.SpectralNorm)
 
 
 def from_linen(
@@ -34,14 +40,20 @@ def from_linen(
     rngs: streams for its calls, such as `nnx.Rngs(dropout=0)`.
 
   Raises:
-    ValueError: if the module is a single layer, the call does not reach a
-      module with parameters, or a name in the variables is that of a method of
-      nnx.Module.
+    ValueError: if the module is not a Linen module or is a single layer; if the
+      variables are not arrays by collection, or do not fit the module and the
+      call; if the call does not reach a module with parameters, or a name in
+      the variables is that of a method of nnx.Module.
   """
-  variables = unfreeze(linen.meta.unbox(variables))
-  types, twins = _trace(module, variables, rngs, args, kwargs)
+  variables = _checked(module, variables)
+  try:
+    types, twins, jitted = _trace(module, variables, rngs, args, kwargs)
+  except FlaxError as error:
+    raise ValueError(
+      f"variables and sample must be what module.apply takes: {error}"
+    ) from error
   _check_reached(variables["params"], types)
-  network = Network(module, rngs)
+  network = Network(module, rngs, jitted)
   for collection, tree in variables.items():
     for path, value in _flat(tree):
       *inside, name = path
@@ -86,41 +98,89 @@ def quantize(
   return nn.quantize(network, sample=inputs, **options)
 
 
+def _checked(module, variables):
+  """Variables as a dict of arrays, if they can be those of a float module."""
+  if not isinstance(module, linen.Module):
+    kind = module if isinstance(module, type) else type(module)
+    raise ValueError(
+      "module must be an instance of flax.linen.Module, got "
+      f"{'the class ' if kind is module else ''}{kind.__name__}"
+    )
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    got = (sorted if isinstance(variables, Mapping) else _name)(variables)
+    raise ValueError(
+      f"variables must be collections by name, with 'params', got {got}"
+    )
+  if "bits" in variables:
+    raise ValueError(
+      "variables must be those of a float module, got a collection 'bits'"
+    )
+  variables = unfreeze(linen.meta.unbox(variables))
+  for path, value in _flat(variables):
+    if not isinstance(value, jax.Array | np.ndarray):
+      raise ValueError(
+        f"{'/'.join(path)} must be an array, got {type(value).__name__} (leave "
+        "out what sow collects)"
+      )
+  return variables
+
+
+def _name(value):
+  return type(value).__name__
+
+
 def _trace(module, variables, rngs, args, kwargs):
-  """Calls a module on shapes: types of its modules, and twins of its layers."""
+  """Calls a module on shapes.
+
+  Returns:
+    Types of its modules by path, twins of its layers, and whether its own jit
+    keeps programs: then the second call does not meet all layers again.
+  """
   types: dict[Path, type] = {}
   twins: dict[Path, Any] = {}
+  met: set[Path] = set()
+  wrappers: list[linen.Module] = []
 
   def intercept(call, args, kwargs, context):
     layer, name = context.module, context.method_name
     if layer.scope is not None:
+      met.add(layer.path)
       types.setdefault(layer.path, type(layer))
-      twin = twin_of(layer)
+      twin = None if wrappers else twin_of(layer)
       if twin is not None and name in twin.methods:
         made = nnx.eval_shape(lambda: twin.make(layer, args[0], nnx.Rngs(0)))
         if _fits(made, layer.path, variables):
           twins.setdefault(layer.path, nnx.split(made))
-    return call(*args, **kwargs)
+    wraps = isinstance(layer, _WRAPPERS)
+    wrappers.extend([layer] * wraps)
+    try:
+      return call(*args, **kwargs)
+    finally:
+      if wraps:
+        wrappers.pop()
 
   def run(variables):
     streams = {} if rngs is None else {n: jax.random.key(0) for n in rngs}
     with linen.intercept_methods(intercept):
       return module.apply(
-        marked(variables, id(types)),
+        marked(variables),
         *args,
         rngs=streams,
         mutable=[name for name in variables if name != "params"],
         **kwargs,
       )
 
-  jax.eval_shape(run, variables)
+  with own_programs():
+    jax.eval_shape(lambda variables: run(variables), variables)
+    first = met.copy()
+    met.clear()
+    jax.eval_shape(lambda variables: run(variables), variables)
   if () in twins:
     raise ValueError(
       f"module must contain its layers, got a {type(module).__name__}"
     )
-  return types, {
-    path: nnx.merge(*parts, copy=True) for path, parts in twins.items()
-  }
+  made = {path: nnx.merge(*parts, copy=True) for path, parts in twins.items()}
+  return types, made, met != first
 
 
 def _check_reached(params, types):

@@ -15,9 +15,10 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 
+from dr_jax.linen.programs import MARKS, marked, programs_of
 from dr_jax.nn import Bits
 from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.leaves import value_of, with_value
@@ -27,8 +28,6 @@ Path = tuple[Any, ...]
 
 # Collections that a call never changes.
 FIXED = ("params", "bits", "constants")
-# One that a call is given and does not return.
-MARKS = "layers_called"
 
 
 class Scope(nnx.Module):
@@ -38,9 +37,10 @@ class Scope(nnx.Module):
 class Network(Scope):
   """A Linen module and its variables; `from_linen` makes one."""
 
-  def __init__(self, module: linen.Module, rngs: nnx.Rngs | None):
+  def __init__(self, module: linen.Module, rngs: nnx.Rngs | None, jitted: bool):
     self._module = _Module(module)
     self._rngs = rngs
+    self._jitted = jitted
 
   # So that dr_jax sees an argument `train`.
   @property
@@ -100,7 +100,12 @@ def split(network: nnx.Module) -> tuple[Callable[..., Any], Variables]:
     bit-widths in use, which `nn.set_bits` sets in the network. One compilation
     serves all bits.
 
+  Raises:
+    ValueError: if it is another network; `apply` raises one if an array is
+      missing.
+
   >>> import jax
+  >>> import jax.numpy as jnp
   >>> from dr_jax import linen, nn, quant
   >>> import flax.linen
   >>> layers = flax.linen.Dense(6), flax.linen.Dense(2)
@@ -116,16 +121,17 @@ def split(network: nnx.Module) -> tuple[Callable[..., Any], Variables]:
   >>> jax.jit(apply)(variables, x).shape, list(variables["params"]["layers_0"])
   ((1, 2), ['bias', 'kernel', 'weight_params'])
   """
-  held: Any = network
+  held = _checked(network)
   module = held._module.module
   layers = {path: _Layer.of(layer) for path, layer in _layers(network)}
-  key = hash(tuple((path, layer.graph) for path, layer in layers.items()))
+  graphs = hash(tuple((path, layer.graph) for path, layer in layers.items()))
 
   def apply(variables, *args, mutable=False, **kwargs):
     intercept = functools.partial(_call_layer, layers, variables)
-    with linen.intercept_methods(intercept):
+    programs = programs_of(graphs, variables.get("bits"), held._jitted)
+    with programs, linen.intercept_methods(intercept):
       outputs = module.apply(
-        marked(variables, key), *args, mutable=mutable, **kwargs
+        marked(variables), *args, mutable=mutable, **kwargs
       )
     if mutable is False:
       return outputs
@@ -143,9 +149,11 @@ def update(network: nnx.Module, variables: Mapping[str, Any]) -> None:
     variables: all collections or some, by name.
 
   Raises:
-    ValueError: if an array is missing or has another shape.
+    ValueError: if an array is missing, left over or has another shape; nothing
+      is changed then.
   """
-  writes = []
+  _checked(network)
+  writes, names = [], set()
   for path, leaf in _leaves(network):
     if (collection := _collection(leaf)) not in variables:
       continue
@@ -154,11 +162,16 @@ def update(network: nnx.Module, variables: Mapping[str, Any]) -> None:
       value = _get(variables[collection], path)
     except (KeyError, TypeError):
       raise ValueError(f"{name} must be an array, but is missing") from None
-    if value.shape != leaf.shape:
+    if np.shape(value) != leaf.shape:
       raise ValueError(
-        f"{name} must have shape {leaf.shape}, got {value.shape}"
+        f"{name} must have shape {leaf.shape}, got {np.shape(value)}"
       )
+    names.add(name)
     writes.append((path, with_value(leaf, value)))
+  if extra := sorted(set(_names(variables)) - names):
+    raise ValueError(
+      f"variables must be the network's, but {extra} are not in it"
+    )
   nnx.update(network, nnx.from_flat_state(writes))
 
 
@@ -197,26 +210,22 @@ def _seen(module, variables, path, leaf):
   collection, (name, *rest) = _collection(leaf), path
   if module.has_variable(collection, name):
     return _get(module.get_variable(collection, name), rest)
-  return _get(variables[collection], (*module.path, *path))
+  try:
+    return _get(variables[collection], (*module.path, *path))
+  except (KeyError, TypeError):
+    name = "/".join((collection, *module.path, *path))
+    raise ValueError(
+      f"{name} must be an array, but is missing: pass what split returned"
+    ) from None
 
 
-def marked(variables: Mapping[str, Any], key: int) -> Variables:
-  """Variables by which Linen's own jit knows whose layers are called.
-
-  It keeps programs by the structure of the variables of a module, and a program
-  that it has kept does not meet an interceptor again.
-  """
-  tree: Variables = {}
-  for collection in variables.values():
-    _mark(tree, collection, f"{key:x}")
-  return {**variables, MARKS: tree}
-
-
-def _mark(tree, variables, name):
-  tree[name] = jnp.zeros(())
-  for key, value in variables.items():
-    if isinstance(value, Mapping):
-      _mark(tree.setdefault(key, {}), value, f"{name}/{key}")
+def _checked(network) -> Network:
+  if not isinstance(network, Network):
+    raise ValueError(
+      "network must be what linen.quantize or linen.from_linen returned, got "
+      f"{type(network).__name__}"
+    )
+  return network
 
 
 def _layers(network) -> Iterator[tuple[Path, nnx.Module]]:
@@ -255,6 +264,14 @@ def _collection(leaf):
   if isinstance(leaf, nnx.Variable):
     return nnx.variable_name_from_type(type(leaf))
   return "constants"
+
+
+def _names(tree, *path):
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _names(value, *path, key)
+    else:
+      yield "/".join((*path, key))
 
 
 def _get(tree, path):

@@ -384,6 +384,34 @@ def test_a_stack_has_bits_of_its_own_where_its_scan_passes_them():
   assert len({o.tobytes() for o in outputs}) == 4
 
 
+JitScanned = fl.jit(Scanned)
+JitResidual = fl.jit(Residual)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: JitScanned(),
+    pytest.param(lambda: Scanned(JitResidual), marks=SLOW),
+  ],
+  ids=["scan in jit", "jit in scan"],
+)
+def test_programs_that_linens_own_jit_keeps_serve_their_bits_and_network(make):
+  x = random(4, 5)
+  variables = Scanned().init(jax.random.key(1), x)
+  for rounding in ("half_up", "floor"):
+    weight = quant.double_rounding(BITS, rounding=rounding)
+    exact = quantize(Scanned(), variables, x, weight=weight, activation=None)
+    network = quantize(make(), variables, x, weight=weight, activation=None)
+    run = jax.jit(linen.split(network)[0])
+    for bits in (8, 2, 8):
+      nn.set_bits(exact, bits)
+      nn.set_bits(network, bits)
+      np.testing.assert_allclose(network(x), exact(x), rtol=1e-5, atol=1e-5)
+      _, split = linen.split(network)
+      np.testing.assert_allclose(run(split, x), exact(x), rtol=1e-5, atol=1e-5)
+
+
 class Halved(fl.Dense):
   """A user's layer with a computation of its own."""
 
@@ -407,6 +435,30 @@ def test_a_layer_with_a_computation_of_its_own_stays_float():
   assert [row.name for row in nn.layer_table(network)] == ["Dense_0"]
   nn.set_bits(network, 8)
   np.testing.assert_allclose(network(x), module.apply(variables, x), atol=0.1)
+
+
+class Normalized(fl.Module):
+  wrapper: type
+
+  @fl.compact
+  def __call__(self, x):
+    options = {"update_stats": False} if self.wrapper is fl.SpectralNorm else {}
+    return fl.Dense(3)(self.wrapper(fl.Dense(4, name="inside"))(x, **options))
+
+
+@pytest.mark.parametrize("wrapper", [fl.WeightNorm, fl.SpectralNorm])
+def test_a_layer_whose_kernel_a_wrapper_normalizes_stays_float(wrapper):
+  x, module = random(2, 5), Normalized(wrapper)
+  variables = module.init(jax.random.key(0), x)
+  kernel = variables["params"]["inside"]["kernel"]
+  variables["params"]["inside"]["kernel"] = 100 * kernel
+  with pytest.warns(UserWarning, match=r"inside \(Dense, is none of them\)"):
+    network = quantize(module, variables, x, init="mse")
+  assert [row.name for row in nn.layer_table(network)] == ["Dense_0"]
+  exact = module.apply(variables, x)
+  np.testing.assert_allclose(
+    network(x), exact, rtol=0.02, atol=0.02 * np.abs(exact).max()
+  )
 
 
 class Streams(fl.Module):
@@ -454,3 +506,38 @@ def test_what_cannot_be_converted_is_an_error():
   variables = Optional().init(jax.random.key(0), x, auxiliary=True)
   with pytest.raises(ValueError, match=r"does not reach \['extra'\]"):
     quantize(Optional(), variables, x)
+
+
+def test_what_are_no_variables_of_a_module_is_an_error():
+  x, module = random(2, 5), Two(fl.Dense)
+  variables = module.init(jax.random.key(0), x)
+  params = variables["params"]
+  for bad, match in (
+    (params, r"with 'params', got \['Dense_0', 'Dense_1'\]"),
+    (None, "with 'params', got NoneType"),
+    (variables | {"bits": {}}, "float module, got a collection 'bits'"),
+    (variables | {"losses": {"h": (x,)}}, "losses/h must be an array, got tup"),
+    (
+      {"params": {"Dense_0": params["Dense_0"]}},
+      "module.apply takes: .*Dense_1",
+    ),
+    (jax.tree.map(jnp.transpose, variables), "module.apply takes: .*kernel"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      quantize(module, bad, x)
+  with pytest.raises(ValueError, match="got the class Two"):
+    quantize(Two, variables, x)
+  with pytest.raises(ValueError, match="flax.linen.Module, got Linear"):
+    quantize(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), variables, x)
+  with pytest.raises(ValueError, match="from_linen returned, got Two"):
+    linen.split(module)
+
+
+def test_variables_that_are_not_the_networks_are_an_error(twins):
+  x, network, _ = twins
+  apply, variables = linen.split(network)
+  del variables["bits"]
+  with pytest.raises(ValueError, match="bits/Block_0/Conv_0/bits must be an"):
+    apply(variables, x)
+  with pytest.raises(ValueError, match=r"\['parms/x'\] are not in it"):
+    linen.update(network, {"parms": {"x": x}})
