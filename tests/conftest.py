@@ -59,9 +59,14 @@ def compilation_cache(tmp_path_factory):
 
 
 # Compilation takes most of the default run, in which XLA optimizes little,
-# but in these tests: they compare programs bit for bit, or run what users run.
-# The slow run has all programs as users have them.
-OPTIMIZED = ("quant/laws_test.py", "deploy/", "integration/")
+# but in these tests: laws of methods hold bit for bit in programs of users, and
+# programs of other processes are compared with ours. The slow run has all
+# programs as users have them.
+OPTIMIZED = (
+  "quant/laws_test.py",
+  "deploy/export/stablehlo_test.py",
+  "integration/",
+)
 
 
 def compile_quickly(config, file=""):
