@@ -34,8 +34,8 @@ from rich.table import Table
 from dr_jax import deploy, nn
 from dr_jax.allocate import LatencyTable
 from dr_jax.benchmarks import network
-from dr_jax.nn.layers import candidates, quantized_layers
 from dr_jax.nn.observe import observed
+from dr_jax.nn.quantized import candidates, quantized_layers
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation, files
 

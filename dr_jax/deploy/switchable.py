@@ -123,7 +123,7 @@ class Switchable:
       Artifact.load, model=model, backend=backend, sample=sample
     )
     network = load(artifact)
-    if any(row.layer.stack for row in nn.layers.layer_rows(network)):
+    if any(row.layer.stack for row in nn.quantized.layer_rows(network)):
       # Planes are read layer by layer, and these layers share their arrays.
       artifact = artifact.upgrade()
       network = load(artifact)

@@ -22,8 +22,9 @@ from flax import nnx
 
 from dr_jax.nn.contraction import contraction_of
 from dr_jax.nn.kernels import computed_kernels, kernel_of
-from dr_jax.nn.layers import Quantized, encode, layer_rows, quantized_layers
+from dr_jax.nn.layers import encode
 from dr_jax.nn.leaves import name_of
+from dr_jax.nn.quantized import Quantized, layer_rows, quantized_layers
 from dr_jax.nn.stored import Stored
 from dr_jax.quant import code_range
 

@@ -1,6 +1,6 @@
 """Multi-precision layers for any Flax NNX network."""
 
-from dr_jax.nn import deployed, layers, stored
+from dr_jax.nn import bits, deployed, layers, quantized, stored
 from dr_jax.nn.backend_choice import (
   set_backend,
   supports,
@@ -27,11 +27,11 @@ from dr_jax.nn.layers import (
   Linear,
   LinearGeneral,
   LoRALinear,
-  candidates,
 )
 from dr_jax.nn.norm import KINDS as NORMS
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.quantize import first_and_last, quantize
+from dr_jax.nn.quantized import candidates
 from dr_jax.nn.recalibrate import recalibrate
 from dr_jax.nn.requantize import requantize
 from dr_jax.nn.stored import StoredConv, StoredLinear
@@ -60,6 +60,7 @@ __all__ = [
   "Scale",
   "StoredConv",
   "StoredLinear",
+  "bits",
   "candidates",
   "coverage",
   "deployed",
@@ -69,6 +70,7 @@ __all__ = [
   "layer_table",
   "layers",
   "quantize",
+  "quantized",
   "recalibrate",
   "requantize",
   "set_backend",

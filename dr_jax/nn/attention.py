@@ -20,8 +20,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from dr_jax.nn.bits import Bits, quantize_at
-from dr_jax.nn.layers import arrays_of, variables_of
+from dr_jax.nn.bits import Bits, arrays_of, quantize_at, variables_of
 from dr_jax.quant import ActivationQuantizer
 
 # The products, and the operands of each.

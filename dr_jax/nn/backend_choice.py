@@ -14,7 +14,7 @@ from flax import nnx
 
 from dr_jax.nn import backends, plane_call
 from dr_jax.nn.inputs import Inputs
-from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.quantized import quantized_layers
 from dr_jax.nn.stored import Stored
 
 

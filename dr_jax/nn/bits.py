@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,19 @@ class Offset(nnx.Param):
 
 class NormParam(nnx.Param):
   """Scale or bias of a norm with rows: one per bit-width, or pair of them."""
+
+
+def arrays_of(variables: Mapping[str, nnx.Variable]) -> dict[str, jax.Array]:
+  """The plain arrays of a dict of variables."""
+  return {name: variable[...] for name, variable in variables.items()}
+
+
+def variables_of(arrays: dict[str, Any]) -> dict[str, Any]:
+  """Variables of learned parameters: only "scale" has to stay positive."""
+  # A plain dict: Flax gives an nnx.Dict entries of its own (nnx.capture).
+  return nnx.data(
+    {k: (Scale if k == "scale" else Offset)(v) for k, v in arrays.items()}
+  )
 
 
 def all_bits(model: nnx.Module) -> Iterator[tuple[tuple, Bits]]:

@@ -14,8 +14,8 @@ from dr_jax.nn.calibrate import calibrate, is_observed, observable
 from dr_jax.nn.contraction import base_of, contraction_of, why_not
 from dr_jax.nn.kernels import inside_float_wrappers, kernel_of
 from dr_jax.nn.layer_table import aligned
-from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.leaves import name_of
+from dr_jax.nn.quantized import quantized_layers
 from dr_jax.nn.recorder import stack_of
 
 

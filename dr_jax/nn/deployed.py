@@ -17,14 +17,19 @@ from flax import nnx
 
 from dr_jax.nn import layers
 from dr_jax.nn.attention import QuantizedOperand
-from dr_jax.nn.bits import Bits, Offset, Scale
+from dr_jax.nn.bits import Bits, Offset, Scale, arrays_of
 from dr_jax.nn.calibrate import is_batch_norm
 from dr_jax.nn.contraction import base_of, contraction_of
 from dr_jax.nn.kernels import computed_kernels, kernel_of
-from dr_jax.nn.layers import layer_rows, quantized_layers
 from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
 from dr_jax.nn.norm import BatchNorm, FoldedNorm
 from dr_jax.nn.products import attach, operands_of
+from dr_jax.nn.quantized import (
+  LayerInfo,
+  Quantized,
+  layer_rows,
+  quantized_layers,
+)
 from dr_jax.nn.stored import Encoded, Stored, stored_class
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import ActivationQuantizer, WeightQuantizer
@@ -40,7 +45,7 @@ class StoredLayer(NamedTuple):
   the position of the highest bit-width that `encoded` serves.
   """
 
-  info: layers.LayerInfo
+  info: LayerInfo
   shape: tuple[int, ...]
   weight: WeightQuantizer
   activation: ActivationQuantizer | None
@@ -114,11 +119,11 @@ def parts_of(model: nnx.Module) -> Parts:
   }
   stored = {
     row.name: StoredLayer(
-      info=layers.LayerInfo(row.name, order, row.layer.macs),
+      info=LayerInfo(row.name, order, row.layer.macs),
       shape=row.layer.columns.shape,
       weight=row.layer.weight_quantizer,
       activation=row.layer.input_quantizer,
-      input_params=_at(layers.arrays_of(row.layer.input_params), row.position),
+      input_params=_at(arrays_of(row.layer.input_params), row.position),
       encoded=_at(encoded[row.layer.name], row.position),
     )
     for order, row in enumerate(layer_rows(model))
@@ -172,7 +177,7 @@ def _stored_norms(path, norm):
 
 def _stored_operands(path, operand):
   """An operand, or those of a stack one by one."""
-  params, numbers = layers.arrays_of(operand.input_params), operand.numbers
+  params, numbers = arrays_of(operand.input_params), operand.numbers
   return {
     "/".join([path, *map(str, position)]): StoredOperand(
       int(numbers[position]), operand.input_quantizer, _at(params, position)
@@ -338,7 +343,7 @@ def _check_kernels(model, found, paths):
   """Rejects a kernel that a float layer would lose."""
   kernels = {id(kernel_of(layer)): name for name, layer in found.items()}
   for _, module in nnx.iter_modules(model):
-    if not isinstance(module, layers.Quantized):
+    if not isinstance(module, Quantized):
       for value in vars(module).values():
         if id(value) in kernels:
           raise ValueError(

@@ -27,8 +27,8 @@ from dr_jax.nn.bits import (
   all_bits,
   is_mixture,
 )
-from dr_jax.nn.layers import Quantized, candidates, layer_rows
 from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
+from dr_jax.nn.quantized import Quantized, candidates, layer_rows
 
 Tree = dict[str, Any]
 

@@ -12,8 +12,8 @@ from flax import nnx
 
 from dr_jax.nn.bits import set_index
 from dr_jax.nn.contraction import contraction_of
-from dr_jax.nn.layers import candidates, layer_rows
 from dr_jax.nn.norm import FoldedNorm, row_at
+from dr_jax.nn.quantized import candidates, layer_rows
 from dr_jax.nn.stored import Stored
 
 

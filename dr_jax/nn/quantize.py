@@ -25,8 +25,8 @@ from dr_jax.nn.contraction import CONTRACTIONS, base_of
 from dr_jax.nn.coverage import float_layers
 from dr_jax.nn.followed import followed_layers
 from dr_jax.nn.kernels import computed_kernels
-from dr_jax.nn.layers import quantized_layers
 from dr_jax.nn.leaves import name_of
+from dr_jax.nn.quantized import LayerInfo, quantized_layers
 from dr_jax.nn.recorder import stack_of
 from dr_jax.nn.rules import Quantizers, Rule, resolve
 from dr_jax.nn.substitute import substitute
@@ -198,7 +198,7 @@ def quantize(
   replacements: dict[int, nnx.Module] = {}
   for name, call in calls.items():
     if name in quantized:
-      info = layers.LayerInfo(
+      info = LayerInfo(
         name,
         follows[name].order,
         call.macs,

@@ -8,7 +8,7 @@ from dr_jax.nn import layers
 from dr_jax.nn import norm as norms
 from dr_jax.nn.bits import set_index
 from dr_jax.nn.kernels import check_kernels, computed_kernels
-from dr_jax.nn.layers import candidates, layer_rows, quantized_layers
+from dr_jax.nn.quantized import candidates, layer_rows, quantized_layers
 from dr_jax.nn.stored import Stored
 from dr_jax.nn.substitute import substitute
 from dr_jax.quant import WeightQuantizer

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dr_jax.nn.backends import Backend, Planes
-from dr_jax.nn.bits import is_mixture, quantize_at
+from dr_jax.nn.bits import arrays_of, is_mixture, quantize_at
 from dr_jax.nn.contraction import base_of
 from dr_jax.nn.integer_call import StoredCall
 from dr_jax.nn.layers import (
@@ -22,13 +22,11 @@ from dr_jax.nn.layers import (
   LinearGeneral,
   LoRALinear,
   OwnEinsum,
-  Quantized,
-  arrays_of,
   class_for,
-  quantized_layers,
 )
 from dr_jax.nn.own_einsum import own_kernel
 from dr_jax.nn.plane_call import PlaneCall, with_codes, with_planes
+from dr_jax.nn.quantized import Quantized, quantized_layers
 from dr_jax.quant import Integers, WeightQuantizer
 
 

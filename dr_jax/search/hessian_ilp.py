@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from dr_jax.allocate import Infeasible
+from dr_jax.nn.bits import arrays_of
 from dr_jax.nn.kernels import computed_kernels
-from dr_jax.nn.layers import arrays_of, candidates, quantized_layers
+from dr_jax.nn.quantized import candidates, quantized_layers
 from dr_jax.nn.stored import Stored
 from dr_jax.search.evaluator import Evaluator
 from dr_jax.search.log import Result, SearchLog

@@ -39,7 +39,7 @@ def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
   sizes = [artifact.bytes_at(b) for b in artifact.bits]
   assert sizes == sorted(sizes, reverse=True)
   network = artifact.load()
-  stored = next(iter(nn.layers.quantized_layers(network).values()))
+  stored = next(iter(nn.quantized.quantized_layers(network).values()))
   weights = sum(row.parameters for row in nn.layer_table(network))
   layers = artifact.layer_bytes.values()
   # Scales, masks and means of 7 small layers come on top.

@@ -128,7 +128,7 @@ def test_the_example_of_bit_planes_serves_what_was_saved(tmp_path, monkeypatch):
   stored, network = names["stored"], names["network"]
   nn.set_bits(network, 4)
   np.testing.assert_allclose(stored(x), network(x), rtol=1e-5, atol=1e-6)
-  (layer,) = nn.layers.quantized_layers(stored).values()
+  (layer,) = nn.quantized.quantized_layers(stored).values()
   assert "planes" in layer.encoded
 
 

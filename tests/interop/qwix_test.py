@@ -13,7 +13,7 @@ from jax import lax
 from stacked_network import LAYERS, Scanned
 
 from dr_jax import allocate, nn, quant
-from dr_jax.nn.layers import quantized_layers
+from dr_jax.nn.quantized import quantized_layers
 
 qwix = pytest.importorskip(
   "qwix", reason='needs qwix: pip install "dr_jax[qwix]"'

@@ -353,7 +353,7 @@ def test_auto_takes_the_fastest_backend_that_was_measured(stored, monkeypatch):
   seconds = nn.time_backends(network, images(), rounds=1)
   assert set(seconds) == {"float", *INTEGER}
   assert list(seconds.values()) == sorted(seconds.values())
-  layer = next(iter(nn.layers.quantized_layers(network).values()))
+  layer = next(iter(nn.quantized.quantized_layers(network).values()))
   for fastest in ("im2col", "float"):
     monkeypatch.setattr(
       "dr_jax.nn.backend_choice.time_backends",

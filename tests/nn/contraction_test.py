@@ -174,7 +174,7 @@ def test_it_computes_with_its_quantized_kernel_and_input(case):
   """The float layer, given fake-quantized arrays, returns the same bits."""
   make, x, _, _, network = case
   layer, model = network.layer, make()
-  params = nn.layers.arrays_of(layer.weight_params)
+  params = nn.bits.arrays_of(layer.weight_params)
   kernel = kernel_of(model.layer)
   columns = layer.columns.of(kernel[...])
   for index, bits in enumerate(BITS):
@@ -187,7 +187,7 @@ def test_it_computes_with_its_quantized_kernel_and_input(case):
     def with_input(arrays, index=index, promote=promote, **options):
       if layer.input_quantizer is not None and len(arrays) > 1:
         inputs = layer.input_quantizer.fake_quantize(
-          nn.layers.arrays_of(layer.input_params), arrays[0], index
+          nn.bits.arrays_of(layer.input_params), arrays[0], index
         )
         arrays = (inputs, *arrays[1:])
       return promote(arrays, **options)
@@ -216,7 +216,7 @@ def test_gradients_pass_straight_through_to_the_kernel(case):
     nn.set_bits(network, BITS[index])
     gradient = jax.grad(loss)(split.params, index)["layer"][name]
     layer = network.layer
-    params = nn.layers.arrays_of(layer.weight_params)
+    params = nn.bits.arrays_of(layer.weight_params)
     kernel = kernel_of(make().layer)[...]
     columns = layer.columns.of(kernel)
     fake_quantize = layer.weight_quantizer.fake_quantize

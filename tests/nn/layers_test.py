@@ -8,6 +8,8 @@ from flax import nnx
 
 from dr_jax import nn, quant
 from dr_jax.nn import layers
+from dr_jax.nn.bits import arrays_of
+from dr_jax.nn.quantized import LayerInfo
 
 BITS = (8, 4, 2)
 
@@ -233,13 +235,13 @@ def test_stored_layers_equal_the_trained_layer_bit_for_bit(kind, dtype):
     else linear(4, 6, dtype=dtype)
   )
   quantized = quantize(layer, x)
-  place = layers.LayerInfo(quantized.name, quantized.order, quantized.macs)
+  place = LayerInfo(quantized.name, quantized.order, quantized.macs)
   stored = nn.stored.stored_class(layer)(
     layer,
     place,
     quantized.weight_quantizer,
     quantized.input_quantizer,
-    input_params=layers.arrays_of(quantized.input_params),
+    input_params=arrays_of(quantized.input_params),
     weight_arrays=layers.encode(quantized, quantized.kernel[...]),
   )
   for bits in BITS:

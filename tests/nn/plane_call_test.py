@@ -84,8 +84,8 @@ def test_planes_are_kept_in_place_of_codes(stored):
   network = nnx.clone(stored)
   nn.set_backend(network, "planes")
   for layer, before in zip(
-    nn.layers.quantized_layers(network).values(),
-    nn.layers.quantized_layers(stored).values(),
+    nn.quantized.quantized_layers(network).values(),
+    nn.quantized.quantized_layers(stored).values(),
     strict=True,
   ):
     assert set(layer.encoded) == {"planes", "scale"}
@@ -99,7 +99,7 @@ def test_planes_are_kept_in_place_of_codes(stored):
 
 def test_missing_planes_are_not_kept_and_give_no_numbers(stored):
   network = nnx.clone(stored)
-  for layer in nn.layers.quantized_layers(network).values():
+  for layer in nn.quantized.quantized_layers(network).values():
     layer.first = 1
   nn.set_backend(network, "planes")
   rounding = dict(network.first.weight_quantizer.options)["rounding"]
@@ -110,7 +110,7 @@ def test_missing_planes_are_not_kept_and_give_no_numbers(stored):
   np.testing.assert_allclose(
     call(network, inputs(2)), call(stored, inputs(2)), rtol=1e-4, atol=1e-5
   )
-  for layer in nn.layers.quantized_layers(network).values():
+  for layer in nn.quantized.quantized_layers(network).values():
     layer.bits.set_value(jnp.int32(0))
   assert jnp.isnan(call(network, inputs(2))).all()
   network.first.bits.set_value(0)

@@ -47,7 +47,7 @@ def test_a_rule_changes_the_layers_that_it_matches_and_later_ones_win():
       ("stem", {"weight": lsq}),
     ]
   )
-  layers = nn.layers.quantized_layers(network)
+  layers = nn.quantized.quantized_layers(network)
   weights = [layer.weight_quantizer.name for layer in layers.values()]
   assert weights == ["lsq", "lsq", "double_rounding"]
   inputs = [layer.input_quantizer for layer in layers.values()]

@@ -88,7 +88,7 @@ def test_a_masked_convolution_decodes_to_what_it_computed_with(name, tmp_path):
   deploy.save(tmp_path / "model", network)
   loaded = deploy.load(tmp_path / "model", model=build())
   layer = network.layers[0]
-  params = nn.layers.arrays_of(layer.weight_params)
+  params = nn.bits.arrays_of(layer.weight_params)
   for index, bits in enumerate(weight.bits):
     nn.set_bits(loaded, bits)
     expected = weight.fake_quantize(params, layer.kernel[...] * mask, index)

@@ -86,7 +86,7 @@ def test_a_transformation_changes_neither_scales_nor_costs_nor_values(
   for layer in ("a", "b"):
     for params in ("weight_params", "input_params"):
       got, want = (
-        nn.layers.arrays_of(getattr(getattr(m, layer), params))
+        nn.bits.arrays_of(getattr(getattr(m, layer), params))
         for m in (network, expected)
       )
       jax.tree.map(

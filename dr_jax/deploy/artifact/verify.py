@@ -23,8 +23,9 @@ from dr_jax.deploy.artifact.layout import (
   plane_pieces,
 )
 from dr_jax.deploy.artifact.manifest import Broken, guarded, with_sign
-from dr_jax.nn import deployed, layers
+from dr_jax.nn import deployed
 from dr_jax.nn.deployed import LARGEST
+from dr_jax.nn.quantized import LayerInfo
 
 
 def checked_parts(
@@ -172,7 +173,7 @@ def _layer(order, layer, weight, arrays, activation, inputs):
   for key, array in arrays.items():
     _check_values(f"{name}/{key}", array)
   return deployed.StoredLayer(
-    info=layers.LayerInfo(name, order, layer["macs"]),
+    info=LayerInfo(name, order, layer["macs"]),
     shape=shape,
     weight=weight,
     activation=activation,

@@ -164,7 +164,7 @@ def stored_layers(network: nnx.Module) -> dict[str, Layer]:
       layer.weight_quantizer,
       layer.arrays(),
       activation,
-      {} if activation is None else nn.layers.arrays_of(layer.input_params),
+      {} if activation is None else nn.bits.arrays_of(layer.input_params),
     )
   return layers
 
@@ -182,7 +182,7 @@ def _mark(network, layers) -> dict[str, tuple[str, str]]:
     names[function.__name__] = operation, layer
     return jax.jit(function)
 
-  for name, layer in nn.layers.quantized_layers(network).items():
+  for name, layer in nn.quantized.quantized_layers(network).items():
     index, weight, encoded, activation, params = layers[name]
     layer.backend = None  # its contraction is the primitive
     if weight is not None:

@@ -33,7 +33,7 @@ from jax import export
 from dr_jax import nn
 from dr_jax.allocate.problem import integer
 from dr_jax.deploy.export.specialize import specialize
-from dr_jax.nn.layers import layer_rows, quantized_layers
+from dr_jax.nn.quantized import layer_rows, quantized_layers
 from dr_jax.runtime import command, files
 from dr_jax.runtime.tree import named_leaves
 

@@ -83,13 +83,13 @@ def test_every_bit_width_from_the_stored_integers_equals_the_trained_model(
 def test_kernels_are_equal_bit_for_bit_at_every_bit_width(exported):
   network, path = exported
   loaded = deploy.load(path)
-  layers = nn.layers.quantized_layers(network)
-  stored = nn.layers.quantized_layers(loaded)
+  layers = nn.quantized.quantized_layers(network)
+  stored = nn.quantized.quantized_layers(loaded)
   for index, bits in enumerate(nn.candidates(network)):
     nn.set_bits(loaded, bits)
     for name, layer in layers.items():
       expected = layer.weight_quantizer.fake_quantize(
-        nn.layers.arrays_of(layer.weight_params), layer.kernel[...], index
+        nn.bits.arrays_of(layer.weight_params), layer.kernel[...], index
       )
       np.testing.assert_array_equal(stored[name].kernel, expected)
 
@@ -129,7 +129,7 @@ def test_per_layer_bits_work_on_a_loaded_model(exported):
 
 def test_integer_methods_store_no_float_kernel(exported):
   network, path = exported
-  weight = next(iter(nn.layers.quantized_layers(network).values()))
+  weight = next(iter(nn.quantized.quantized_layers(network).values()))
   weight = weight.weight_quantizer
   tensors = safetensors.numpy.load_file(path / "model.safetensors")
   rows, stored = nn.layer_table(network), weight.stored_bits

@@ -100,7 +100,7 @@ def state_of(network):
 def kernels(network):
   return {
     name: np.asarray(layer.kernel)
-    for name, layer in nn.layers.quantized_layers(network).items()
+    for name, layer in nn.quantized.quantized_layers(network).items()
   }
 
 

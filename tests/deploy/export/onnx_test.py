@@ -107,10 +107,10 @@ def test_weights_in_the_file_are_the_integers_of_the_bit_width(
   stored = {
     t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer
   }
-  layers = nn.layers.quantized_layers(network)
+  layers = nn.quantized.quantized_layers(network)
   for name, layer in layers.items():
     codes, _ = layer.weight_quantizer.integers(
-      nn.layers.arrays_of(layer.encoded), BITS.index(4)
+      nn.bits.arrays_of(layer.encoded), BITS.index(4)
     )
     found = stored[f"{name}/weight_codes"]
     assert found.dtype == np.int8
@@ -266,7 +266,7 @@ def test_one_file_for_all_bit_widths_stores_the_highest_codes_once(
   stored = onnx.load(switchable).graph.initializer
   arrays = [onnx.numpy_helper.to_array(t) for t in stored]
   codes = [a for a in arrays if a.dtype == np.int8]
-  layers = nn.layers.quantized_layers(network).values()
+  layers = nn.quantized.quantized_layers(network).values()
   assert len(codes) == len(layers)
   total = sum(layer.encoded["codes"].size for layer in layers)
   assert sum(a.size for a in codes) == total
@@ -288,7 +288,7 @@ def test_packed_weights_take_their_bits_and_predict_the_same(
     for t in onnx.load(narrow).graph.initializer
     if t.name.endswith("weight_codes")
   ]
-  assert len(codes) == len(nn.layers.quantized_layers(network))
+  assert len(codes) == len(nn.quantized.quantized_layers(network))
   for tensor in codes:
     assert len(tensor.raw_data) == -(-np.prod(tensor.dims) * bits // 8)
 

@@ -55,7 +55,7 @@ def test_integers_times_scales_are_the_kernels_bit_for_bit(exported):
     assert about["layers"][name]["bits"] == row.bits
     low, high = -(2 ** (row.bits - 1)), 2 ** (row.bits - 1) - 1
     assert low <= codes.min() and codes.max() <= high
-    kernel = nn.layers.quantized_layers(network)[row.name].kernel
+    kernel = nn.quantized.quantized_layers(network)[row.name].kernel
     got = codes.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
     np.testing.assert_array_equal(got, output_first(np.asarray(kernel)))
 
@@ -64,13 +64,13 @@ def test_inputs_are_rounded_by_their_scale_and_ends(exported):
   network, path = exported
   tensors, about = read(path)
   x = np.asarray(jax.random.normal(jax.random.key(0), (500,))) * 3
-  for name, layer in nn.layers.quantized_layers(network).items():
+  for name, layer in nn.quantized.quantized_layers(network).items():
     name = name.replace("/", ".")
     scale, ends = (
       tensors[f"{name}.input_scale"],
       about["layers"][name]["input_codes"],
     )
-    params = nn.layers.arrays_of(layer.input_params)
+    params = nn.bits.arrays_of(layer.input_params)
     quantize = layer.input_quantizer.fake_quantize
     expected = quantize(params, x, layer.bits.get_value())
     got = np.clip(np.round(x * (1 / scale)), *ends) * scale
