@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from flax import linen, nnx
 
 from dr_jax.linen.programs import MARKS, marked, programs_of
 from dr_jax.nn import Bits
 from dr_jax.nn.contraction import base_of, contraction_of
-from dr_jax.nn.leaves import value_of, with_value
+from dr_jax.nn.leaves import filled, item_at, nested, value_of, with_value
 
 Variables = dict[str, Any]
 Path = tuple[Any, ...]
@@ -153,25 +151,14 @@ def update(network: nnx.Module, variables: Mapping[str, Any]) -> None:
       is changed then.
   """
   _checked(network)
-  writes, names = [], set()
+  leaves: dict[str, Any] = {name: [] for name in variables}
   for path, leaf in _leaves(network):
-    if (collection := _collection(leaf)) not in variables:
-      continue
-    name = "/".join((collection, *path))
-    try:
-      value = _get(variables[collection], path)
-    except (KeyError, TypeError):
-      raise ValueError(f"{name} must be an array, but is missing") from None
-    if np.shape(value) != leaf.shape:
-      raise ValueError(
-        f"{name} must have shape {leaf.shape}, got {np.shape(value)}"
-      )
-    names.add(name)
-    writes.append((path, with_value(leaf, value)))
-  if extra := sorted(set(_names(variables)) - names):
-    raise ValueError(
-      f"variables must be the network's, but {extra} are not in it"
-    )
+    leaves.get(_collection(leaf), []).append((path, leaf))
+  writes = [
+    write
+    for name, tree in variables.items()
+    for write in filled(leaves[name], tree, f"{name}/")
+  ]
   nnx.update(network, nnx.from_flat_state(writes))
 
 
@@ -209,9 +196,9 @@ def _seen(module, variables, path, leaf):
   """
   collection, (name, *rest) = _collection(leaf), path
   if module.has_variable(collection, name):
-    return _get(module.get_variable(collection, name), rest)
+    return item_at(module.get_variable(collection, name), rest)
   try:
-    return _get(variables[collection], (*module.path, *path))
+    return item_at(variables[collection], (*module.path, *path))
   except (KeyError, TypeError):
     name = "/".join((collection, *module.path, *path))
     raise ValueError(
@@ -239,13 +226,8 @@ def _layers(network) -> Iterator[tuple[Path, nnx.Module]]:
 
 
 def _variables(network) -> Variables:
-  variables: Variables = {}
-  for path, leaf in _leaves(network):
-    node = variables.setdefault(_collection(leaf), {})
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = value_of(leaf)
-  return variables
+  leaves = _leaves(network)
+  return nested(((_collection(v), *path), value_of(v)) for path, v in leaves)
 
 
 def _leaves(network) -> list[tuple[Path, Any]]:
@@ -264,15 +246,3 @@ def _collection(leaf):
   if isinstance(leaf, nnx.Variable):
     return nnx.variable_name_from_type(type(leaf))
   return "constants"
-
-
-def _names(tree, *path):
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _names(value, *path, key)
-    else:
-      yield "/".join((*path, key))
-
-
-def _get(tree, path):
-  return functools.reduce(operator.getitem, path, tree)

@@ -7,9 +7,7 @@ again inside the trace, which costs tracing time only.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,10 +25,16 @@ from dr_jax.nn.bits import (
   all_bits,
   is_mixture,
 )
-from dr_jax.nn.leaves import name_of, split_leaves, value_of, with_value
+from dr_jax.nn.leaves import (
+  Tree,
+  filled,
+  item_at,
+  nested,
+  split_leaves,
+  value_of,
+  with_value,
+)
 from dr_jax.nn.quantized import Quantized, candidates, layer_rows
-
-Tree = dict[str, Any]
 
 
 class Functional(NamedTuple):
@@ -113,8 +117,8 @@ def functional(model: nnx.Module) -> Functional:
       return index
 
     state = nnx.from_flat_state(
-      [(p, with_value(v, _get(params_tree, p))) for p, v in kept_params]
-      + [(p, with_value(v, _get(stats_tree, p))) for p, v in kept_rest]
+      [(p, with_value(v, item_at(params_tree, p))) for p, v in kept_params]
+      + [(p, with_value(v, item_at(stats_tree, p))) for p, v in kept_rest]
       + [(p, with_value(v, bits_at(p))) for p, v in kept_bits]
     )
     merged = nnx.merge(graph, state, copy=True)
@@ -123,14 +127,16 @@ def functional(model: nnx.Module) -> Functional:
       kwargs["train"] = train
     outputs = merged(*inputs, **kwargs)
     flat = dict(nnx.to_flat_state(nnx.state(merged)))
-    return outputs, _nest((path, value_of(flat[path])) for path, _ in kept_rest)
+    return outputs, nested(
+      (path, value_of(flat[path])) for path, _ in kept_rest
+    )
 
   return Functional(
     apply=apply,
-    params=_nest((path, value_of(v)) for path, v in params),
-    batch_stats=_nest((path, value_of(v)) for path, v in rest),
+    params=nested((path, value_of(v)) for path, v in params),
+    batch_stats=nested((path, value_of(v)) for path, v in rest),
     bits=candidate_bits,
-    param_labels=_nest((path, _label(path, v)) for path, v in params),
+    param_labels=nested((path, _label(path, v)) for path, v in params),
     layers=layers,
     scale_layers=_scale_layers(model, params),
   )
@@ -148,27 +154,7 @@ def update(model: nnx.Module, *, params: Tree, batch_stats: Tree) -> None:
       nothing is changed then.
   """
   _, (trained, _, rest) = split_leaves(model, nnx.Param, Bits, ...)
-  writes = []
-  for leaves, tree in ((trained, params), (rest, batch_stats)):
-    names = set()
-    for path, leaf in leaves:
-      name = name_of(path)
-      names.add(name)
-      try:
-        value = _get(tree, path)
-      except (KeyError, TypeError):
-        raise ValueError(f"{name} must be an array, but is missing") from None
-      if value.shape != leaf.shape:
-        raise ValueError(
-          f"{name} must have shape {leaf.shape}, got {value.shape}"
-        )
-      writes.append((path, with_value(leaf, jnp.asarray(value))))
-    extra = [name for name in _names(tree) if name not in names]
-    if extra:
-      raise ValueError(
-        f"{', '.join(extra)}: not in this model; pass what nn.functional "
-        "returned"
-      )
+  writes = filled(trained, params) + filled(rest, batch_stats)
   nnx.update(model, nnx.from_flat_state(writes))
 
 
@@ -194,7 +180,7 @@ def _scale_layers(model, params):
     for path, layer in nnx.iter_modules(model)
     if isinstance(layer, Quantized | QuantizedOperand)
   }
-  found = _nest(
+  found = nested(
     (path, numbers[path[:-2]] if isinstance(v, Scale) else None)
     for path, v in params
   )
@@ -216,26 +202,3 @@ def _label(path, variable):
 
 def _without_arrays(leaves):
   return [(path, with_value(leaf, None)) for path, leaf in leaves]
-
-
-def _get(tree, path):
-  return functools.reduce(operator.getitem, map(str, path), tree)
-
-
-def _names(tree, prefix=""):
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from _names(value, f"{prefix}{key}/")
-    else:
-      yield f"{prefix}{key}"
-
-
-def _nest(items) -> Tree:
-  tree: Tree = {}
-  for path, value in items:
-    *parents, last = map(str, path)
-    node = tree
-    for key in parents:
-      node = node.setdefault(key, {})
-    node[last] = value
-  return tree

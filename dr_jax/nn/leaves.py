@@ -7,7 +7,9 @@ alike; a plain array travels with the state that is not trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +18,8 @@ import numpy as np
 from flax import nnx
 
 Leaves = list[tuple[tuple[Any, ...], Any]]
+# Nested dicts of arrays by the parts of their paths, as strings.
+Tree = dict[str, Any]
 
 
 def split_leaves(
@@ -50,3 +54,64 @@ def with_value(leaf: Any, value: Any) -> Any:
 def name_of(path: Sequence[Any]) -> str:
   """The slash path of a leaf."""
   return "/".join(map(str, path))
+
+
+def nested(items: Iterable[tuple[Sequence[Any], Any]]) -> Tree:
+  """Nested dicts of pairs (path, value).
+
+  >>> nested([(("a", 0), 1), (("a", "b"), 2)])
+  {'a': {'0': 1, 'b': 2}}
+  """
+  tree: Tree = {}
+  for path, value in items:
+    *parents, last = map(str, path)
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = value
+  return tree
+
+
+def item_at(tree: Any, path: Iterable[Any]) -> Any:
+  """What a tree has at a path.
+
+  >>> item_at({"a": {"0": 1}}, ("a", 0))
+  1
+  """
+  return functools.reduce(operator.getitem, map(str, path), tree)
+
+
+def filled(leaves: Leaves, tree: Mapping[str, Any], prefix: str = "") -> Leaves:
+  """Returns leaves with the arrays that a tree has at their paths.
+
+  Raises:
+    ValueError: if an array is missing, left over or has another shape, named
+      with the prefix.
+  """
+  found, names = [], set()
+  for path, leaf in leaves:
+    name = prefix + name_of(path)
+    names.add(name)
+    try:
+      value = item_at(tree, path)
+    except (KeyError, TypeError):
+      raise ValueError(f"{name} must be an array, but is missing") from None
+    if np.shape(value) != leaf.shape:
+      raise ValueError(
+        f"{name} must have shape {leaf.shape}, got {np.shape(value)}"
+      )
+    found.append((path, with_value(leaf, jnp.asarray(value))))
+  extra = [name for name in _names(tree, prefix) if name not in names]
+  if extra:
+    raise ValueError(
+      f"{', '.join(extra)}: not in this network; pass what it was split into"
+    )
+  return found
+
+
+def _names(tree, prefix) -> Iterator[str]:
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _names(value, f"{prefix}{key}/")
+    else:
+      yield f"{prefix}{key}"

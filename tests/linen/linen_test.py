@@ -539,5 +539,5 @@ def test_variables_that_are_not_the_networks_are_an_error(twins):
   del variables["bits"]
   with pytest.raises(ValueError, match="bits/Block_0/Conv_0/bits must be an"):
     apply(variables, x)
-  with pytest.raises(ValueError, match=r"\['parms/x'\] are not in it"):
+  with pytest.raises(ValueError, match="parms/x: not in this network"):
     linen.update(network, {"parms": {"x": x}})

@@ -423,7 +423,7 @@ def damaged(tree, path, value=None):
     ("head/bias", None, "head/bias must be an array, but is missing"),
     ("convs/0", None, "convs/0/.*missing"),
     ("shortcut", jnp.ones(3), "shortcut/.*missing"),
-    ("extra", jnp.ones(3), "extra: not in this model"),
+    ("extra", jnp.ones(3), "extra: not in this network"),
   ],
 )
 def test_update_rejects_other_parameters_and_changes_nothing(
