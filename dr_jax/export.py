@@ -24,7 +24,6 @@ from dr_jax.runtime import command
 if __name__ == "__main__":
   command.stop_on_interrupt("nothing was written")
 
-import os
 from typing import Any
 
 import jax
@@ -179,14 +178,7 @@ def _bits(given: str) -> Any:
   """The bit-width or allocation of --bits; None for all."""
   if given == "all":
     return None
-  if given.isdecimal():
-    return int(given)
-  if not os.path.exists(files.expand(given)):
-    raise ValueError(
-      f"--bits must be a bit-width, all, or a file of an allocation, got "
-      f"{given!r}"
-    )
-  return allocate.Allocation.load(files.expand(given))
+  return allocate.read_assignment(given, allowed="a bit-width, all,")
 
 
 def _network(artifact):

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
   warnings.showwarning = command.warn
   sys.unraisablehook = _unraisable
   try:
-    command.check_no_arguments(argv)
+    command.check_arguments(argv)
     if _CONFIG.value is None:
       raise ValueError("--config must name a configuration file")
     processes.initialize(detect=_DISTRIBUTED.value)

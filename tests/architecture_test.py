@@ -21,7 +21,7 @@ FLOORS = {
       "search",
       "config report",
       "pipeline",
-      "main export generate benchmarks",
+      "main export generate inspect benchmarks",
     ],
     start=1,
   )

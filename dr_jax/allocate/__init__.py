@@ -1,6 +1,6 @@
 """Bit-widths for layers: what they cost, and the best ones for a budget."""
 
-from dr_jax.allocate.allocation import Allocation
+from dr_jax.allocate.allocation import Allocation, read_assignment
 from dr_jax.allocate.costs import (
   between,
   bops,
@@ -25,6 +25,7 @@ __all__ = [
   "mean_bits",
   "mean_bits_budget",
   "pareto",
+  "read_assignment",
   "solve",
   "stored_bits",
 ]

@@ -194,3 +194,28 @@ class Allocation(Mapping[str, int]):
 
   def __str__(self) -> str:
     return self.table()
+
+
+def read_assignment(
+  given: str, *, allowed: str = "a bit-width"
+) -> int | Allocation:
+  """Returns what a flag --bits says: a bit-width, or an allocation's file.
+
+  Args:
+    given: digits, or a path.
+    allowed: what the flag can be besides a path, for an error.
+
+  Raises:
+    ValueError: if it is neither, or the file holds anything else.
+
+  >>> read_assignment("4")
+  4
+  """
+  if given.isdecimal():
+    return int(given)
+  path = files.expand(given)
+  if not os.path.exists(path):
+    raise ValueError(
+      f"--bits must be {allowed} or a file of an allocation, got {given!r}"
+    )
+  return Allocation.load(path)

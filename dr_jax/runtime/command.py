@@ -62,27 +62,32 @@ def run(function: Callable[[], Any]) -> None:
       _drop_output()
 
 
-def start(main: Callable[[], int | None]) -> None:
-  """Runs a command of flags, and ends the process with its exit code.
+def start(main: Callable[..., int | None], *arguments: str) -> None:
+  """Runs a command, and ends the process with its exit code.
 
   Bad input and files that cannot be read or written are one line, and code 2.
 
   Args:
-    main: does what the flags say; returns the exit code, or None for 0.
+    main: does what the flags say; returns the exit code, or None for 0. It
+      is called with the arguments of the command line that are no flags.
+    *arguments: their names; by default there are none.
   """
   from absl import app  # Ctrl-C is heeded before it is loaded.
 
-  run(lambda: app.run(_reporting(main), flags_parser=parse_flags))
+  run(lambda: app.run(reporting(main, *arguments), flags_parser=parse_flags))
 
 
-def _reporting(main):
+def reporting(
+  main: Callable[..., int | None], *arguments: str
+) -> Callable[[list[str]], None]:
+  """Returns what `start` runs with the command line, without its flags."""
   from dr_jax.runtime import processes
 
   def run_main(argv):
     warnings.showwarning = warn
     try:
-      check_no_arguments(argv)
-      code = main()
+      check_arguments(argv, *arguments)
+      code = main(*argv[1:])
     except Exception as error:
       if processes.exit_code(error) != 2:
         raise
@@ -116,10 +121,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(2)
 
 
-def check_no_arguments(argv: list[str]) -> None:
-  """Raises ValueError if anything but flags is left of a command line."""
-  if len(argv) > 1:
-    raise ValueError(f"arguments must be flags, --name=value, got {argv[1]!r}")
+def check_arguments(argv: list[str], *names: str) -> None:
+  """Raises ValueError unless a command line has these besides its flags.
+
+  Args:
+    argv: the command, and its arguments that are no flags.
+    *names: of the arguments.
+  """
+  given = argv[1:]
+  wanted = " and ".join([*names, "flags, --name=value"])
+  if missing := names[len(given) :]:
+    raise ValueError(f"arguments must be {wanted}, got no {missing[0]}")
+  if extra := given[len(names) :]:
+    raise ValueError(f"arguments must be {wanted}, got {extra[0]!r}")
 
 
 def report(error: Any) -> None:

@@ -27,10 +27,18 @@ def test_errors_that_nobody_reads_do_not_end_with_another(monkeypatch):
   command.warn("something", UserWarning, "file.py", 3)
 
 
-def test_what_is_no_flag_is_named():
-  command.check_no_arguments(["main"])
-  with pytest.raises(ValueError, match="must be flags, --name=value, got 'x'"):
-    command.check_no_arguments(["main", "x", "y"])
+@pytest.mark.parametrize(
+  ("names", "given", "message"),
+  [
+    ((), ["x", "y"], "must be flags, --name=value, got 'x'"),
+    (("FILE",), [], "must be FILE and flags, --name=value, got no FILE"),
+    (("FILE",), ["x", "y"], "must be FILE and flags, --name=value, got 'y'"),
+  ],
+)
+def test_arguments_that_are_no_flags_are_counted(names, given, message):
+  command.check_arguments(["main", *names], *names)
+  with pytest.raises(ValueError, match=message):
+    command.check_arguments(["main", *given], *names)
 
 
 def test_it_loads_no_array_library():

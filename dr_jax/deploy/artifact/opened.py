@@ -148,12 +148,7 @@ class Artifact:
     an index in a compiled program that asks for anything else gives NaN.
     """
     if model is None:
-      if self.manifest["architecture"] is None:
-        raise ArtifactError(
-          f"{self.path} names no architecture: pass the float network, "
-          "load(path, model=network)"
-        )
-      model = self._architecture(*self.manifest["architecture"])
+      model = self.architecture()
     try:
       network = nn.deployed.assemble(model, self.parts)
     except ValueError as error:
@@ -161,6 +156,22 @@ class Artifact:
     nn.set_bits(network, self.opened if bits is None else bits)
     nn.set_backend(network, backend, sample=sample)
     return network
+
+  def architecture(self) -> nnx.Module:
+    """Builds the float network that the manifest names, without values.
+
+    Raises:
+      ArtifactError: if it names none, or one that cannot hold the parts.
+    """
+    if self.manifest["architecture"] is None:
+      raise ArtifactError(
+        f"{self.path} names no architecture: pass the float network, "
+        "load(path, model=network)"
+      )
+    with errors_of(self.path / MANIFEST):
+      tensors = self.store.header.tensors.values()
+      stored = sum(math.prod(tensor.shape) for tensor in tensors)
+      return abstract_network(self.manifest["architecture"], self.parts, stored)
 
   @functools.cached_property
   def layer_bytes(self) -> dict[str, dict[int | str, int]]:
@@ -177,7 +188,7 @@ class Artifact:
 
     Of each quantized weight what its bit-width needs, by its method's
     `storage.size`, and everything else as it is. What `open` reads to serve it
-    is `read_bytes`.
+    is `bytes_read_at`.
 
     Args:
       bits: one bit-width, or {layer: bits}.
@@ -191,6 +202,20 @@ class Artifact:
       layer[bits[name]] - layer["stored"] for name, layer in layers.items()
     )
 
+  def bytes_read_at(self, bits: Assignment) -> int:
+    """Bytes that `open` reads of both files to serve one assignment.
+
+    Args:
+      bits: one bit-width, or {layer: bits}.
+
+    Raises:
+      ValueError: if the layers or bits are not the artifact's.
+    """
+    layout = self.store.layout
+    wanted = layout.pieces_for(_assignment(bits, layout))
+    manifest = (self.path / MANIFEST).stat().st_size
+    return manifest + self.store.bytes_to_read(wanted)
+
   def _stored_bytes(self, name, shape):
     joined = self.store.layout.layers.values()
     stored = sum(
@@ -201,12 +226,6 @@ class Artifact:
     if self.weight.storage.planes:
       stored += math.prod(packed_layout(self.weight, shape)["codes"].shape)
     return stored
-
-  def _architecture(self, name, options):
-    with errors_of(self.path / MANIFEST):
-      tensors = self.store.header.tensors.values()
-      stored = sum(math.prod(tensor.shape) for tensor in tensors)
-      return abstract_network((name, options), self.parts, stored)
 
 
 def open(path: str | os.PathLike, bits: Assignment | None = None) -> Artifact:

@@ -10,6 +10,7 @@ in part by its subchecksums, and these by the checksum too.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -73,6 +74,18 @@ class Store:
         found[section.name, name] = (*ends, dtype, section.shapes[name])
     return found
 
+  def bytes_to_read(self, wanted: Sequence[Piece]) -> int:
+    """Bytes that opening the file and reading some pieces of it takes.
+
+    What was read before does not count.
+    """
+    whole = _whole(self.header, self.layout).values()
+    size = len(self.header.data) + sum(t.end - t.start for t in whole)
+    size += sum(end - start for start, end, *_ in map(self.ranges.get, wanted))
+    sections = self.layout.sections
+    listed = self._listed(wanted, wanted)
+    return size + sum(len(sections[n].shapes) for n in listed) * DIGEST_BYTES
+
   def with_pieces(self, wanted: Sequence[Piece]) -> Store:
     """Reads the pieces that are missing, and nothing else.
 
@@ -93,23 +106,42 @@ class Store:
       *_, dtype, shape = ranges[piece]
       pieces[piece] = np.frombuffer(content, dtype).reshape(shape)
     read = {section for section, _ in missing}
-    everything = len(missing) == len(ranges)
+    listed = self._listed(missing, pieces)
     for number, section in enumerate(self.layout.sections):
       if section.name in read:
-        self._verify(reader, number, pieces, listed=everything)
+        self._verify(reader, number, pieces, listed=number in listed)
     return dataclasses.replace(
       self, pieces=pieces, read_bytes=self.read_bytes + reader.read_bytes
     )
 
+  def _listed(self, read, held):
+    """Numbers of the sections whose subchecksums are read with pieces.
+
+    Those that are held in part; all of a file that is read at once, so that
+    damage can be named.
+
+    Args:
+      read: the pieces that are read.
+      held: these, and those that were read before.
+    """
+    everything = len(read) == len(self.ranges)
+    touched = {section for section, _ in read}
+    count = collections.Counter(section for section, _ in held)
+    return {
+      number
+      for number, section in enumerate(self.layout.sections)
+      if section.name in touched
+      and (everything or count[section.name] < len(section.shapes))
+    }
+
   def _verify(self, reader, number, pieces, listed):
-    """Checks a section, by its subchecksums if in part or `listed`."""
+    """Checks what is held of a section, by its subchecksums if `listed`."""
     section = self.layout.sections[number]
     digests = {
       name: digest(pieces[section.name, name])
       for name in section.shapes
       if (section.name, name) in pieces
     }
-    listed = listed or len(digests) < len(section.shapes)
     rows = b"".join(digests.values())
     if listed:
       before = sum(len(s.shapes) for s in self.layout.sections[:number])

@@ -138,6 +138,7 @@ def test_only_the_planes_of_the_bits_are_read(paths, reads, name, bits):
   assert list(rows) == [f"norms/{BITS.index(bits)}"]
   assert not octets(reads, artifact, "subchecksums")
   assert artifact.read_bytes == sum(end - start for _, start, end in reads)
+  assert deploy.open(paths(name)).bytes_read_at(bits) == artifact.read_bytes
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -164,6 +165,7 @@ def test_mixed_bits_read_what_each_layer_needs(paths, reads, norm):
   assert sum(octets(reads, artifact, "norms/").values()) == sum(
     2 * 4 * entry["channels"] for entry in norms
   )
+  assert artifact.bytes_read_at(allocation) == artifact.read_bytes
   network = artifact.load()
   nn.set_bits(whole, allocation)
   np.testing.assert_array_equal(network(images()), whole(images()))
