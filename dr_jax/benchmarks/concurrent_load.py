@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from rich.table import Table
 
 from dr_jax import train
 from dr_jax.benchmarks import images, network
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.config import TrainConfig
 from dr_jax.runtime.metrics import MetricsWriter
@@ -142,26 +142,23 @@ def measure(
   for kind in kinds:
     runs[kind.name] = lambda kind=kind: trained.looped(steps, kind, root)
   # Compiles what the loop needs besides the step.
-  trained.looped(1, kinds[-1], root)
+  prepared("the loop", lambda: trained.looped(1, kinds[-1], root))
   seconds: dict[str, list[float]] = {name: [] for name in runs}
-  for _ in range(rounds):
+  for _ in turns(rounds):
     for name, run in runs.items():
       seconds[name].append(run())
   return seconds
 
 
-def table(seconds: dict[str, list[float]], title: str) -> Table:
-  """Medians, and medians of the ratios within a round."""
-  shown = Table(title=title)
-  shown.add_column("under load of")
-  for column in ("ms/step", "of steps in a row"):
-    shown.add_column(column, justify="right")
+def print_table(seconds: dict[str, list[float]], title: str) -> None:
+  """Prints medians, and medians of the ratios within a round."""
+  rows = Rows(title, ("under load of", "ms/step", "of steps in a row"))
   alone = next(iter(seconds.values()))
   for name, row in seconds.items():
     ratios = [one / other for one, other in zip(row, alone, strict=True)]
-    shown.add_row(
+    rows.add(
       name,
       f"{statistics.median(row) * 1e3:.1f}",
       f"{statistics.median(ratios):.2f}",
     )
-  return shown
+  rows.end()

@@ -23,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
+from dr_jax.benchmarks.rows import Rows
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation
 
@@ -67,10 +66,10 @@ def main():
   }
   if _TORCH.value:
     builders["torch"] = _torch
-  table = Table(title=f"milliseconds (minimum of {_ROUNDS.value})")
-  table.add_column("convolution")
-  for name in ("times", "pass", *builders):
-    table.add_column(name, justify="right")
+  rows = Rows(
+    f"milliseconds (minimum of {_ROUNDS.value})",
+    ("convolution", "times", "pass", *builders),
+  )
   totals = np.zeros((len(PASSES), len(builders)))
   for shape in SHAPES:
     times = _minima([build(shape) for build in builders.values()])
@@ -79,18 +78,16 @@ def main():
     totals += counts * times
     for name, row in zip(PASSES, times, strict=True):
       first = name == PASSES[0]
-      table.add_row(
+      rows.add(
         _describe(shape) if first else "",
         str(shape.count) if first else "",
         name,
         *(f"{1e3 * t:.1f}" for t in row),
       )
-  table.add_section()
   for name, row in zip((*PASSES, "all"), [*totals, totals.sum(0)], strict=True):
-    table.add_row("network", "", name, *(f"{1e3 * t:.0f}" for t in row))
-  console = Console(width=100)
-  console.print(table)
-  console.print(environment())
+    rows.add("network", "", name, *(f"{1e3 * t:.0f}" for t in row))
+  rows.end()
+  print(environment())
 
 
 def _minima(programs: list[list[Callable[[], object]]]) -> np.ndarray:

@@ -21,10 +21,9 @@ import time
 
 from absl import flags
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax.benchmarks import images
+from dr_jax.benchmarks.rows import Rows
 from dr_jax.runtime import command
 
 _WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of workers.")
@@ -52,28 +51,25 @@ def main():
     root = pathlib.Path(directory)
     encoded = images.write(root)
     alone = decoding_speed(encoded, _SECONDS.value)
-    rows = [
-      (workers, pipeline_speed(root, workers))
-      for workers in map(int, _WORKERS.value)
-    ]
-  size = statistics.mean(map(len, encoded)) / 1000
-  height, width = images.SHAPE
-  table = Table(
-    title=f"JPEGs of {width} x {height} pixels, {size:.0f} kB, to "
-    f"{_SIZE.value} x {_SIZE.value}",
-    caption=f"Pillow alone decodes {alone:.0f} images/s on one core; {cores} "
-    f"cores: {alone * cores:.0f}",
-  )
-  for column in ("workers", "images/s", "of one core", f"of {cores} cores"):
-    table.add_column(column, justify="right")
-  for workers, speed in rows:
-    table.add_row(
-      str(workers),
-      f"{speed:.0f}",
-      f"{speed / alone:.2f}",
-      f"{speed / alone / cores:.2f}",
+    size = statistics.mean(map(len, encoded)) / 1000
+    height, width = images.SHAPE
+    rows = Rows(
+      f"JPEGs of {width} x {height} pixels, {size:.0f} kB, to "
+      f"{_SIZE.value} x {_SIZE.value}\n"
+      f"Pillow alone decodes {alone:.0f} images/s on one core; {cores} "
+      f"cores: {alone * cores:.0f}",
+      ("workers", "images/s", "of one core", f"of {cores} cores"),
+      left=0,
     )
-  Console(width=80).print(table)
+    for workers in map(int, _WORKERS.value):
+      speed = pipeline_speed(root, workers)
+      rows.add(
+        str(workers),
+        f"{speed:.0f}",
+        f"{speed / alone:.2f}",
+        f"{speed / alone / cores:.2f}",
+      )
+    rows.end()
 
 
 def decoding_speed(encoded, seconds):

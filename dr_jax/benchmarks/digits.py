@@ -16,10 +16,9 @@ import statistics
 
 from absl import flags, logging
 from ml_collections import config_flags
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import pipeline
+from dr_jax.benchmarks.rows import Rows, prepared
 from dr_jax.config import from_dict
 from dr_jax.runtime import command, compilation
 from dr_jax.train import alrs
@@ -49,9 +48,8 @@ def main():
         rows.setdefault("separate LSQ", []).append(alone)
       joint = [_accuracy(stages["multi_precision"], b) for b in bits]
       rows.setdefault(f"joint, alrs={mode}", []).append(joint)
-  console = Console(width=100)
-  console.print(_table(base.name, bits, rows))
-  console.print(pipeline.environment())
+  _print(base.name, bits, rows)
+  print(pipeline.environment())
 
 
 def _run(base, seed, mode, *, separate):
@@ -61,26 +59,26 @@ def _run(base, seed, mode, *, separate):
     stages=("pretrain", "multi_precision") + ("separate",) * separate,
     train=dataclasses.replace(base.train, alrs=mode),
   )
-  workdir = os.path.join(_WORKDIR.value, f"{base.name}-seed{seed}-{mode}")
-  return pipeline.run(config, workdir)
+  name = f"{base.name}-seed{seed}-{mode}"
+  return prepared(
+    name, lambda: pipeline.run(config, os.path.join(_WORKDIR.value, name))
+  )
 
 
 def _accuracy(result, bits):
   return result["scores"][str(bits)]["accuracy"]
 
 
-def _table(name, bits, rows):
-  table = Table(
-    title=f"{name}: test accuracy, mean (minimum) of {_SEEDS.value} seeds"
+def _print(name, bits, rows):
+  table = Rows(
+    f"{name}: test accuracy, mean (minimum) of {_SEEDS.value} seeds",
+    ("run", *(f"{b} bits" for b in bits)),
   )
-  table.add_column("run")
-  for b in bits:
-    table.add_column(f"{b} bits", justify="right")
   for run, seeds in rows.items():
     columns = zip(*seeds, strict=True)
     cells = (f"{statistics.mean(c):.2f} ({min(c):.2f})" for c in columns)
-    table.add_row(run, *cells)
-  return table
+    table.add(run, *cells)
+  table.end()
 
 
 if __name__ == "__main__":

@@ -28,12 +28,11 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import nn, quant
 from dr_jax.benchmarks.foreign_networks import NETWORKS, Network
 from dr_jax.benchmarks.products import products
+from dr_jax.benchmarks.rows import Rows
 from dr_jax.pipeline.summary import environment
 from dr_jax.quant.core.checks import one_of
 from dr_jax.runtime import command
@@ -142,18 +141,17 @@ def row(name: str) -> list[str]:
 
 
 def main():
-  table = Table("network", "package", title="% of products, % of error")
   headers = ("layers", "Qwix", "all", "Qwix", "error", "Qwix", "ratio", "s")
-  for header in headers:
-    table.add_column(header, justify="right")
+  rows = Rows(
+    "% of products, % of error", ("network", "package", *headers), left=2
+  )
   for name in _NETWORKS.value:
     one_of("networks", name, list(NETWORKS))
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", DeprecationWarning)
-      table.add_row(*row(name))
-  console = Console(width=140)
-  console.print(table)
-  console.print(environment())
+      rows.add(*row(name))
+  rows.end()
+  print(environment())
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import hessian, models, nn
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation
 
@@ -57,7 +56,7 @@ def main():
       return hessian.hvp(loss, kernels, probe, *rest, mode=mode)
 
     rows.append(_timed(mode.replace("_", " "), product, kernels, probe, *rest))
-  for _ in range(_ROUNDS.value):
+  for _ in turns(_ROUNDS.value):
     for row in rows:
       started = time.perf_counter()
       row.run()
@@ -95,7 +94,7 @@ def _network():
 def _timed(name: str, function: Callable, *arguments) -> Timed:
   jit: Callable = jax.jit if _PLAIN.value else compilation.jit
   started = time.perf_counter()
-  program = jit(function).lower(*arguments).compile()
+  program = prepared(name, jit(function).lower(*arguments).compile)
   seconds = time.perf_counter() - started
 
   def run():
@@ -108,23 +107,22 @@ def _timed(name: str, function: Callable, *arguments) -> Timed:
 
 def _report(rows):
   gradient = np.array(rows[0].seconds)
-  table = Table(
-    title=f"ResNet{_DEPTH.value}, batch {_BATCH.value}, "
-    f"{_SIZE.value}x{_SIZE.value}x3"
+  table = Rows(
+    f"ResNet{_DEPTH.value}, batch {_BATCH.value}, "
+    f"{_SIZE.value}x{_SIZE.value}x3",
+    (
+      "program",
+      "median s",
+      "min s",
+      "of gradient",
+      "per second",
+      "temporary MiB",
+      "compile s",
+    ),
   )
-  for column in (
-    "program",
-    "median s",
-    "min s",
-    "of gradient",
-    "per second",
-    "temporary MiB",
-    "compile s",
-  ):
-    table.add_column(column, justify="left" if column == "program" else "right")
   for row in rows:
     median = float(np.median(row.seconds))
-    table.add_row(
+    table.add(
       row.name,
       f"{median:.3f}",
       f"{min(row.seconds):.3f}",
@@ -133,7 +131,8 @@ def _report(rows):
       f"{row.temporary_bytes / 2**20:.0f}",
       f"{row.compile_seconds:.1f}",
     )
-  Console(width=100).print(table, environment())
+  table.end()
+  print(environment())
 
 
 if __name__ == "__main__":

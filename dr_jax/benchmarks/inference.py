@@ -9,6 +9,7 @@ random, which changes no time. One program serves all bit-widths of a backend.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import nn
 from dr_jax.benchmarks import network
 from dr_jax.benchmarks.network import Setting
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.runtime import command
 
 FLAGS = flags.FLAGS
@@ -83,9 +83,11 @@ def measure(
 ) -> np.ndarray:
   """Seconds of one call, [programs, rounds]; they take turns."""
   for program in found:
-    jax.block_until_ready(program.call(images))
+    at = "" if program.bits is None else f" at {program.bits} bits"
+    call = functools.partial(program.call, images)
+    prepared(f"{program.name}{at}, batch {len(images)}", call)
   seconds = np.empty((len(found), rounds))
-  for number in range(rounds):
+  for number in turns(rounds):
     for row, program in zip(seconds, found, strict=True):
       started = time.perf_counter()
       jax.block_until_ready(program.call(images))
@@ -93,22 +95,21 @@ def measure(
   return seconds
 
 
-def table(
+def print_table(
   setting: Setting,
   found: Sequence[Program],
   measured: dict[int, np.ndarray],
-) -> Table:
+) -> None:
   """Medians, and medians of ratios to float32 in the same round."""
-  shown = Table(
-    title=f"{setting.model}, {setting.size}x{setting.size}x3, "
-    f"{jax.devices()[0].device_kind}"
-  )
-  shown.add_column("program")
-  shown.add_column("bits", justify="right")
+  columns = ["program", "bits"]
   for batch in measured:
     unit = "ms" if batch == 1 else "images/s"
-    shown.add_column(f"batch {batch}: {unit}", justify="right")
-    shown.add_column("of float32", justify="right")
+    columns += [f"batch {batch}: {unit}", "of float32"]
+  rows = Rows(
+    f"{setting.model}, {setting.size}x{setting.size}x3, "
+    f"{jax.devices()[0].device_kind}",
+    columns,
+  )
   for number, program in enumerate(found):
     cells = []
     for batch, seconds in measured.items():
@@ -117,8 +118,8 @@ def table(
       ratio = float(np.median(seconds[number] / seconds[0]))
       cells += [speed, f"{ratio:.2f}"]
     bits = "" if program.bits is None else str(program.bits)
-    shown.add_row(program.name, bits, *cells)
-  return shown
+    rows.add(program.name, bits, *cells)
+  rows.end()
 
 
 def fastest(found: Sequence[Program], seconds: np.ndarray) -> str:
@@ -142,10 +143,9 @@ def main() -> None:
     batch: measure(found, setting.batch(batch)["image"], FLAGS.rounds)
     for batch in map(int, FLAGS.batches)
   }
-  console = Console(width=120)
-  console.print(table(setting, found, measured))
+  print_table(setting, found, measured)
   for batch, seconds in measured.items():
-    console.print(f"auto at batch {batch}: {fastest(found, seconds)}")
+    print(f"auto at batch {batch}: {fastest(found, seconds)}")
 
 
 def _float(setting, dtype):

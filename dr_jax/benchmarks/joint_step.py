@@ -27,11 +27,10 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import models, nn, quant, train
 from dr_jax.benchmarks import network, throughput
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.benchmarks.throughput import MODES
 from dr_jax.config import TrainConfig, from_dict, quantizers
 from dr_jax.pipeline.summary import environment
@@ -109,7 +108,7 @@ def main():
 
 
 def _time(rows):
-  for _ in range(_ROUNDS.value):
+  for _ in turns(_ROUNDS.value):
     for row in rows:
       started = time.perf_counter()
       row.step()
@@ -134,9 +133,8 @@ def _network(bits):
     # An accelerator works while the next step is being sent.
     steps=1 if cpu else 10,
   )
-  console = Console(width=120)
-  console.print(throughput.table(setting, layout, _BATCH.value, measured))
-  console.print(environment())
+  throughput.print_table(setting, layout, _BATCH.value, measured)
+  print(environment())
 
 
 def _methods(bits):
@@ -144,12 +142,12 @@ def _methods(bits):
   names = quant.RECIPES if _METHODS.value == ["all"] else _METHODS.value
   rows = [_method(name, bits) for name in dict.fromkeys([_OURS, *names])]
   _time(rows)
-  table = Table(title=_title(bits))
-  for column in ("method", "median s", "min s", f"of {_OURS}", "compile s"):
-    table.add_column(column, justify="left" if column == "method" else "right")
+  table = Rows(
+    _title(bits), ("method", "median s", "min s", f"of {_OURS}", "compile s")
+  )
   ours = np.array(rows[0].seconds)
   for row in rows:
-    table.add_row(
+    table.add(
       row.name,
       f"{np.median(row.seconds):.3f}",
       f"{min(row.seconds):.3f}",
@@ -157,7 +155,8 @@ def _methods(bits):
       f"{np.median(np.array(row.seconds) / ours):.2f}",
       f"{row.compile_seconds:.1f}",
     )
-  Console(width=120).print(table, environment())
+  table.end()
+  print(environment())
 
 
 def _method(name, bits) -> Timed:
@@ -224,7 +223,7 @@ def _timed(name, model, recipe: TrainConfig) -> Timed:
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   started = time.perf_counter()
-  compiled = trainer.lower(state[0], batch).compile()
+  compiled = prepared(name, trainer.lower(state[0], batch).compile)
   analysis = compiled.memory_analysis()
   memory = analysis.temp_size_in_bytes if analysis else 0
   first = time.perf_counter() - started
@@ -262,21 +261,22 @@ def _title(bits):
 def _report(rows, bits):
   median = {row.name: float(np.median(row.seconds)) for row in rows}
   singles = sum(median[f"single {b}"] for b in bits)
-  table = Table(title=_title(bits))
-  for column in (
-    "step",
-    "median s",
-    "min s",
-    "of singles",
-    "temporary MiB",
-    "compile s",
-    "compilations",
-  ):
-    table.add_column(column, justify="left" if column == "step" else "right")
+  table = Rows(
+    _title(bits),
+    (
+      "step",
+      "median s",
+      "min s",
+      "of singles",
+      "temporary MiB",
+      "compile s",
+      "compilations",
+    ),
+  )
   for row in rows:
     memory = row.temporary_bytes
     joint = row.name.startswith("joint")
-    table.add_row(
+    table.add(
       row.name,
       f"{median[row.name]:.3f}",
       f"{min(row.seconds):.3f}",
@@ -285,20 +285,17 @@ def _report(rows, bits):
       f"{row.compile_seconds:.1f}" if row.compilations else "",
       str(row.compilations) if row.compilations else "",
     )
-  console = Console(width=120)
-  console.print(table)
+  table.end()
   slowest = max(median[f"single {b}"] for b in bits)
-  console.print(f"single / float: {slowest / median['float']:.2f}")
+  print(f"single / float: {slowest / median['float']:.2f}")
   if "torch float" in median:
     ours = median["joint alternate unroll"]
     theirs = median["torch joint alternate"]
-    console.print(f"joint, ours / torch: {ours / theirs:.2f}")
-    console.print(
-      f"float, ours / torch: {median['float'] / median['torch float']:.2f}"
-    )
+    print(f"joint, ours / torch: {ours / theirs:.2f}")
+    print(f"float, ours / torch: {median['float'] / median['torch float']:.2f}")
   default = train.resolve_vectorize("auto", "alternate")
-  console.print(f"default on {jax.default_backend()}: vectorize={default!r}")
-  console.print(environment())
+  print(f"default on {jax.default_backend()}: vectorize={default!r}")
+  print(environment())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ layers, and layers that stay float, only the network shows.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,12 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import deploy, nn
 from dr_jax.allocate import LatencyTable
 from dr_jax.benchmarks import network
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.nn.observe import observed
 from dr_jax.nn.quantized import candidates, quantized_layers
 from dr_jax.pipeline.summary import environment
@@ -96,7 +96,8 @@ def main():
     },
   )
   table.save(FLAGS.output)
-  Console(width=120).print(shown(table), environment())
+  print_table(table)
+  print(environment())
 
 
 def _from_artifact():
@@ -139,8 +140,10 @@ def measure(
   bits = candidates(served)
   layers = quantized_layers(served)
   inputs = layer_inputs(served, x)
-  calls = [_compiled(served, x)]
-  calls += [_compiled(layer, inputs[name]) for name, layer in layers.items()]
+  calls = [prepared("network", lambda: _compiled(served, x))]
+  for name, layer in layers.items():
+    call = functools.partial(_compiled, layer, inputs[name])
+    calls.append(prepared(name, call))
   network_ms, *layers_ms = _medians(calls, len(bits), rounds)
   return LatencyTable(
     network=dict(zip(bits, network_ms, strict=True)),
@@ -188,7 +191,7 @@ def _medians(calls, count, rounds):
   """Median milliseconds of every call at each of `count` positions."""
   indices = [jnp.int32(position) for position in range(count)]
   times: list[list[list[float]]] = [[[] for _ in indices] for _ in calls]
-  for turn in range(rounds):
+  for turn in turns(rounds):
     for call, rows in zip(calls, times, strict=True):
       # None is always the first after another program, with cold caches.
       for position in np.roll(range(count), turn):
@@ -198,20 +201,19 @@ def _medians(calls, count, rounds):
   return [[statistics.median(row) for row in rows] for rows in times]
 
 
-def shown(table: LatencyTable) -> Table:
-  """The times of the network, and of all its layers alone."""
+def print_table(table: LatencyTable) -> None:
+  """Prints the times of the network, and of all its layers alone."""
   about = table.measured
-  result = Table(
-    title=f"{about.get('network', '')}, batch {about.get('batch', '')}, "
-    f"{about.get('image_size', '')} pixels, backend {about.get('backend', '')}"
+  rows = Rows(
+    f"{about.get('network', '')}, batch {about.get('batch', '')}, "
+    f"{about.get('image_size', '')} pixels, backend {about.get('backend', '')}",
+    ("bits", "network ms", f"{len(table.layers)} layers alone, sum ms"),
+    left=0,
   )
-  result.add_column("bits", justify="right")
-  for column in ("network ms", f"{len(table.layers)} layers alone, sum ms"):
-    result.add_column(column, justify="right")
   for b, ms in table.network.items():
     layers = sum(row[b] for row in table.layers.values())
-    result.add_row(str(b), f"{ms:.3f}", f"{layers:.3f}")
-  return result
+    rows.add(str(b), f"{ms:.3f}", f"{layers:.3f}")
+  rows.end()
 
 
 if __name__ == "__main__":

@@ -35,11 +35,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import deploy
 from dr_jax.benchmarks import network
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.pipeline.summary import environment
 from dr_jax.report.figure import new_figure, save_figure
 from dr_jax.runtime import command, compilation
@@ -219,10 +218,13 @@ def main():
   compilation.cache_on_disk()
   setting = network.Setting(FLAGS.model, FLAGS.image_size, bits=BITS)
   with tempfile.TemporaryDirectory() as folder:
-    path = setting.save(pathlib.Path(folder) / "model")
+    path = prepared(
+      setting.model, lambda: setting.save(pathlib.Path(folder) / "model")
+    )
     costs = open_costs(path, FLAGS.rounds)
     compute = compute_seconds(path, setting, FLAGS.rounds)
   server = Server(costs, compute, FLAGS.storage * 1e6, FLAGS.models)
+  print_costs(server, setting)
   arrivals = server.arrivals(FLAGS.seed)
   runs = {
     "8 bits": server.serve(arrivals, lambda _: max(BITS)),
@@ -232,16 +234,15 @@ def main():
     save_figure(figure(runs), FLAGS.output)
   except ImportError as error:  # It says how to install matplotlib.
     raise ValueError(error) from None
-  Console(width=120).print(
-    cost_table(server, setting), latency_table(runs), environment()
-  )
+  print_latencies(runs)
+  print(environment())
 
 
 def open_costs(path: pathlib.Path, rounds: int) -> dict[int, Cost]:
   """Opens an artifact at every bit-width, in turn; the shortest time counts."""
   seconds: dict[int, list[float]] = {b: [] for b in BITS}
   read = {}
-  for _ in range(rounds):
+  for _ in turns(rounds):
     for b in BITS:
       started = time.perf_counter()
       read[b] = deploy.open(path, b).read_bytes
@@ -264,46 +265,46 @@ def compute_seconds(
   return min(times)
 
 
-def cost_table(server: Server, setting: network.Setting) -> Table:
-  """What a model takes at each bit-width."""
-  shown = Table(
-    title=f"{setting.model}, one image of {setting.size} pixels computes in "
-    f"{1000 * server.compute_seconds:.1f} ms at every bit-width"
+def print_costs(server: Server, setting: network.Setting) -> None:
+  """Prints what a model takes at each bit-width."""
+  rows = Rows(
+    f"{setting.model}, one image of {setting.size} pixels computes in "
+    f"{1000 * server.compute_seconds:.1f} ms at every bit-width",
+    (
+      "bits",
+      "MB",
+      f"of {server.models} models fit",
+      "open ms",
+      f"read ms at {server.storage / 1e6:g} MB/s",
+    ),
+    left=0,
   )
   size = server.models * server.costs[max(BITS)].bytes // 2
-  for column in (
-    "bits",
-    "MB",
-    f"of {server.models} models fit",
-    "open ms",
-    f"read ms at {server.storage / 1e6:g} MB/s",
-  ):
-    shown.add_column(column, justify="right")
   for b, cost in server.costs.items():
-    shown.add_row(
+    rows.add(
       str(b),
       f"{cost.bytes / 1e6:.2f}",
       str(min(size // cost.bytes, server.models)),
       f"{1000 * cost.open_seconds:.1f}",
       f"{1000 * cost.bytes / server.storage:.1f}",
     )
-  return shown
+  rows.end()
 
 
-def latency_table(runs: Mapping[str, Mapping[str, list[Request]]]) -> Table:
-  """Latencies by phase of arrival."""
-  shown = Table(title="from arrival to answer")
-  for column in ("served at", "arrived"):
-    shown.add_column(column)
-  for column in (
-    *("requests", "median ms", "99 % ms", "longest queue", "mean bits"),
-    "MB read per request",
-  ):
-    shown.add_column(column, justify="right")
+def print_latencies(runs: Mapping[str, Mapping[str, list[Request]]]) -> None:
+  """Prints latencies by phase of arrival."""
+  rows = Rows(
+    "from arrival to answer",
+    (
+      *("served at", "arrived", "requests", "median ms", "99 % ms"),
+      *("longest queue", "mean bits", "MB read per request"),
+    ),
+    left=2,
+  )
   for name, phases in runs.items():
     for phase, requests in phases.items():
       latencies = [1000 * (r.finished - r.arrived) for r in requests]
-      shown.add_row(
+      rows.add(
         name,
         phase,
         str(len(requests)),
@@ -313,7 +314,7 @@ def latency_table(runs: Mapping[str, Mapping[str, list[Request]]]) -> Table:
         f"{statistics.mean(r.bits for r in requests):.2f}",
         f"{statistics.mean(r.read_bytes for r in requests) / 1e6:.2f}",
       )
-  return shown
+  rows.end()
 
 
 def figure(runs: Mapping[str, Mapping[str, list[Request]]]):

@@ -11,6 +11,7 @@ in the directory are not repeated.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -18,10 +19,9 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 from ml_collections import config_flags
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import pipeline, report
+from dr_jax.benchmarks.rows import Rows, prepared
 from dr_jax.config import from_dict
 from dr_jax.runtime import command, compilation
 
@@ -38,24 +38,25 @@ def main():
   base = from_dict(_CONFIG.value.to_dict())
   runs = []
   for seed in range(_SEEDS.value):
-    workdir = os.path.join(_WORKDIR.value, f"{base.name}-seed{seed}")
-    summary = pipeline.run(dataclasses.replace(base, seed=seed), workdir)
+    config = dataclasses.replace(base, seed=seed)
+    name = f"{base.name}-seed{seed}"
+    workdir = os.path.join(_WORKDIR.value, name)
+    summary = prepared(name, functools.partial(pipeline.run, config, workdir))
     runs.append(summary["stages"])
-  console = Console(width=150)
-  console.print(_uniform_table(base.quant.bits, runs))
+  _print_uniform(base.quant.bits, runs)
   rows = [run["search"]["rows"] for run in runs]
-  console.print(_search_table(rows))
-  console.print(_floor_table(rows))
-  console.print(pipeline.environment())
+  _print_searches(rows)
+  _print_baselines(rows)
+  print(pipeline.environment())
 
 
-def _uniform_table(bits, runs):
+def _print_uniform(bits, runs):
   """The SuperNet at one bit-width everywhere, and the network it came from."""
-  table = Table(title="uniform bits: multi-precision network and SuperNet")
-  table.add_column("bits")
   columns = ("multi-precision %", "SuperNet %", "difference")
-  for column in (*columns, "multi-precision loss", "SuperNet loss"):
-    table.add_column(column, justify="right")
+  table = Rows(
+    "uniform bits: multi-precision network and SuperNet",
+    ("bits", *columns, "multi-precision loss", "SuperNet loss"),
+  )
   for b in bits:
     scores = {
       stage: [run[stage]["scores"][str(b)] for run in runs]
@@ -63,34 +64,30 @@ def _uniform_table(bits, runs):
     }
     before, after = ([s["accuracy"] for s in scores[stage]] for stage in scores)
     losses = ([s["loss"] for s in scores[stage]] for stage in scores)
-    table.add_row(
+    table.add(
       str(b),
       _mean(before),
       _mean(after),
       _difference(after, before),
       *(_mean(values, 4) for values in losses),
     )
-  return table
+  table.end()
 
 
-def _search_table(seeds):
+def _print_searches(seeds):
   """What every search found at every budget."""
-  table = Table(title=f"searches, {len(seeds)} seeds, test set")
-  table.add_column("budget")
-  table.add_column("search")
-  for column in ("accuracy %", *report.COLUMNS, "eval loss"):
-    table.add_column(column, justify="right")
-  before = None
+  table = Rows(
+    f"searches, {len(seeds)} seeds, test set",
+    ("budget", "search", "accuracy %", *report.COLUMNS, "eval loss"),
+    left=2,
+  )
   for rows in zip(*seeds, strict=True):
-    if before not in (None, rows[0]["budget"]):
-      table.add_section()
-    before = rows[0]["budget"]
 
     def mean(value, rows=rows):
       return statistics.mean(value(row) for row in rows)
 
-    table.add_row(
-      f"{before:g}",
+    table.add(
+      f"{rows[0]['budget']:g}",
       rows[0]["strategy"],
       _mean([row["test"]["accuracy"] for row in rows]),
       _mean([row["test"]["loss"] for row in rows], 4),
@@ -101,18 +98,20 @@ def _search_table(seeds):
       f"{mean(lambda row: row['evaluation_seconds']):.2f}",
       f"{mean(lambda row: row['eval']['loss']):.4f}",
     )
-  return table
+  table.end()
 
 
-def _floor_table(seeds):
+def _print_baselines(seeds):
   """hessian_ilp against the baselines, seed by seed."""
-  table = Table(title="hessian_ilp less a baseline, paired by seed")
-  table.add_column("budget")
-  for baseline in _BASELINES:
-    table.add_column(f"accuracy, {baseline}", justify="right")
-    table.add_column(f"cross-entropy, {baseline}", justify="right")
-  for name in ("accuracy", "cross-entropy"):
-    table.add_column(f"{name} within one s.e.")
+  names = ("accuracy", "cross-entropy")
+  table = Rows(
+    "hessian_ilp less a baseline, paired by seed",
+    (
+      "budget",
+      *(f"{name}, {baseline}" for baseline in _BASELINES for name in names),
+      *(f"{name} within one s.e." for name in names),
+    ),
+  )
   found: dict[tuple[str, float], list] = {}
   for row in (row for rows in seeds for row in rows):
     found.setdefault((row["strategy"], row["budget"]), []).append(row["test"])
@@ -133,12 +132,12 @@ def _floor_table(seeds):
         sign = 1 if name == "accuracy" else -1
         gaps = [sign * (a - b) for a, b in zip(mine, other, strict=True)]
         holds[name] &= statistics.mean(gaps) >= -_stderr(gaps)
-    table.add_row(
+    table.add(
       f"{budget:g}",
       *cells,
       *("yes" if held else "no" for held in holds.values()),
     )
-  return table
+  table.end()
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:

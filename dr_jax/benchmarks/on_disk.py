@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 from flax import nnx
-from rich.table import Table
 
 from dr_jax import deploy, nn, quant
 from dr_jax.benchmarks import network
+from dr_jax.benchmarks.rows import Rows
 
 
 class Sizes(NamedTuple):
@@ -70,23 +70,21 @@ def measure(
     return found
 
 
-def table(name: str, sizes: dict[str, Sizes]) -> Table:
+def print_table(name: str, sizes: dict[str, Sizes]) -> None:
   """A row for each rounding."""
   first = next(iter(sizes.values()))
-  shown = Table(
-    title=f"{name}: float {first.float_bytes:,} bytes, separate models "
-    f"{first.separate:,} bytes"
+  rows = Rows(
+    f"{name}: float {first.float_bytes:,} bytes, separate models "
+    f"{first.separate:,} bytes",
+    (
+      *("rounding", "ours", "of separate"),
+      *(f"read at {b} bits" for b in first.read),
+    ),
   )
-  shown.add_column("rounding")
-  for column in (
-    *("ours", "of separate"),
-    *(f"read at {b} bits" for b in first.read),
-  ):
-    shown.add_column(column, justify="right")
   for rounding, row in sizes.items():
     read = (
       f"{n:,} ({100 * n / row.float_bytes:.1f} %)" for n in row.read.values()
     )
     ratio = f"{row.ours / row.separate:.3f}"
-    shown.add_row(rounding, f"{row.ours:,}", ratio, *read)
-  return shown
+    rows.add(rounding, f"{row.ours:,}", ratio, *read)
+  rows.end()

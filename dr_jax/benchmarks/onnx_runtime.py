@@ -31,11 +31,10 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import deploy, nn, quant
 from dr_jax.benchmarks.network import NAMES, Setting
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command
 
@@ -80,7 +79,7 @@ def measure(
   """
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
-    networks = _write(root, setting, bits)
+    networks = prepared(setting.model, lambda: _write(root, setting, bits))
     sessions = {
       name: _session(root / f"{name}.onnx", threads) for name in networks
     }
@@ -202,7 +201,7 @@ def _session(path, threads):
 def _seconds(sessions, images, rounds):
   """{file: seconds of every round}, all files in turn."""
   seconds = {name: [] for name in sessions}
-  for number in range(rounds + 1):  # the first call allocates
+  for number in turns(rounds + 1):  # the first call allocates
     for name, session in sessions.items():
       started = time.perf_counter()
       session.run(None, {"input": images})
@@ -219,20 +218,17 @@ def _agreement(session, network, images):
   return int((logits.argmax(-1) == np.asarray(expected).argmax(-1)).sum())
 
 
-def table(name: str, bits: int, batch: int, speeds: dict[str, Speed]) -> Table:
-  """The speeds of `measure`, and their ratios to the float file's."""
-  made = Table(title=f"{name} at {bits} bits, ONNX Runtime")
-  made.add_column("file")
-  for column in (
-    "ms, median",
-    "of float",
-    "ms, minimum",
-    "of float",
-    f"images/s, batch {batch}",
-    "of float",
-    "same predictions",
-  ):
-    made.add_column(column, justify="right")
+def print_table(
+  name: str, bits: int, batch: int, speeds: dict[str, Speed]
+) -> None:
+  """Prints the speeds of `measure`, and their ratios to the float file's."""
+  rows = Rows(
+    f"{name} at {bits} bits, ONNX Runtime",
+    (
+      *("file", "ms, median", "of float", "ms, minimum", "of float"),
+      *(f"images/s, batch {batch}", "of float", "same predictions"),
+    ),
+  )
   reference = speeds["float"]
   for file, (latency, throughput, agreement) in speeds.items():
     cells = []
@@ -240,8 +236,8 @@ def table(name: str, bits: int, batch: int, speeds: dict[str, Speed]) -> Table:
       cells += [f"{1e3 * mine:.2f}", f"{mine / its:.2f}"]
     share = f"{throughput / reference.throughput:.2f}"
     cells += [f"{throughput:.0f}", share, f"{agreement} of {batch}"]
-    made.add_row(file, *cells)
-  return made
+    rows.add(file, *cells)
+  rows.end()
 
 
 def main():
@@ -252,10 +248,9 @@ def main():
     rounds=_ROUNDS.value,
     threads=_THREADS.value,
   )
-  console = Console(width=100)
-  console.print(table(_MODEL.value, _BITS.value, _BATCH.value, speeds))
+  print_table(_MODEL.value, _BITS.value, _BATCH.value, speeds)
   version = importlib.metadata.version("onnxruntime")
-  console.print(environment() | {"onnxruntime": version})
+  print(environment() | {"onnxruntime": version})
 
 
 if __name__ == "__main__":

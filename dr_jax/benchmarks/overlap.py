@@ -16,7 +16,6 @@ import pathlib
 import tempfile
 
 from absl import flags, logging
-from rich.console import Console
 
 from dr_jax.benchmarks import concurrent_load, images, loopback, network
 from dr_jax.pipeline.summary import environment
@@ -62,9 +61,8 @@ def main():
     f"{setting.model}, {_BATCH.value} images of {setting.size}x{setting.size}"
     f"x3, bits {setting.bits}, {_WORKERS.value} workers"
   )
-  console = Console(width=100)
-  console.print(concurrent_load.table(seconds, title))
-  console.print(environment())
+  concurrent_load.print_table(seconds, title)
+  print(environment())
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import quant
+from dr_jax.benchmarks.rows import Rows
 from dr_jax.pipeline.summary import environment
 from dr_jax.quant.planes import measure
 from dr_jax.runtime import command
@@ -51,7 +50,6 @@ class Row(NamedTuple):
 def main():
   """Prints a table for each shape."""
   on_cpu = jax.default_backend() == "cpu"
-  console = Console(width=100)
   shapes = [
     _parsed(shape) for shape in _SHAPES.value or (SMALL if on_cpu else LARGE)
   ]
@@ -59,8 +57,8 @@ def main():
     rows = measured(
       (_BATCH.value, k, n), _BITS.value, _ROUNDING.value, _ROUNDS.value
     )
-    console.print(table(rows, f"{_BATCH.value} x {k} by {k} x {n}"))
-  console.print(environment())
+    print_table(rows, f"{_BATCH.value} x {k} by {k} x {n}")
+  print(environment())
 
 
 def measured(
@@ -92,15 +90,14 @@ def measured(
   return [Row(name, seconds[name] / repeats, moved[name]) for name in calls]
 
 
-def table(rows: Sequence[Row], title: str) -> Table:
-  """Returns a table; ratios are of the float rows, which come first."""
-  found = Table(title=title)
-  found.add_column("weights")
-  for column in ("ms", "MB", "GB/s", "of bfloat16", "of float32"):
-    found.add_column(column, justify="right")
+def print_table(rows: Sequence[Row], title: str) -> None:
+  """Prints a table; ratios are of the float rows, which come first."""
+  found = Rows(
+    title, ("weights", "ms", "MB", "GB/s", "of bfloat16", "of float32")
+  )
   half, single = rows[:2]
   for row in rows:
-    found.add_row(
+    found.add(
       row.name,
       f"{1e3 * row.seconds:.4f}",
       f"{1e-6 * row.moved:.2f}",
@@ -108,7 +105,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
       f"{row.seconds / half.seconds:.2f}",
       f"{row.seconds / single.seconds:.2f}",
     )
-  return found
+  found.end()
 
 
 def _parsed(shape):

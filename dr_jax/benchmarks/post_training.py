@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import nn, quant
+from dr_jax.benchmarks.rows import Rows, turns
 from dr_jax.runtime import command
 
 _SEEDS = flags.DEFINE_integer("seeds", 4, "Networks of each kind.")
@@ -201,15 +200,16 @@ def errors(
 
 def main():
   title = "error over that of max-abs quantization"
-  table = Table("network", "method", "init", title=title)
-  for bits in BITS:
-    table.add_column(f"{bits} bits", justify="right")
+  columns = ("network", "method", "init", *(f"{b} bits" for b in BITS))
+  rows = Rows(title, columns, left=3)
   for kind in NETWORKS:
-    by_seed = [errors(kind, seed) for seed in range(_SEEDS.value)]
+    by_seed = [
+      errors(kind, seed) for seed in turns(_SEEDS.value, f"{kind}: seed")
+    ]
     for method, init in by_seed[0]:
       mean = np.mean([found[method, init] for found in by_seed], 0)
-      table.add_row(kind, method, init, *(f"{value:.2f}" for value in mean))
-  Console(width=100).print(table)
+      rows.add(kind, method, init, *(f"{value:.2f}" for value in mean))
+  rows.end()
 
 
 if __name__ == "__main__":

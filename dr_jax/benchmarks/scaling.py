@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,11 +29,10 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import train
 from dr_jax.benchmarks import loopback, network
+from dr_jax.benchmarks.rows import Rows
 from dr_jax.config import TrainConfig
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation, processes, sharding
@@ -103,10 +102,8 @@ def main():
           "cannot show how they scale",
           file=sys.stderr,
         )
-  speeds = [run(count) for count in counts]
-  console = Console(width=100)
-  console.print(table(setting, _BATCH.value, unit, counts, speeds))
-  console.print(environment())
+  print_table(setting, _BATCH.value, unit, ((n, run(n)) for n in counts))
+  print(environment())
 
 
 def measure(setting, layout, batch_size, steps) -> Speed:
@@ -171,25 +168,25 @@ def _sum_seconds(layout, params) -> float:
   return statistics.median(seconds)
 
 
-def table(
+def print_table(
   setting: network.Setting,
   batch_size: int,
   unit: str,
-  counts: Sequence[int],
-  speeds: Sequence[Speed],
-) -> Table:
-  """Speeds by number of processes or devices."""
-  shown = Table(
-    title=f"{setting.model}, {batch_size} images of {setting.size}x"
-    f"{setting.size}x3 each, bits {setting.bits}",
-  )
+  speeds: Iterable[tuple[int, Speed]],
+) -> None:
+  """Prints speeds by number of processes or devices, as they are measured."""
   columns = ("images/s", "each", "efficiency", "step s", "sums of gradients s")
-  for column in (unit, *columns):
-    shown.add_column(column, justify="right")
-  first = speeds[0].images_per_second / counts[0]
-  for count, speed in zip(counts, speeds, strict=True):
+  rows = Rows(
+    f"{setting.model}, {batch_size} images of {setting.size}x"
+    f"{setting.size}x3 each, bits {setting.bits}",
+    (unit, *columns),
+    left=0,
+  )
+  first = None
+  for count, speed in speeds:
     each = speed.images_per_second / count
-    shown.add_row(
+    first = first or each
+    rows.add(
       str(count),
       f"{speed.images_per_second:.1f}",
       f"{each:.1f}",
@@ -197,7 +194,7 @@ def table(
       f"{speed.step_seconds:.3f}",
       f"{speed.sum_seconds:.3f}" if count > 1 else "",
     )
-  return shown
+  rows.end()
 
 
 def _in_processes(count) -> Speed:

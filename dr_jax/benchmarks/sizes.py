@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from absl import flags
-from rich.console import Console
 
 from dr_jax import quant
 from dr_jax.benchmarks import network, on_disk
@@ -36,12 +35,11 @@ def main():
   for name in _MODELS.value:
     one_of("model", name, network.NAMES)
   bits = _numbers(_BITS.value)
-  console = Console(width=140)
   for name in _MODELS.value:
     setting = network.Setting(name, bits=bits)
     sizes = on_disk.measure(setting, _ROUNDINGS.value, all_layers=_ALL.value)
-    console.print(on_disk.table(name, sizes))
-  console.print(environment())
+    on_disk.print_table(name, sizes)
+  print(environment())
 
 
 def _numbers(texts: Sequence[str]) -> tuple[int, ...]:

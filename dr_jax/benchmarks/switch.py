@@ -21,11 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import deploy
 from dr_jax.benchmarks import network
+from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation
 
@@ -61,7 +60,9 @@ def main():
   compilation.cache_on_disk()
   setting = network.Setting(FLAGS.model, bits=_BITS)
   with tempfile.TemporaryDirectory() as folder:
-    path = setting.save(pathlib.Path(folder) / "model")
+    path = prepared(
+      setting.model, lambda: setting.save(pathlib.Path(folder) / "model")
+    )
     rows = {
       "in memory": in_memory(path, setting, FLAGS.rounds),
       "with missing planes": with_reading(
@@ -69,7 +70,8 @@ def main():
       ),
     }
   title = f"{setting.model}, {FLAGS.lower} to {FLAGS.higher} bits"
-  Console(width=120).print(table(title, rows), environment())
+  print_table(title, rows)
+  print(environment())
 
 
 def in_memory(
@@ -98,7 +100,7 @@ def with_reading(
   opened, model = deploy.open(path, start), setting.floating()
   count = opened.upgrade(end).read_bytes - opened.read_bytes
   switch, plain = [], []
-  for _ in range(rounds):
+  for _ in turns(rounds):
     served = deploy.Switchable(opened, model=model)
     switch.append(_seconds(lambda served=served: served.switch(end)))
     plain.append(_seconds(lambda: _read(path / "model.safetensors", count)))
@@ -121,22 +123,19 @@ def _seconds(call: Callable[[], object]) -> float:
   return time.perf_counter() - started
 
 
-def table(title: str, rows: dict[str, Measured]) -> Table:
+def print_table(title: str, rows: dict[str, Measured]) -> None:
   """Milliseconds, and how many times that of the plain copy or read."""
-  shown = Table(title=title)
-  shown.add_column("switch")
-  for column in ("MB", "switch ms", "copy or read ms", "ratio"):
-    shown.add_column(column, justify="right")
+  shown = Rows(title, ("switch", "MB", "switch ms", "copy or read ms", "ratio"))
   for name, (count, switch, plain) in rows.items():
     median, other = statistics.median(switch), statistics.median(plain)
-    shown.add_row(
+    shown.add(
       name,
       f"{count / 1e6:.2f}",
       f"{1000 * median:.3f}",
       f"{1000 * other:.3f}",
       f"{median / other:.2f}",
     )
-  return shown
+  shown.end()
 
 
 if __name__ == "__main__":

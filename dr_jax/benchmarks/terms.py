@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from dr_jax import quant
+from dr_jax.benchmarks.rows import Rows
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command
 
@@ -31,19 +30,20 @@ def main():
   budgets = dict(quantizer.options)["budgets"]
   program = jax.jit(quantizer.fake_quantize)
   jax.block_until_ready(program({}, w, jnp.int32(0)))
-  table = Table(title=f"{w.size:,} weights, groups of 8")
-  for column in ("terms per group", "median s", "min s"):
-    table.add_column(column, justify="right")
+  rows = Rows(
+    f"{w.size:,} weights, groups of 8",
+    ("terms per group", "median s", "min s"),
+    left=0,
+  )
   for index, budget in enumerate(budgets):
     seconds = []
     for _ in range(_ROUNDS.value):
       started = time.perf_counter()
       jax.block_until_ready(program({}, w, jnp.int32(index)))
       seconds.append(time.perf_counter() - started)
-    table.add_row(
-      str(budget), f"{np.median(seconds):.2f}", f"{min(seconds):.2f}"
-    )
-  Console(width=100).print(table, environment())
+    rows.add(str(budget), f"{np.median(seconds):.2f}", f"{min(seconds):.2f}")
+  rows.end()
+  print(environment())
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from dr_jax.benchmarks.network import Setting, trainer
 from dr_jax.benchmarks.peak import fraction_of_peak, peak
+from dr_jax.benchmarks.rows import Rows, note, turns
 from dr_jax.config import TrainConfig
 from dr_jax.runtime.sharding import Layout
 
@@ -105,17 +105,22 @@ def measure(
     made, state = trainer(model, recipe, layout)
     run = _program(made.step, state, batch)
     seconds = _until_ready(run)
+    note(f"{name}: {_said(seconds)}")
     measured.append(Measured(name, len(made.labels), [], seconds or 0.0))
     programs.append(run if seconds is not None else None)
     if seconds is not None:
       run(1)  # Its inputs are where a step leaves them: the last compilation.
-  for _ in range(rounds):
+  for _ in turns(rounds):
     for row, run in zip(measured, programs, strict=True):
       if run is not None:
         started = time.perf_counter()
         run(steps)
         row.seconds.append((time.perf_counter() - started) / steps)
   return measured
+
+
+def _said(first):
+  return "out of memory" if first is None else f"first step {first:.1f} s"
 
 
 def _program(step, state, batch) -> Callable[[int], None]:
@@ -143,13 +148,13 @@ def _until_ready(run) -> float | None:
   return time.perf_counter() - started
 
 
-def table(
+def print_table(
   setting: Setting,
   layout: Layout,
   batch_size: int,
   measured: Sequence[Measured],
-) -> Table:
-  """What was measured, with fractions of the peak where one is known."""
+) -> None:
+  """Prints what was measured, with fractions of the peak where one is known."""
   devices = layout.mesh.devices.flat
   kind, count = devices[0].device_kind, len(devices)
   caption = f"{count} x {kind}, {setting.dtype}"
@@ -165,18 +170,15 @@ def table(
       f"of it, 2 x 3 x {macs / 1e9:.2f} G multiply-accumulates per image and "
       "bit-width"
     )
-  shown = Table(
-    title=f"{setting.model}, batch {batch_size}, "
-    f"{setting.size}x{setting.size}x3, bits {setting.bits}",
-    caption=caption,
+  columns = ["step", "images/s", "median s", "min s", "first step s"]
+  rows = Rows(
+    f"{setting.model}, batch {batch_size}, "
+    f"{setting.size}x{setting.size}x3, bits {setting.bits}\n{caption}",
+    columns + ["of peak"] * (best is not None),
   )
-  shown.add_column("step")
-  columns = ["images/s", "median s", "min s", "first step s"]
-  for column in columns + ["of peak"] * (best is not None):
-    shown.add_column(column, justify="right")
   for row in measured:
     if not row.seconds:
-      shown.add_row(row.name, "out of memory")
+      rows.add(row.name, "out of memory")
       continue
     median = float(np.median(row.seconds))
     speed = batch_size / median
@@ -189,5 +191,5 @@ def table(
     if best is not None:
       fraction = fraction_of_peak(macs, speed, row.passes, best)
       cells.append(f"{100 * fraction:.1f} %")
-    shown.add_row(row.name, *cells)
-  return shown
+    rows.add(row.name, *cells)
+  rows.end()

@@ -139,7 +139,7 @@ def test_a_network_is_timed_on_all_devices():
   for row in measured:
     assert len(row.seconds) == 2
     assert 0 < min(row.seconds) < row.first_seconds  # which compiled
-  text = printed(throughput.table(SMALL, layout, 8, measured))
+  text = printed(throughput.print_table, SMALL, layout, 8, measured)
   assert "4 x cpu, float32" in text
   assert "peak" not in text
   speed = 8 / np.median(measured[0].seconds)
@@ -168,7 +168,7 @@ MEASURED = [
 def test_fractions_are_of_the_peak_of_all_devices():
   setting = network.Setting("resnet20", dtype="bfloat16")
   layout = fake("NVIDIA L4")
-  text = printed(throughput.table(setting, layout, 20_000, MEASURED))
+  text = printed(throughput.print_table, setting, layout, 20_000, MEASURED)
   # 20,000 images in 0.02 s, and 20,000 at four bit-widths in 0.08 s.
   fraction = 6 * RESNET20_MACS * 1e6 / (2 * 121e12)
   assert cells(text, "float")[-1] == f"{100 * fraction:.1f} %"
@@ -179,7 +179,7 @@ def test_fractions_are_of_the_peak_of_all_devices():
 
 def test_a_device_without_a_published_peak_has_no_fraction():
   layout = fake("NVIDIA L40S")
-  text = printed(throughput.table(SMALL, layout, 8, MEASURED))
+  text = printed(throughput.print_table, SMALL, layout, 8, MEASURED)
   assert "unknown peak" in text
   assert "of peak" not in text
 
@@ -209,7 +209,13 @@ def test_scaling_trains_equally_many_images_on_every_device(devices):
 
 def test_efficiency_is_speed_per_device_relative_to_one():
   speeds = [scaling.Speed(100, 0.16, 0), scaling.Speed(150, 0.21, 0.0314)]
-  text = printed(scaling.table(SMALL, 16, "processes", [1, 2], speeds))
+  text = printed(
+    scaling.print_table,
+    SMALL,
+    16,
+    "processes",
+    zip([1, 2], speeds, strict=True),
+  )
   assert cells(text, "1") == ["100.0", "100.0", "1.00", "0.160", ""]
   assert cells(text, "2") == ["150.0", "75.0", "0.75", "0.210", "0.031"]
 
@@ -327,7 +333,9 @@ def test_waiting_in_a_step_shows_in_its_time(
 
 def test_ratios_are_of_the_same_round():
   shown = printed(
-    concurrent_load.table({"alone": [1.0, 2.0], "loop": [2.0, 2.0]}, "title")
+    concurrent_load.print_table,
+    {"alone": [1.0, 2.0], "loop": [2.0, 2.0]},
+    "title",
   )
   assert cells(shown, "loop") == ["2000.0", "1.50"]
 
@@ -346,7 +354,7 @@ def test_products_with_planes_are_compared_with_float_products():
     planes.Row(name, seconds, 10**6)
     for name, seconds in zip(names, (1e-3, 2e-3, 5e-4, 4e-4), strict=True)
   ]
-  shown = printed(planes.table(rows, "title"))
+  shown = printed(planes.print_table, rows, "title")
   assert cells(shown, names[0]) == ["1.0000", "1.00", "1.0", "1.00", "0.50"]
   assert cells(shown, names[2]) == ["0.5000", "1.00", "2.0", "0.50", "0.25"]
 
@@ -408,7 +416,7 @@ def test_sizes_fall_with_bits_only_where_planes_are_left_out():
   # Of ResNet8's 75,000 quantized weights 2 bits of 4 are not read.
   saved = floor.read[4] - floor.read[2]
   assert saved == pytest.approx(75_000 * 2 / 8, rel=0.05)
-  row = cells(printed(on_disk.table("resnet8", found)), "floor")
+  row = cells(printed(on_disk.print_table, "resnet8", found), "floor")
   assert row[0] == f"{floor.ours:,}"
   assert float(row[1]) == pytest.approx(floor.ours / floor.separate, abs=1e-3)
   percent = 100 * floor.read[2] / floor.float_bytes
@@ -439,6 +447,6 @@ def test_inference_is_timed_for_every_backend_and_bit_width():
   np.testing.assert_allclose(logits[4], logits[2], rtol=1e-3, atol=1e-3)
   assert abs(logits[2] - logits[3]).max() > 1e-2
   seconds = np.array([[4, 5], [3, 3], [2, 2], [2, 2], [1, 1], [9, 9]]) / 1e3
-  text = printed(inference.table(SMALL, found, {1: seconds}))
+  text = printed(inference.print_table, SMALL, found, {1: seconds})
   assert cells(text, "bfloat16") == ["", "3.00", "0.68"]
   assert inference.fastest(found, seconds) == "carrier"

@@ -36,6 +36,6 @@ def test_the_table_is_printed_with_the_sum_of_layers():
   table = allocate.LatencyTable(
     {4: 3.0, 2: 2.5}, {"a": {4: 1.0, 2: 0.5}, "b": {4: 0.25, 2: 0.25}}, {}
   )
-  text = printed(latency.shown(table))
+  text = printed(latency.print_table, table)
   assert cells(text, "4") == ["3.000", "1.250"]
   assert cells(text, "2") == ["2.500", "0.750"]

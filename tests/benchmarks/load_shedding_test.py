@@ -74,7 +74,7 @@ def test_latency_holds_in_a_burst_only_where_bits_are_shed():
   assert median(shed, "burst") < 3 * median(fixed, "before")
   assert {r.bits for r in shed["burst"]} > {2, 4}
   assert shed["after"][-1].bits == 8
-  text = printed(load_shedding.latency_table({"shed": shed}))
+  text = printed(load_shedding.print_latencies, {"shed": shed})
   assert "burst" in text and "300" in text
 
 
@@ -102,7 +102,7 @@ def test_costs_are_those_of_opening_the_artifact(tmp_path):
 
 def test_costs_and_latencies_are_shown(tmp_path):
   setting = network.Setting("resnet8", 8)
-  text = printed(load_shedding.cost_table(SERVER, setting))
+  text = printed(load_shedding.print_costs, SERVER, setting)
   assert cells(text, "8")[1:] == ["4", "8.0", "80.0"]
   assert cells(text, "2")[1:] == ["8", "2.0", "20.0"]
   figure = load_shedding.figure(

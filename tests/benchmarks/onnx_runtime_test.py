@@ -13,7 +13,7 @@ def test_speeds_are_shown_with_their_ratios_to_the_float_file():
     "float": Speed((0.002, 0.001), 500.0, 8),
     "fused": Speed((0.001, 0.0008), 750.0, 7),
   }
-  text = printed(onnx_runtime.table("resnet20", 4, 8, speeds))
+  text = printed(onnx_runtime.print_table, "resnet20", 4, 8, speeds)
   assert "resnet20 at 4 bits" in text
   unit = ["2.00", "1.00", "1.00", "1.00", "500", "1.00", "8 of 8"]
   assert cells(text, "float") == unit

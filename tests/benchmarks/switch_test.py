@@ -22,5 +22,5 @@ def test_a_switch_is_compared_with_the_bytes_that_it_reads(tmp_path):
 
 def test_ratios_are_of_medians():
   row = switch.Measured(2_500_000, [0.001, 0.003, 0.2], [0.002, 0.001, 0.004])
-  text = printed(switch.table("title", {"in memory": row}))
+  text = printed(switch.print_table, "title", {"in memory": row})
   assert cells(text, "in memory") == ["2.50", "3.000", "2.000", "1.50"]

@@ -1,22 +1,22 @@
-"""What a printed table of rich says."""
+"""What a table that a benchmark prints says."""
 
+import contextlib
 import io
 
-from rich.console import Console
 
-
-def printed(table):
-  file = io.StringIO()
-  Console(file=file, width=200).print(table)
+def printed(show, *arguments):
+  """What a function that is called with these arguments prints."""
+  with contextlib.redirect_stdout(io.StringIO()) as file:
+    show(*arguments)
   return file.getvalue()
 
 
 def cells(text, name):
   """The cells of the row of that name."""
   rows = [
-    [cell.strip() for cell in line.strip("│").split("│")]
+    [cell.strip() for cell in line.strip("|").split("|")]
     for line in text.splitlines()
-    if "│" in line
+    if line.startswith("|")
   ]
   (found,) = [row[1:] for row in rows if row[0] == name]
   return found
