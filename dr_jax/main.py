@@ -3,13 +3,16 @@
 python -m dr_jax.main --config=configs/digits.py [--workdir=DIR]
     [--config.train.epochs=5 ...]
 
+With --help in addition, it lists the stages and the fields of the
+configuration: the flag of each with its value, its meaning, its range.
+
 On several machines, or with several processes on one, start the same command
 everywhere, with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
 set, or with --distributed where the cluster is one that JAX knows; see launch/.
 
 Exit codes; whatever it was, the same command resumes from the last checkpoint:
     0: finished, or stopped by SIGTERM or SIGHUP after saving (then another
-       one with --preempted_exit_code)
+       one with --preempted_exit_code); also after --help
     1: training diverged, or an error that nobody expected, with its traceback
     2: bad input, or files that cannot be read or written, standard output among
        them
@@ -30,8 +33,10 @@ if __name__ == "__main__":
   command.stop_on_interrupt(_RESUME)
 
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -44,6 +49,7 @@ from rich.measure import Measurement
 from dr_jax import pipeline, report
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.config import flags as config_flags
+from dr_jax.config.help import describe, field_help
 from dr_jax.pipeline import comparison
 from dr_jax.pipeline.stages import STAGES
 from dr_jax.runtime import compilation, processes
@@ -52,8 +58,7 @@ from dr_jax.train import NonFiniteError
 
 _CONFIG = config_flags.define(
   "config",
-  "What to run. Its stages can be "
-  + "; ".join(f"{stage.name}: {stage.help}" for stage in STAGES.values()),
+  "What to run: a file of a configuration, as FILE.py or FILE.py:ARGUMENT.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; runs/<name> by default."
@@ -214,12 +219,52 @@ def _on_signals():
 
 
 def _parse(argv):
-  """Parses flags; anything wrong is one line and exit code 2."""
+  """Parses flags; anything wrong is one line and exit code 2.
+
+  With --help, which can be anywhere among them, the process ends with it.
+  """
+  argv, help_wanted = command.without_help(argv)
   try:
-    return config_flags.parse(argv)
+    arguments = config_flags.parse(argv)
+    if help_wanted:
+      sys.exit(command.show(_print_help))
+    return arguments
   except ConfigError as error:
     command.report(error)
     sys.exit(2)
+
+
+def _print_help():
+  """Prints the stages, and the fields of a configuration or the flags."""
+  width = shutil.get_terminal_size().columns
+  widest = max(map(len, STAGES))
+  stages = [
+    textwrap.fill(
+      f"  {stage.name.ljust(widest)}  {stage.help}",
+      max(width, 2 * widest),
+      subsequent_indent=" " * (widest + 4),
+      break_on_hyphens=False,
+    )
+    for stage in STAGES.values()
+  ]
+  if _CONFIG.value is None:
+    app.usage(shorthelp=True, writeto_stdout=True)
+    print("Stages of a configuration:", *stages, sep="\n")
+    print("\nWith --config=FILE, --help shows the fields of the configuration.")
+    return
+  print("Stages, of which --config.stages names some:", *stages, "", sep="\n")
+  values = config_flags.values(_CONFIG.value)
+  compares, config = "methods" in values, None
+  try:
+    if compares:
+      comparison.from_values(values)
+    else:
+      config = from_dict(values)
+  except ConfigError as error:
+    print(f"The configuration is not valid: {error}\n")
+  fields = comparison.FIELDS if compares else field_help()
+  print(describe(values, config, fields, width=width))
+  print("\nWithout --config, --help shows the other flags.")
 
 
 def start() -> None:

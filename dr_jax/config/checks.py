@@ -7,13 +7,12 @@ checks that.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import operator
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dr_jax import quant, search, train
+from dr_jax.config.constraints import BOUNDS, allowed_values
 from dr_jax.config.fields import (
   Config,
   ConfigError,
@@ -136,31 +135,16 @@ def check_value(name: str, value: Any, constraints: Mapping[str, Any]) -> None:
       f"{name} must be a tuple of {words}, got {shown(value)} in it"
     )
   if "one_of" in constraints:
-    one_of(name, value, _allowed(constraints["one_of"]))
+    one_of(name, value, allowed_values(constraints["one_of"]))
   if "pattern" in constraints:
     pattern, words = constraints["pattern"]
     if not re.fullmatch(pattern, value):
       raise ConfigError(f"{name} must be {words}, got {shown(value)}")
-  bounds = {
-    ">= {}": ("at_least", operator.ge),
-    "> {}": ("above", operator.gt),
-    "<= {}": ("at_most", operator.le),
-    "< {}": ("below", operator.lt),
-  }
-  for text, (key, holds) in bounds.items():
-    # NaN keeps none of them.
+  for key, (text, holds) in BOUNDS.items():
     if key in constraints and not holds(value, constraints[key]):
       raise ConfigError(
         f"{name} must be {text.format(constraints[key])}, got {shown(value)}"
       )
-
-
-def _allowed(names):
-  """The values of a constraint "module:NAME", or those given."""
-  if not isinstance(names, str):
-    return names
-  module, _, attribute = names.partition(":")
-  return getattr(importlib.import_module(module), attribute)
 
 
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
@@ -191,8 +175,8 @@ def quantizers(
 
 def _quantizer(config, field, role):
   name = getattr(config, field)
-  none = ("none",) if field == "activation" else ()
-  one_of(f"quant.{field}", name, (*none, *quant.NAMES))
+  rules = {rule.name: rule.metadata for rule in dataclasses.fields(config)}
+  check_value(f"quant.{field}", name, rules[field])
   options = getattr(config, f"{field}_options")
   chosen = {key: value for key, value in options.items() if value is not None}
   try:

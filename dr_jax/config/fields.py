@@ -1,15 +1,16 @@
 """The fields of a configuration: frozen dataclasses with their constraints.
 
-A constraint is said once, in the metadata of its field, and checked by
-`checks.check_fields`. Names are looked up when they are checked
-("dr_jax.models:NAMES"), so that this file imports nothing of the library.
+What a field means is said once, under "Attributes" of its group, which
+`python -m dr_jax.main --help` shows; what it allows, in its metadata
+(`constraints`), which is checked and shown.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
+
+from dr_jax.config.constraints import field, mapping
 
 
 class ConfigError(ValueError):
@@ -51,56 +52,6 @@ def prefixed(group: str, error: ValueError) -> ConfigError:
   return ConfigError(f"{prefix}{error}")
 
 
-def field(
-  default: Any,
-  *,
-  one_of: str | Sequence[Any] | None = None,
-  at_least: float | None = None,
-  above: float | None = None,
-  at_most: float | None = None,
-  below: float | None = None,
-  each: type | tuple[type, ...] | None = None,
-  pattern: tuple[str, str] | None = None,
-  nonempty: bool | None = None,
-  distinct: bool | None = None,
-  only_with: tuple[str, tuple[str, ...]] | None = None,
-) -> Any:
-  """A field with constraints on its value, or on the entries of a tuple.
-
-  Args:
-    default: its default.
-    one_of: values, or "module:NAME" of a collection of them.
-    at_least, above, at_most, below: bounds, which NaN does not keep.
-    each: type of the entries of a tuple.
-    pattern: regular expression of a string, and what it means in words.
-    nonempty: whether a string or tuple must have an entry.
-    distinct: whether the entries of a tuple must differ.
-    only_with: another field of the group, and its values with which this one
-      has an effect; with others it must keep its default.
-  """
-  constraints = {
-    "one_of": one_of,
-    "at_least": at_least,
-    "above": above,
-    "at_most": at_most,
-    "below": below,
-    "each": each,
-    "pattern": pattern,
-    "nonempty": nonempty,
-    "distinct": distinct,
-    "only_with": only_with,
-  }
-  return dataclasses.field(
-    default=default,
-    metadata={k: v for k, v in constraints.items() if v is not None},
-  )
-
-
-def mapping() -> Any:
-  """A field that is a dict, empty by default."""
-  return dataclasses.field(default_factory=dict)
-
-
 _NUMBER = (int, float)
 # One directory, and one word of a command line.
 FILE_NAME = (
@@ -119,9 +70,28 @@ _SYNTHETIC = ("name", ("synthetic",))
 class DataConfig:
   """Which data, and how many examples a step sees; see `data.load`.
 
-  `holdout` is the fraction of the training examples that no training sees and
-  searches are scored on, `workers` the number of processes that decode images;
-  0 decodes between the steps.
+  Attributes:
+    name: the data set, or what kind of files it is in.
+    batch_size: examples of a step, over all devices.
+    holdout: fraction of the training examples that no training sees, and that
+      searches are scored on.
+    path: directory of the files; "" for the default of the data set.
+    dataset: name in TFDS.
+    train_split: name of the split to train on.
+    test_split: name of the split to test on.
+    augment: how training images are changed, at random.
+    image_size: side of the images after augmentation, in pixels; 0 leaves them
+      as they are.
+    mean: what is subtracted from images in [0, 1], per channel; () for 0.
+    std: what divides them then, per channel; () for 1.
+    workers: processes that decode images; 0 decodes between the steps.
+    on_decode_error: at an image that cannot be read, stop, or take the next.
+    orient: turn images as their EXIF orientation says.
+    classes: of synthetic images.
+    examples: of each split of synthetic images.
+    channels: of synthetic images.
+    length: bytes of a sequence of text.
+    bytes: of each split of a text to use; 0 for all.
   """
 
   name: str = field("digits", one_of="dr_jax.data:NAMES")
@@ -155,11 +125,14 @@ class DataConfig:
 class ModelConfig:
   """A network of `models.build`; classes and sizes come from the data.
 
-  `weights` is the path of a state dict of PyTorch in safetensors
-  (`interop.torch.load_weights`), from which the float network starts; it may
-  then be trained no further, with no stage pretrain, or with `pretrain.epochs`
-  0 to have it scored. `dtype` is the type in which the network computes; its
-  parameters are float32.
+  Attributes:
+    name: its architecture.
+    options: keyword arguments of the network, as `models.build` takes them.
+    weights: path of a state dict of PyTorch in safetensors
+      (`interop.torch.load_weights`), from which the float network starts. It
+      may then be trained no further, with no stage pretrain, or with
+      pretrain.epochs=0 to have it scored.
+    dtype: type in which the network computes; its parameters are float32.
   """
 
   name: str = field("resnet20", one_of="dr_jax.models:NAMES")
@@ -172,16 +145,24 @@ class ModelConfig:
 class QuantConfig:
   """Candidate bit-widths and the quantizers of `quant.get`.
 
-  An entry None of the options leaves that option to the method; activation
-  "none" leaves the layers' inputs float. `init` says where scales start; see
-  `quant.fit`. `backend` says how layers compute forward in training; see
-  `nn.set_backend`.
+  Attributes:
+    bits: candidate bit-widths, highest first.
+    weight: quantizer of the weights.
+    weight_options: its keyword arguments; one without a value is the method's.
+    activation: quantizer of the layers' inputs, "none" leaves them float.
+    activation_options: its keyword arguments, likewise.
+    norm: whether norms have parameters for every bit-width, for every pair of
+      bit-widths in a row, or one set for all.
+    init: where scales start; see `quant.fit`.
+    backend: how layers compute forward in training; see `nn.set_backend`.
   """
 
   bits: tuple = field((8, 6, 4, 2), each=int)
-  weight: str = "double_rounding"
+  weight: str = field("double_rounding", one_of="dr_jax.quant:NAMES")
   weight_options: dict = mapping()
-  activation: str = "lsq_activation"
+  activation: str = field(
+    "lsq_activation", one_of=("none", "dr_jax.quant:NAMES")
+  )
   activation_options: dict = mapping()
   norm: str = field("switchable", one_of="dr_jax.nn:NORMS")
   init: str = field("published", one_of="dr_jax.quant:INITS")
@@ -192,8 +173,24 @@ class QuantConfig:
 class TrainConfig:
   """A training recipe; the learning rate falls to zero as a cosine.
 
-  `warmup` is the fraction of the steps in which it rises before.
   For `Config.train`, `from_dict` takes what is not set from the method.
+
+  Attributes:
+    epochs: passes over the training set.
+    optimizer: the optimizer.
+    learning_rate: its highest.
+    warmup: fraction of the steps in which the learning rate rises before.
+    weight_decay: factor on the kernels; scales and norms have none.
+    momentum: of the optimizer.
+    schedule: one update after each bit-width, or one after all.
+    vectorize: how a step passes through the bit-widths; see
+      `train.make_trainer`.
+    alrs: how learning rates of scales depend on the bit-width; see
+      `train.alrs`.
+    sampling: which bit-widths a step trains; see `train.SAMPLINGS`.
+    distillation: who teaches lower bit-widths; see `train.DISTILLATIONS`.
+    loss_weights: a factor of the loss of every bit-width; () for 1.
+    curriculum: phases with other quantizers or norms; see `train.CURRICULA`.
   """
 
   epochs: int = field(10, at_least=0, at_most=10**6)
@@ -217,7 +214,12 @@ class TrainConfig:
 class HessianConfig:
   """Traces of the float network's Hessian; see `hessian.trace`.
 
-  `images` of the training set are used, or all if there are fewer.
+  Attributes:
+    images: training images that are used, or all if there are fewer.
+    batch_size: images of one product with the Hessian.
+    rel_stderr: relative standard error at which an estimate stops.
+    min_probes: random vectors to take at least.
+    max_probes: random vectors to take at most.
   """
 
   images: int = field(1024, at_least=1, at_most=10**7)
@@ -229,7 +231,12 @@ class HessianConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HasbConfig:
-  """Stochastic bit-switching of the SuperNet; see `train.hasb.sampling`."""
+  """Stochastic bit-switching of the SuperNet; see `train.hasb.sampling`.
+
+  Attributes:
+    sigma: fraction of the layers that draw their bits in the last epoch.
+    warmup: fraction of the epochs in which none does.
+  """
 
   sigma: float = field(0.5, at_least=0, at_most=1)
   warmup: float = field(1 / 9, at_least=0, at_most=1)
@@ -239,15 +246,21 @@ class HasbConfig:
 class SearchConfig:
   """Which searches look for an allocation, and under which budgets.
 
-  A budget is a mean bit-width: the network may cost what it would with that
-  bit-width everywhere, in each of `costs` ("stored_bits", "bops", "sum_bits",
-  or "latency", with the file `latency` of `python -m dr_jax.benchmarks.latency`
-  or any {layer: {bits: seconds}} in JSON).
-  `strategies` are those of `search.SEARCHES`, all if empty, `options` their
-  keyword arguments by strategy, `ties` groups of layer names that share a
-  bit-width, `pinned` bit-widths by layer name. `eval_split` says which images
-  assignments are scored on: "held_out" (`data.holdout`), "train", or "both";
-  never the test set. `metric` decides between them.
+  Attributes:
+    strategies: the searches; all if empty.
+    costs: what a budget limits: bits of the weights, bit operations, the sum of
+      the layers' bit-widths, seconds.
+    budgets: mean bit-widths: the network may cost what it would with that
+      bit-width everywhere, in each of the costs.
+    options: keyword arguments of searches, by strategy.
+    eval_split: the images that assignments are scored on: those of
+      data.holdout, of the training set, or both; never the test set.
+    metric: what decides between assignments.
+    latency: for the cost latency, the file of
+      `python -m dr_jax.benchmarks.latency`, or any {layer: {bits: seconds}} in
+      JSON.
+    ties: groups of names of layers that share a bit-width.
+    pinned: bit-widths by name of a layer.
   """
 
   strategies: tuple = field(
@@ -275,9 +288,11 @@ class SearchConfig:
 class DevicesConfig:
   """How training is spread over devices; see `runtime.sharding.Layout`.
 
-  `data` devices along the axis "data", 0 for all there are; `bits` along the
-  axis "bits" (for `vectorize="vmap"`); `parameters` "replicated" or "sharded";
-  `norm` "global" or "per_device".
+  Attributes:
+    data: devices that share a batch; 0 for all there are.
+    bits: devices that share the bit-widths, for train.vectorize=vmap.
+    parameters: whether each device holds all of them, or a part.
+    norm: whether batch norms see the whole batch, or that of their device.
   """
 
   data: int = field(0, at_least=0, at_most=10**6)
@@ -292,8 +307,24 @@ class DevicesConfig:
 class Config:
   """A run.
 
-  `method` names a recipe of `quant.RECIPES`, from which `from_dict` takes the
-  fields of `quant` and `train` that are not set.
+  Attributes:
+    name: of the run; its directory is runs/NAME, unless --workdir says another.
+    method: recipe of `quant.RECIPES`, from which come the fields of quant and
+      train that are not set.
+    seed: of initial parameters, order of the data, and draws.
+    stages: what to do, in this order.
+    data: the data.
+    model: the network.
+    quant: bit-widths and quantizers.
+    pretrain: recipe of the stage pretrain.
+    train: recipe of the stages multi_precision and separate.
+    hessian: how traces of the Hessian are estimated.
+    supernet: recipe of the stage supernet.
+    hasb: how the stage supernet draws bit-widths.
+    search: which searches, under which budgets.
+    devices: how training is spread over devices.
+    checkpoint_every: steps between checkpoints.
+    log_every: steps between lines of metrics.jsonl.
   """
 
   name: str = field("run", pattern=FILE_NAME)

@@ -20,6 +20,7 @@ from dr_jax import report
 from dr_jax.config import Config, ConfigError, from_dict
 from dr_jax.config.checks import check_fields, check_value
 from dr_jax.config.fields import FILE_NAME, shown
+from dr_jax.config.help import FieldHelp, field_help
 from dr_jax.pipeline import pipeline
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
@@ -27,6 +28,18 @@ from dr_jax.pipeline.summary import environment
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.runtime import files
 from dr_jax.runtime.files import write_json, write_text
+
+# Of the fields of a run, methods and stages are those of each entry.
+FIELDS = (
+  FieldHelp("seeds", "Every method runs once with each.", "integers >= 0"),
+  *(f for f in field_help() if f.name not in ("method", "seed", "stages")),
+  FieldHelp(
+    "methods",
+    "Methods by name: the row of the table, and fields of method, quant, train "
+    "that are this method's.",
+    "at least one",
+  ),
+)
 
 
 class Entry(NamedTuple):

@@ -119,6 +119,15 @@ def parse_flags(argv: list[str]) -> list[str]:
   except flags.Error as error:
     report(error)
     sys.exit(2)
+  except SystemExit:  # After --help, which absl ends as an error.
+    sys.exit(0)
+
+
+def without_help(argv: list[str]) -> tuple[list[str], bool]:
+  """Returns a command line without --help, and whether it was there."""
+  end = argv.index("--") if "--" in argv else len(argv)
+  kept = [a for a in argv[:end] if a not in ("--help", "-help", "-?")]
+  return kept + argv[end:], len(kept) < end
 
 
 def check_arguments(argv: list[str], *names: str) -> None:
@@ -177,12 +186,12 @@ def first_line(error: BaseException) -> str:
   return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def show(write: Callable[[], None], result: Any) -> int:
+def show(write: Callable[[], None], result: Any = None) -> int:
   """Writes to standard output what a command found; returns the exit code.
 
   Args:
     write: prints it.
-    result: where it is to be found, whether it is printed or not.
+    result: where it is to be found, whether it is printed or not, if anywhere.
   """
   if sys.stdout is None:  # Its descriptor was closed.
     return 0
@@ -196,7 +205,8 @@ def show(write: Callable[[], None], result: Any) -> int:
     _drop_output()
     if error.errno == errno.EPIPE:
       return 128 + signal.SIGPIPE
-    report(f"standard output: {error.strerror}; see {result}")
+    elsewhere = "" if result is None else f"; see {result}"
+    report(f"standard output: {error.strerror}{elsewhere}")
     return 2
   return 0
 

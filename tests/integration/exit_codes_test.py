@@ -291,3 +291,52 @@ def test_an_encoding_without_a_sign_shows_another(standard_output, tmp_path):
   assert main._show(["90.00 ± 0.10"], "runs/x") == 0
   text = (tmp_path / "out").read_text(encoding="ascii")
   assert text == "90.00 ? 0.10\nworkdir: runs/x\n"
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+  """Asks for help with a configuration; returns the code and what is shown."""
+  monkeypatch.setenv("COLUMNS", "60")
+
+  def ask(values, *argv):
+    config = types.SimpleNamespace(value=values and ConfigDict(values))
+    monkeypatch.setattr(main, "_CONFIG", config)
+    monkeypatch.setattr(main.config_flags, "parse", lambda argv: argv)
+    with pytest.raises(SystemExit) as ended:
+      main._parse(["main", *argv])
+    return ended.value.code, *capsys.readouterr()
+
+  return ask
+
+
+def test_help_shows_the_stages_and_the_fields_of_a_configuration(asked):
+  values = {"train": {"epochs": 3}}
+  code, out, err = asked(values, "--config=x.py", "--help", "--workdir=y")
+  assert (code, err) == (0, "")
+  for stage in main.STAGES.values():
+    assert f"\n  {stage.name}  " in out
+    assert stage.help in " ".join(out.split())
+  assert "\n--config.train.epochs=3\n    Passes over the training set." in out
+  assert max(map(len, out.splitlines())) <= 60
+
+
+def test_help_of_a_configuration_that_is_not_valid_says_why(asked):
+  code, out, _ = asked({"train": {"epochs": -3}}, "--help")
+  assert code == 0
+  assert "not valid: train.epochs must be >= 0, got -3" in out
+  assert "\n--config.train.epochs=-3\n" in out
+  code, out, _ = asked({"methods": {}, "seeds": (0,)}, "--help")
+  assert "not valid: methods must be {name: fields}, at least one" in out
+
+
+def test_help_without_a_configuration_shows_flags_and_stages(asked):
+  code, out, err = asked(None, "--help")
+  assert (code, err) == (0, "")
+  assert "\n  pretrain         train the float network\n" in out
+  assert "--config.train" not in out and "With --config=FILE" in out
+
+
+def test_help_behind_the_end_of_flags_is_an_argument(monkeypatch):
+  monkeypatch.setattr(main.config_flags, "parse", lambda argv: argv)
+  argv = ["main", "--", "--help"]
+  assert main._parse(argv) == argv

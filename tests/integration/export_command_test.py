@@ -209,6 +209,7 @@ def test_help_shows_an_example():
   )
   assert "python -m dr_jax.export --artifact=" in shown.stdout
   assert "--input_shape" in shown.stdout and not shown.stderr
+  assert shown.returncode == 0
 
 
 def example(number):

@@ -81,7 +81,8 @@ class Store:
     """
     whole = _whole(self.header, self.layout).values()
     size = len(self.header.data) + sum(t.end - t.start for t in whole)
-    size += sum(end - start for start, end, *_ in map(self.ranges.get, wanted))
+    for start, end, *_ in map(self.ranges.__getitem__, wanted):
+      size += end - start
     sections = self.layout.sections
     listed = self._listed(wanted, wanted)
     return size + sum(len(sections[n].shapes) for n in listed) * DIGEST_BYTES
