@@ -167,10 +167,8 @@ class Checkpoints:
     """
     taken = state if isinstance(state, Snapshot) else Snapshot(state)
     self.wait()
+    self.delete_from(step)
     with self._failures():
-      for later in [other for other in self._steps if other >= step]:
-        self._steps.remove(later)
-        self._orbax.delete(later)
       self._steps = [*self._steps, step][-self._keep :]
       self._orbax.save_checkpointables_async(
         step,
@@ -179,6 +177,17 @@ class Checkpoints:
       )
     if blocking:
       self.wait()
+
+  def delete_from(self, step: int) -> None:
+    """Deletes the checkpoints of a step and of later ones.
+
+    Raises:
+      CheckpointError: if one cannot be deleted.
+    """
+    with self._failures():
+      for later in [other for other in self._steps if other >= step]:
+        self._steps.remove(later)
+        self._orbax.delete(later)
 
   def restore(self, step: int | None = None, *, like: Any) -> Any:
     """Returns a saved state, bit for bit.

@@ -226,6 +226,7 @@ def _check_training(config):
       train.resolve_vectorize(recipe.vectorize, recipe.schedule)
     except ValueError as error:
       raise ConfigError(f"{name}.{error}") from None
+    _check_validation(name, recipe, config.data.holdout)
   count = len(config.quant.bits)
   for name in ("train", "supernet"):
     weights = getattr(config, name).loss_weights
@@ -238,6 +239,27 @@ def _check_training(config):
       raise ConfigError(
         f"{name}.loss_weights must have one > 0, got {shown(weights)}"
       )
+
+
+def _check_validation(name, recipe, holdout):
+  if not recipe.validation_every:
+    if recipe.keep_best:
+      raise ConfigError(
+        f"{name}.keep_best must be False with {name}.validation_every=0, got "
+        "True"
+      )
+    return
+  if not holdout:
+    raise ConfigError(
+      f"data.holdout must be > 0 with {name}.validation_every="
+      f"{recipe.validation_every}, got {holdout!r}"
+    )
+  if recipe.curriculum != "none":
+    raise ConfigError(
+      f"{name}.validation_every must be 0 with {name}.curriculum="
+      f"{recipe.curriculum!r}, whose statistics are re-estimated at its end, "
+      f"got {recipe.validation_every}"
+    )
 
 
 def _check_mixed(config):

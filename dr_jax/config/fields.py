@@ -74,7 +74,7 @@ class DataConfig:
     name: the data set, or what kind of files it is in.
     batch_size: examples of a step, over all devices.
     holdout: fraction of the training examples that no training sees, and that
-      searches are scored on.
+      searches and validations are scored on.
     path: directory of the files; "" for the default of the data set.
     dataset: name in TFDS.
     train_split: name of the split to train on.
@@ -191,6 +191,9 @@ class TrainConfig:
     distillation: who teaches lower bit-widths; see `train.DISTILLATIONS`.
     loss_weights: a factor of the loss of every bit-width; () for 1.
     curriculum: phases with other quantizers or norms; see `train.CURRICULA`.
+    validation_every: epochs between scores at every bit-width of the examples
+      that `data.holdout` keeps out; 0 for never.
+    keep_best: end with the state of the best such scores, not the last one.
   """
 
   epochs: int = field(10, at_least=0, at_most=10**6)
@@ -208,6 +211,8 @@ class TrainConfig:
   distillation: str = field("none", one_of="dr_jax.train:DISTILLATIONS")
   loss_weights: tuple = field((), each=_NUMBER, at_least=0, at_most=10**6)
   curriculum: str = field("none", one_of="dr_jax.train:CURRICULA")
+  validation_every: int = field(0, at_least=0, at_most=10**6)
+  keep_best: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

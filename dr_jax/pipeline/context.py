@@ -34,7 +34,8 @@ class RunContext:
       bit-widths.
     weight, activation: the quantizers of `config.quant`.
     start: a trained float network that replaces the stage pretrain, or None.
-    data: training and test sets, without `held_out`, which only searches see.
+    data: training and test sets, without `held_out`, which only searches
+      and validations see.
     layout: devices of training; `local`: those of this process, for the rest.
     interrupted: returns the name of a signal that this process received, or
       None; `agreed`: that of a signal that any process received. All processes

@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from dr_jax import nn, train
+from dr_jax.pipeline import validation
 from dr_jax.pipeline.context import RunContext
 from dr_jax.runtime import processes
 from dr_jax.runtime.metrics import MetricsWriter
@@ -103,7 +104,8 @@ def _log_scores(run, stage, found, steps):
   """Writes scores to the metrics; returns the seconds of training."""
   with MetricsWriter(run.workdir.metrics) as metrics:
     # A process that was killed here has written some of them already.
-    metrics.resume(stage, steps, names=("loss", "examples_per_second"))
+    names = ("loss", "examples_per_second", *validation.NAMES)
+    metrics.resume(stage, steps, names=names)
     for key, score in found.items():
       named = {f"test_{name}": value for name, value in score.items()}
       bits_or_none = None if key == "float" else int(key)

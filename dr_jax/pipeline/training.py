@@ -16,7 +16,7 @@ from flax import nnx
 from dr_jax import nn, train
 from dr_jax.checkpoint import Checkpoints, disk_bytes
 from dr_jax.config import QuantConfig, TrainConfig, prefixed, quantizers
-from dr_jax.pipeline import scoring
+from dr_jax.pipeline import scoring, validation
 from dr_jax.pipeline.context import RunContext
 from dr_jax.runtime import processes
 from dr_jax.runtime.metrics import MetricsWriter
@@ -124,15 +124,27 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
     phase.stage,
     {"bits": phase.bits, "layers": [row.name for row in nn.layer_table(model)]},
   )
-  directory = run.workdir.path / phase.stage / "checkpoints"
-  with Checkpoints(directory) as checkpoints:
-    key = jax.random.fold_in(jax.random.key(run.config.seed), phase.number)
-    state = trainer.init(key)
+  directory = run.workdir.path / phase.stage
+  key = jax.random.fold_in(jax.random.key(run.config.seed), phase.number)
+  state = trainer.init(key)
+  validates = validation.setting(run, phase.stage, phase.bits, phase.recipe)
+  with (
+    Checkpoints(directory / "checkpoints") as checkpoints,
+    validation.opened(run, validates, model, steps, layout, state) as scorer,
+  ):
     if checkpoints.latest() is not None:
       state = checkpoints.restore(like=state)
-    if int(state.step) < steps:
-      run.workdir.check_space({phase.stage: disk_bytes(state)})
-      state = _run_loop(run, phase, steps, layout, trainer, checkpoints, state)
+    # The last state is scored after its checkpoint.
+    if int(state.step) < steps or (
+      scorer is not None and run.workdir.result(phase.stage) is None
+    ):
+      size = disk_bytes(state) + validation.disk_bytes(phase.recipe, state)
+      run.workdir.check_space({phase.stage: size})
+      state = _run_loop(
+        run, phase, steps, layout, trainer, checkpoints, scorer, state
+      )
+    if scorer is not None:
+      state = scorer.best(state)
     params, batch_stats = train.gather(
       layout, (state.params, state.batch_stats)
     )
@@ -140,7 +152,7 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
   return steps
 
 
-def _run_loop(run, phase, steps, layout, trainer, checkpoints, state):
+def _run_loop(run, phase, steps, layout, trainer, checkpoints, scorer, state):
   """Returns the state after the last step."""
   shard, shards = layout.shard
   with _metrics(run) as metrics, _count_unreadable(run, phase.stage, shard):
@@ -159,6 +171,7 @@ def _run_loop(run, phase, steps, layout, trainer, checkpoints, state):
       interrupted=run.agreed,
       put=layout.shard_batch,
       show_progress=processes.is_first(),
+      validation=scorer,
     )
     return loop.run(state)
 
@@ -185,7 +198,8 @@ def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:
   # Every phase of the curriculum keeps checkpoints.
   phases = train.CURRICULA[recipe.curriculum].phases
   shapes = jax.eval_shape(state, run.shape.params, run.shape.batch_stats)
-  return len(phases) * disk_bytes(shapes)
+  best = validation.disk_bytes(recipe, shapes)
+  return len(phases) * (disk_bytes(shapes) + best)
 
 
 def _steps(run, phase):

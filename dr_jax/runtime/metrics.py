@@ -19,7 +19,7 @@ import collections
 import json
 import math
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -69,12 +69,27 @@ class MetricsWriter:
 
     With `names` it keeps only these numbers of the stage.
     """
-    self._records = [
-      record
-      for record in self._records
-      if record["stage"] != stage
-      or (record["step"] <= step and (not names or record["name"] in names))
-    ]
+    self._keep(
+      lambda record: (
+        record["stage"] != stage
+        or (record["step"] <= step and (not names or record["name"] in names))
+      )
+    )
+
+  def drop(self, stage: str, step: int, names: Collection[str]) -> None:
+    """Drops these numbers of one step of a stage, to be written again."""
+    self._keep(
+      lambda record: (
+        (record["stage"], record["step"]) != (stage, step)
+        or record["name"] not in names
+      )
+    )
+
+  def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    kept = [record for record in self._records if wanted(record)]
+    if len(kept) == len(self._records):
+      return
+    self._records = kept
     self._file.close()
     lines = [json.dumps(record) + "\n" for record in self._records]
     files.write_text(self._path, "".join(lines))

@@ -7,9 +7,10 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self, TextIO
 
+import numpy as np
 import rich.console
 import rich.progress
 import rich.text
@@ -63,7 +64,13 @@ class _Past(NamedTuple):
 class Progress:
   """How far a stage has come: a bar on a terminal, else a line now and then.
 
-      multi_precision  step 120/400  loss 0.123  5230 examples/s  0:42 left
+      pretrain  step 120/400  loss 0.123  5230 examples/s  0:42 left
+
+  With losses at several bit-widths, or a note, these are lines of their own
+  next to a bar, and otherwise in the same line:
+
+      multi_precision  step 120/400  loss 0.11/0.134 at 8/4 bits
+      validation accuracy % 98.10/97.30  5230 examples/s  0:42 left
 
   Speed and time left come from the last 30 seconds, and count from the first
   update on, so that compilation does not enter.
@@ -75,6 +82,7 @@ class Progress:
     total_steps: int,
     *,
     start: int = 0,
+    labels: Sequence[Any] = (),
     interval: float = 5.0,
     console: rich.console.Console | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -85,6 +93,7 @@ class Progress:
       stage: name of the stage.
       total_steps: the step at which the stage ends.
       start: the step from which it resumes.
+      labels: bit-width of each loss, if there are several.
       interval: seconds between two lines where there is no terminal.
       console: where to print, standard error by default.
       clock: returns the time in seconds.
@@ -93,7 +102,8 @@ class Progress:
     self._console = console or rich.console.Console(file=stream)
     self._stage, self._total, self._step = stage, total_steps, start
     self._clock, self._examples = clock, 0
-    self._loss: Any = None
+    self._losses: Any = None
+    self._labels, self._note = labels, ""
     self._history: collections.deque[_Past] = collections.deque()
     self._shown_at, self._shown_step = clock(), start
     self._interval = interval
@@ -107,7 +117,7 @@ class Progress:
         console=self._console,
       )
       self._task = self._bar.add_task(
-        stage, total=total_steps, completed=start, status=self._status()
+        stage, total=total_steps, completed=start, status=self._bar_status()
       )
 
   def __enter__(self) -> Self:
@@ -121,22 +131,27 @@ class Progress:
     if self._bar:
       self._bar.stop()
 
-  def update(self, step: int, *, examples: int = 0, loss: Any = None) -> None:
+  def update(self, step: int, *, examples: int = 0, losses: Any = None) -> None:
     """Records a finished step, and shows it if it is time to.
 
     Args:
       step: the number of steps done.
       examples: how many examples were seen since the last update.
-      loss: a scalar. A JAX array is waited for only when it is shown.
+      losses: one for each label; a JAX array is waited for only when it is
+        shown.
     """
     now = self._clock()
-    self._step, self._loss = step, loss
+    self._step, self._losses = step, losses
     self._examples += examples
     self._history.append(_Past(now, step, self._examples))
     while self._history[0].time < now - _WINDOW_S and len(self._history) > 2:
       self._history.popleft()
     if now - self._shown_at >= self._interval:
       self._show()
+
+  def note(self, text: str) -> None:
+    """Shows a text with the numbers, from now on."""
+    self._note = text
 
   def print(self, text: str) -> None:
     """Prints a line, above the bar if there is one."""
@@ -145,14 +160,35 @@ class Progress:
   def _show(self) -> None:
     self._shown_at, self._shown_step = self._clock(), self._step
     if self._bar:
-      self._bar.update(self._task, completed=self._step, status=self._status())
+      status = self._bar_status()
+      self._bar.update(self._task, completed=self._step, status=status)
     else:
-      self.print(f"{self._stage}  {self._status()}")
+      self.print(f"{self._stage}  {self._line()}")
 
-  def _status(self) -> str:
+  def _line(self) -> str:
+    step, *speed = self._speed()
+    return "  ".join([step, *self._measured(), *speed])
+
+  def _bar_status(self) -> str:
+    """One line, or more where one would leave no room for the bar."""
+    if len(self._labels) < 2 and not self._note:
+      return self._line()
+    return "\n".join(["  ".join(self._speed()), *self._measured()])
+
+  def _measured(self) -> list[str]:
+    parts = []
+    if self._losses is not None:
+      losses = np.atleast_1d(np.asarray(self._losses))
+      if len(losses) == 1:
+        parts.append(f"loss {float(losses[0]):.4g}")
+      else:
+        shown = "/".join(f"{loss:.3g}" for loss in losses)
+        at = "/".join(map(str, self._labels))
+        parts.append(f"loss {shown} at {at} bits")
+    return parts + [self._note] * bool(self._note)
+
+  def _speed(self) -> list[str]:
     parts = [f"step {self._step}/{self._total}"]
-    if self._loss is not None:
-      parts.append(f"loss {float(self._loss):.4g}")
     if len(self._history) > 1:
       first, last = self._history[0], self._history[-1]
       seconds = max(last.time - first.time, 1e-9)
@@ -164,7 +200,7 @@ class Progress:
         steps_left = self._total - last.step
         left = steps_left * seconds / (last.step - first.step)
         parts.append(f"{_minutes(left)} left")
-    return "  ".join(parts)
+    return parts
 
 
 def _minutes(seconds: float) -> str:

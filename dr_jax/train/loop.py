@@ -15,7 +15,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,24 @@ class InterruptedRun(RuntimeError):
     self.signal = int(signal.Signals[name])
 
 
+class Validation(Protocol):
+  """Scores the state now and then, each time after its checkpoint."""
+
+  def is_due(self, step: int) -> bool:
+    """Whether the state after `step` steps is to be scored."""
+    ...
+
+  def resume(self, step: int, metrics: MetricsWriter | None) -> bool:
+    """Returns whether the state that a run resumes from has no score yet."""
+    ...
+
+  def score(
+    self, step: int, state: TrainState, metrics: MetricsWriter | None
+  ) -> str:
+    """Scores a state and writes that; returns what progress shows of it."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
   """What a training run consists of, apart from its state.
@@ -70,6 +88,7 @@ class Loop:
     interrupted: returns the name of a signal that asks to stop, else None.
     put: sends a batch to the devices, without waiting for it.
     show_progress: whether to show how far the run is.
+    validation: what scores states, or None.
   """
 
   stage: str
@@ -84,6 +103,7 @@ class Loop:
   interrupted: Callable[[], str | None] = lambda: None
   put: Callable[[Any], Any] = jax.device_put
   show_progress: bool = True
+  validation: Validation | None = None
 
   def run(self, state: TrainState) -> TrainState:
     """Trains from `state` (its step number says where) to the last step.
@@ -102,12 +122,19 @@ class Loop:
     with (
       contextlib.closing(_stream(self.batches, start)) as stream,
       Progress(
-        self.stage, self.steps, start=start, console=console
+        *(self.stage, self.steps),
+        start=start,
+        labels=self.labels,
+        console=console,
       ) as progress,
     ):
       if start:
         text = f"{self.stage}  resumes from step {start} of {self.steps}"
         progress.print(text)
+      scorer = self.validation
+      if scorer is not None and scorer.resume(start, self.metrics):
+        # The run was stopped between the checkpoint and the score.
+        progress.note(scorer.score(start, state, self.metrics))
       wanted = itertools.islice(stream, self.steps - start)
       try:
         for number, batch in enumerate(_ahead(wanted, self.put), start):
@@ -117,10 +144,12 @@ class Loop:
             _Copy.of(number + 1, state, saves=self.checkpoints is not None)
           stopped = self.interrupted()
           last = number + 1 == self.steps
-          if last or stopped or (number + 1) % self.checkpoint_every == 0:
+          due = scorer is not None and scorer.is_due(number + 1)
+          ends = last or bool(stopped) or due
+          if ends or (number + 1) % self.checkpoint_every == 0:
             watch.copy(number + 1, state, progress)
           watch.add(number + 1, losses, len(batch["label"]), progress)
-          if last or stopped:
+          if ends:
             watch.drain(progress)
             if self.checkpoints is not None:
               self.checkpoints.wait()
@@ -130,6 +159,9 @@ class Loop:
               f"{self.steps}; saved",
               stopped,
             )
+          if due and scorer is not None:
+            with watch.paused():
+              progress.note(scorer.score(number + 1, state, self.metrics))
       except NonFiniteError:
         raise
       except Exception:
@@ -222,6 +254,13 @@ class _Losses:
     saves = self._loop.checkpoints is not None
     self._copy = _Copy.of(step, state, saves=saves)
 
+  @contextlib.contextmanager
+  def paused(self):
+    """Leaves what is done meanwhile out of the speed."""
+    started = time.monotonic()
+    yield
+    self._since += time.monotonic() - started
+
   def drain(self, progress):
     while self._pending:
       self._take(progress)
@@ -239,7 +278,7 @@ class _Losses:
     self._sum += losses
     self._count += 1
     self._examples += examples
-    progress.update(step, examples=examples, loss=losses.mean())
+    progress.update(step, examples=examples, losses=losses)
     if step % self._loop.log_every == 0 or step == self._loop.steps:
       self._log(step)
     if self._copy is not None and self._copy.step == step:

@@ -29,7 +29,7 @@ def run(stage, total, seconds, *, start=0, terminal=False, texts=(), width=100):
   with progress:
     for step in range(start + 1, total + 1):
       clock.now += seconds
-      progress.update(step, examples=128, loss=jnp.float32(1 / step))
+      progress.update(step, examples=128, losses=jnp.float32(1 / step))
       for text in texts:
         progress.print(text)
   return file.getvalue()
@@ -71,18 +71,18 @@ def test_time_left_is_in_minutes_or_hours(seconds_per_step, left):
 
 def test_a_loss_that_is_not_shown_is_not_waited_for():
   class Pending:
-    def __float__(self):
+    def __array__(self, *_):
       raise AssertionError("waited for")
 
   console = rich.console.Console(file=io.StringIO())
   clock = Clock()
   with Progress("train", 10, console=console, clock=clock) as progress:
     for step in range(1, 10):
-      progress.update(step, loss=Pending())
+      progress.update(step, losses=Pending())
     clock.now += 60
     with pytest.raises(AssertionError, match="waited for"):
-      progress.update(9, loss=Pending())
-    progress.update(10, loss=0.0)
+      progress.update(9, losses=Pending())
+    progress.update(10, losses=0.0)
 
 
 def test_a_terminal_gets_a_bar_that_ends_full():
@@ -114,7 +114,7 @@ def test_a_narrow_terminal_has_lines_with_all_numbers(width):
   with Progress("train", 12, console=console, clock=clock) as progress:
     for step in range(1, 13):
       clock.now += 1
-      progress.update(step, examples=128, loss=jnp.float32(1 / step))
+      progress.update(step, examples=128, losses=jnp.float32(1 / step))
   assert file.getvalue().splitlines()[0] == (
     "train  step 5/12  loss 0.2  128 examples/s  0:07 left"
   )
@@ -123,6 +123,35 @@ def test_a_narrow_terminal_has_lines_with_all_numbers(width):
 def test_the_numbers_beside_a_bar_are_whole():
   shown = run("multi_precision", 12, 1.0, terminal=True, width=80)
   assert "step 12/12  loss 0.08333  128 examples/s  0:00 left" in shown
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_losses_at_several_bit_widths_and_a_note_are_shown(terminal):
+  file, clock = io.StringIO(), Clock()
+  console = rich.console.Console(
+    file=file, force_terminal=terminal, width=80, color_system=None
+  )
+  progress = Progress(
+    "train", 9, labels=(8, 2), console=console, clock=clock, interval=5.0
+  )
+  with progress:
+    for step in range(1, 10):
+      clock.now += 1
+      progress.update(step, examples=4, losses=jnp.array([0.125, 1.5]))
+      if step == 6:
+        progress.note("validation accuracy % 98.10/97.30")
+  lines = file.getvalue().splitlines()
+  numbers = "loss 0.125/1.5 at 8/2 bits"
+  score = "validation accuracy % 98.10/97.30"
+  if not terminal:
+    assert lines == [
+      f"train  step 5/9  {numbers}  4 examples/s  0:04 left",
+      f"train  step 9/9  {numbers}  {score}  4 examples/s  0:00 left",
+    ]
+    return
+  bar, *others = [line.strip() for line in lines[-4:-1]]
+  assert "━━━" in bar and bar.endswith("step 9/9  4 examples/s  0:00 left")
+  assert others == [numbers, score]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -142,5 +171,5 @@ def test_a_reader_that_went_away_does_not_end_a_stage(terminal):
     with Progress("train", 9, console=console, clock=clock) as progress:
       for step in range(1, 10):
         clock.now += 3
-        progress.update(step, examples=1, loss=1.0)
+        progress.update(step, examples=1, losses=1.0)
       progress.print("a line")

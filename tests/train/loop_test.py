@@ -210,6 +210,49 @@ def test_a_loop_without_show_progress_prints_nothing(tmp_path, capsys):
   assert capsys.readouterr() != ("", "")
 
 
+class _Scorer:
+  """Scores states after steps 3 and 6; the score of `unscored` is not there."""
+
+  def __init__(self, events, unscored=None):
+    self.events, self.unscored = events, unscored
+
+  def is_due(self, step):
+    return step in (3, 6)
+
+  def resume(self, step, metrics):
+    return step == self.unscored
+
+  def score(self, step, state, metrics):
+    self.events.append(("scored", step, state.params["w"].tolist()))
+    return f"score of {step}"
+
+
+def test_a_state_is_scored_when_its_checkpoint_is_on_disk(capsys):
+  recorded = _Recorded([])
+  loop = _loop(None, recorded, steps=6, validation=_Scorer(recorded.events))
+  loop.run(_state())
+  first, second = [6.0] * 2, [21.0] * 2
+  assert recorded.events == [
+    *(("saved", 3, first), "on disk", ("scored", 3, first)),
+    ("saved", 4, [10.0] * 2),
+    *(("saved", 6, second), "on disk", ("scored", 6, second)),
+  ]
+  assert "score of 6" in capsys.readouterr().err
+
+
+def test_a_state_whose_score_is_missing_is_scored_before_the_next_step():
+  events = []
+  stopped = iter([None, None, "SIGTERM"])
+  options = {"steps": 5, "interrupted": lambda: next(stopped, None)}
+  loop = _loop(None, None, validation=_Scorer(events), **options)
+  with pytest.raises(InterruptedRun):
+    loop.run(_state())
+  assert not events
+  resumed = _state()._replace(step=jnp.int32(3))
+  _loop(None, None, validation=_Scorer(events, 3), **options).run(resumed)
+  assert events == [("scored", 3, [0.0] * 2)]
+
+
 class _Watched:
   """Batches that tell what became of them."""
 
