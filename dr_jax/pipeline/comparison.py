@@ -24,7 +24,7 @@ from dr_jax.config.help import FieldHelp, field_help
 from dr_jax.pipeline import pipeline
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
-from dr_jax.pipeline.summary import environment
+from dr_jax.pipeline.summary import environment, write_page
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.runtime import files
 from dr_jax.runtime.files import write_json, write_text
@@ -184,6 +184,7 @@ def run(
   }
   write_json(workdir / "compare.json", results)
   write_text(workdir / "compare.md", report.comparison_markdown(results))
+  write_page(workdir)
   return results
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pathlib
 import platform
+import warnings
 from typing import Any
 
 import jax
 import numpy as np
 
+from dr_jax import report
 from dr_jax.pipeline.context import RunContext
 
 
@@ -22,6 +25,18 @@ def summarize(run: RunContext) -> dict[str, Any]:
     "stages": run.results,
     "environment": environment(),
   }
+
+
+def write_page(directory: pathlib.Path) -> None:
+  """Writes a page and figures from what a run or a comparison left there.
+
+  Without the packages of the extra `report` it only warns: all numbers are in
+  files already.
+  """
+  try:
+    report.write_page(directory)
+  except ImportError as error:
+    warnings.warn(f"{directory / report.PAGE}: {error}", stacklevel=2)
 
 
 def environment() -> dict[str, str]:

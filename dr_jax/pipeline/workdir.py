@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dr_jax.config import Config, ConfigError, DataConfig
-from dr_jax.pipeline.results import schema_of
+from dr_jax.report.results import schema_of
 from dr_jax.runtime import files
 from dr_jax.runtime.processes import on_first
 

@@ -13,30 +13,53 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from dr_jax.report.chart import bits_name
 from dr_jax.report.figure import new_figure, save_figure
 from dr_jax.runtime.files import read_json
-from dr_jax.runtime.schema import COUNT, Where
+from dr_jax.runtime.schema import COUNT, NUMBER, Where
 from dr_jax.runtime.tasks import TASKS, Task
 
 Results = dict[str, Any]
 
-_SPREAD = {"mean": float, "std": float, "seeds": [float]}
+_SPREAD = {"mean": NUMBER, "std": NUMBER, "seeds": [NUMBER]}
 _ROW = {
   "scores": {...: {"accuracy": _SPREAD, "loss": _SPREAD}},
   "bytes_at": {...: COUNT},
   "tensor_bytes": COUNT,
-  "train_seconds": float,
+  "train_seconds": NUMBER,
 }
 _RESULTS = {
   "task": Where(str, TASKS.__contains__, f"one of {', '.join(TASKS)}"),
   "rows": {"float": _ROW, ...: _ROW},
+  "seeds": [COUNT],
+  "environment": {...: str},
   ...: object,
 }
+
+
+def read_results(path: str | os.PathLike) -> Results:
+  """Reads compare.json.
+
+  Raises:
+    ValueError: if it is damaged, naming it and the entry.
+    OSError: if it cannot be read.
+  """
+  results = read_json(path, _RESULTS)
+  for name, row in results["rows"].items():
+    labels = list(row["scores"])
+    if not labels or set(labels) != set(row["bytes_at"]):
+      raise ValueError(
+        f"{path} is damaged: rows.{name}.bytes_at must be of the bit-widths of "
+        f"scores, {labels}, got {list(row['bytes_at'])}"
+      )
+  if "float" not in results["rows"]["float"]["scores"]:
+    raise ValueError(f"{path} is damaged: rows.float must have scores of float")
+  return results
 
 
 def comparison_table(results: Results) -> Table:
@@ -74,7 +97,7 @@ def _cells(results, newline):
   )
   yield [
     "method",
-    *(_heading(b) for b in columns),
+    *(bits_name(b) for b in columns),
     "bytes stored",
     "training s",
   ]
@@ -100,12 +123,6 @@ def _part(score, part):
   return {kind: spread[part] for kind, spread in score.items()}
 
 
-def _heading(bits):
-  if not bits.isdigit():
-    return bits
-  return f"{bits} bits" if bits != "1" else "1 bit"
-
-
 def plot_comparison(path: str | os.PathLike, results: Results) -> None:
   """Draws the task's metric, a mean on the test set, against bytes.
 
@@ -120,11 +137,11 @@ def plot_comparison(path: str | os.PathLike, results: Results) -> None:
   figure = new_figure(9, 5)
   axes = figure.subplots()
   rows, task = dict(results["rows"]), TASKS[results["task"]]
-  base = _mean(task, rows.pop("float")["scores"]["float"])
+  base = mean_of(task, rows.pop("float")["scores"]["float"])
   axes.axhline(base, color="0.5", linestyle="--", linewidth=1, label="float")
   for number, (name, row) in enumerate(rows.items()):
     points = [
-      (row["bytes_at"][bits], _mean(task, score))
+      (row["bytes_at"][bits], mean_of(task, score))
       for bits, score in row["scores"].items()
     ]
     ours = name.startswith("double rounding")
@@ -149,8 +166,14 @@ def plot_comparison(path: str | os.PathLike, results: Results) -> None:
   save_figure(figure, path)
 
 
-def _mean(task: Task, score):
+def mean_of(task: Task, score: Mapping[str, Any]) -> float:
+  """The task's metric, a mean over seeds."""
   return task.value(_part(score, "mean"))
+
+
+def std_of(task: Task, score: Mapping[str, Any]) -> float:
+  """The standard deviation of the task's metric over seeds."""
+  return task.value(_part(score, "std"))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -160,7 +183,7 @@ def main(arguments: Sequence[str]) -> None:
       "usage: python -m dr_jax.report.comparison COMPARE.json FIGURE.svg"
     )
   try:
-    plot_comparison(arguments[1], read_json(arguments[0], _RESULTS))
+    plot_comparison(arguments[1], read_results(arguments[0]))
   except (OSError, ValueError) as error:
     sys.exit(str(error))
 

@@ -6,6 +6,7 @@ import io
 import os
 from typing import TYPE_CHECKING
 
+from dr_jax.report.chart import Chart
 from dr_jax.runtime import files
 
 if TYPE_CHECKING:
@@ -27,6 +28,32 @@ def new_figure(width: float, height: float) -> Figure:
       "figures need matplotlib: pip install 'dr_jax[report]'"
     ) from None
   return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_lines(path: str | os.PathLike, chart: Chart) -> None:
+  """Draws a chart that has lines alone as PNG or SVG.
+
+  Raises:
+    ImportError: as `new_figure`.
+    ValueError: as `save_figure`.
+  """
+  figure = new_figure(6, 4)
+  axes = figure.subplots()
+  for trace in chart.figure["data"]:
+    axes.plot(
+      trace["x"],
+      [float("nan") if y is None else y for y in trace["y"]],
+      label=trace["name"],
+      color=trace["line"]["color"],
+      linestyle="--" if "dash" in trace["line"] else "-",
+      marker="o" if "markers" in trace["mode"] else None,
+    )
+  layout = chart.figure["layout"]
+  axes.set_xlabel(layout["xaxis"]["title"]["text"])
+  axes.set_ylabel(layout["yaxis"]["title"]["text"])
+  axes.grid(alpha=0.3)
+  axes.legend(frameon=False)
+  save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:

@@ -28,8 +28,8 @@ COLUMNS = (
   "evaluation s",
 )
 
-# Each with what a cost is divided by for its axis.
-_AXES = {
+# Costs of the figures: the name of each axis, and what a cost is divided by.
+AXES = {
   "stored_bits": ("bytes of the weights", 8),
   "bops": ("bit operations, millions", 10**6),
 }
@@ -77,11 +77,11 @@ def search_summary(
   return {
     "points": {
       strategy: [_point(row) for row in rows if row["strategy"] == strategy]
-      for strategy in _strategies(rows)
+      for strategy in strategies(rows)
     },
     "front": {
       cost: [[r["strategy"], r["budget"]] for r in front(rows, cost, task)]
-      for cost in _AXES
+      for cost in AXES
     },
   }
 
@@ -105,12 +105,13 @@ def plot_searches(
 ) -> None:
   """Draws the task's metric on the test set against weight bytes and BOPs.
 
-  A PNG; a line per strategy, through its budgets; the front of all in gray.
+  A PNG or SVG; a line per strategy, through its budgets; the front of all in
+  gray.
   """
   metric = TASKS[task]
   figure = new_figure(12, 5)
   for axes, (cost, (label, unit)) in zip(
-    figure.subplots(1, 2, sharey=True), _AXES.items(), strict=True
+    figure.subplots(1, 2, sharey=True), AXES.items(), strict=True
   ):
     best = front(rows, cost, task)
     axes.step(
@@ -121,7 +122,7 @@ def plot_searches(
       linewidth=8,
       label="front",
     )
-    for strategy in _strategies(rows):
+    for strategy in strategies(rows):
       mine = [row for row in rows if row["strategy"] == strategy]
       mine.sort(key=lambda row: row["cost"][cost])
       axes.plot(
@@ -166,5 +167,6 @@ def search_table(
   return table
 
 
-def _strategies(rows):
+def strategies(rows: Sequence[Row]) -> list[str]:
+  """Returns the strategies of rows, once each and in order."""
   return list(dict.fromkeys(row["strategy"] for row in rows))

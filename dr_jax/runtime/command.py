@@ -70,7 +70,8 @@ def start(main: Callable[..., int | None], *arguments: str) -> None:
   Args:
     main: does what the flags say; returns the exit code, or None for 0. It
       is called with the arguments of the command line that are no flags.
-    *arguments: their names; by default there are none.
+    *arguments: their names, as `check_arguments` takes them; by default there
+      are none.
   """
   from absl import app  # Ctrl-C is heeded before it is loaded.
 
@@ -135,13 +136,14 @@ def check_arguments(argv: list[str], *names: str) -> None:
 
   Args:
     argv: the command, and its arguments that are no flags.
-    *names: of the arguments.
+    *names: of the arguments; a last one that ends with "..." is one or more.
   """
   given = argv[1:]
   wanted = " and ".join([*names, "flags, --name=value"])
   if missing := names[len(given) :]:
     raise ValueError(f"arguments must be {wanted}, got no {missing[0]}")
-  if extra := given[len(names) :]:
+  repeats = names[-1:] and names[-1].endswith("...")
+  if (extra := given[len(names) :]) and not repeats:
     raise ValueError(f"arguments must be {wanted}, got {extra[0]!r}")
 
 

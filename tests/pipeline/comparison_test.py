@@ -117,6 +117,8 @@ def test_the_table_is_written_and_a_second_run_repeats_nothing(finished):
   lines = (workdir / "compare.md").read_text().splitlines()
   assert len(lines) == 2 + len(results["rows"])
   assert lines[0].startswith("| method | float | 8 bits | 2 bits |")
+  page = (workdir / "report" / "index.html").read_text()
+  assert page == report.page_of(workdir) and 'id="methods"' in page
   metrics = workdir / "seed0" / "double_rounding" / "metrics.jsonl"
   before = metrics.read_text(), metrics.stat().st_mtime_ns
   again = comparison.run(comparison.from_values(VALUES), workdir)

@@ -20,9 +20,9 @@ from rich.console import Console
 from dr_jax import config, hessian, pipeline, report, search
 from dr_jax.allocate import Allocation
 from dr_jax.config import ConfigError
-from dr_jax.pipeline import results, training
+from dr_jax.pipeline import training
 from dr_jax.pipeline.workdir import Workdir, read_object
-from dr_jax.report import comparison
+from dr_jax.report import comparison, results
 from dr_jax.runtime import files, schema
 from dr_jax.runtime.metrics import MetricsWriter
 from dr_jax.train import Score

@@ -33,12 +33,17 @@ def test_errors_that_nobody_reads_do_not_end_with_another(monkeypatch):
     ((), ["x", "y"], "must be flags, --name=value, got 'x'"),
     (("FILE",), [], "must be FILE and flags, --name=value, got no FILE"),
     (("FILE",), ["x", "y"], "must be FILE and flags, --name=value, got 'y'"),
+    (("RUN...",), [], r"must be RUN\.\.\. and flags, .* got no RUN\.\.\."),
   ],
 )
 def test_arguments_that_are_no_flags_are_counted(names, given, message):
   command.check_arguments(["main", *names], *names)
   with pytest.raises(ValueError, match=message):
     command.check_arguments(["main", *given], *names)
+
+
+def test_a_last_argument_can_be_repeated():
+  command.check_arguments(["main", "x", "y", "z"], "FILE", "RUN...")
 
 
 def test_it_loads_no_array_library():

@@ -1,4 +1,4 @@
-"""Stage report: summary.json, and a figure of what searches found."""
+"""Stage report: summary.json, a page, and figures."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from dr_jax import report
 from dr_jax.config import ConfigError
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.stage import Stage
-from dr_jax.pipeline.summary import summarize
+from dr_jax.pipeline.summary import summarize, write_page
 from dr_jax.runtime.files import write_json
 
 
 def write_report(run: RunContext) -> None:
-  """Writes summary.json and, after a search, report/pareto.png."""
-  search = run.workdir.result("search")
-  if search is not None:
-    directory = run.workdir.path / STAGE.name
-    directory.mkdir(exist_ok=True)
-    path = directory / "pareto.png"
-    report.plot_searches(path, search["rows"], run.data.task)
-  write_json(run.workdir.path / "summary.json", summarize(run))
+  """Writes summary.json, report/index.html, and figures beside it."""
+  directory = run.workdir.path
+  write_json(directory / "summary.json", summarize(run))
+  write_page(directory)
 
 
 def check(run: RunContext) -> None:
@@ -36,7 +32,7 @@ def check(run: RunContext) -> None:
 
 STAGE = Stage(
   name="report",
-  help="write summary.json and the figures",
+  help="write summary.json, the page and the figures",
   run=write_report,
   single_process=True,
   check=check,

@@ -25,12 +25,12 @@ from dr_jax import search as searches
 from dr_jax.config import ConfigError
 from dr_jax.pipeline import scoring
 from dr_jax.pipeline.context import RunContext
-from dr_jax.pipeline.results import ROW
 from dr_jax.pipeline.stages import search_space
 from dr_jax.pipeline.stages.hessian import traces
 from dr_jax.pipeline.stages.stage import Stage
 from dr_jax.pipeline.stages.supernet import supernet
 from dr_jax.pipeline.workdir import read_object
+from dr_jax.report.results import ROW
 from dr_jax.runtime.files import write_json
 
 Row = dict[str, Any]

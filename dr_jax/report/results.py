@@ -41,7 +41,10 @@ _SCHEMAS: dict[str, Any] = {
   "multi_precision": TRAINED,
   "separate": TRAINED,
   "supernet": TRAINED | {"network": str},
-  "hessian": {"traces": {...: object}, ...: object},
+  "hessian": {
+    "traces": {...: {"mean": float, "stderr": float, "probes": COUNT}},
+    ...: object,
+  },
   "search": {"request": object, "rows": [ROW], ...: object},
   "export": {
     "scores": SCORE,
