@@ -63,6 +63,13 @@ _CONFIG = config_flags.define(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; runs/<name> by default."
 )
+_PROFILE = flags.DEFINE_integer(
+  "profile",
+  0,
+  "Steps to profile of each stage that trains, for https://ui.perfetto.dev, in "
+  "the directory profile of that of the run.",
+  lower_bound=0,
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
@@ -155,13 +162,19 @@ def _run(values):
   if "methods" in values:
     if jax.process_count() > 1:
       raise ValueError("methods: a comparison must run in one process")
+    if _PROFILE.value:
+      raise ValueError(
+        f"profile must be 0 with a comparison, got {_PROFILE.value}"
+      )
     compared = comparison.from_values(values)
     workdir = _workdir(compared.base.name)
     results = comparison.run(compared, workdir, interrupted=_on_signals())
     return [report.comparison_table(results)], workdir
   config = from_dict(values)
   workdir = _workdir(config.name)
-  summary = pipeline.run(config, workdir, interrupted=_on_signals())
+  summary = pipeline.run(
+    config, workdir, interrupted=_on_signals(), profile=_PROFILE.value
+  )
   tables = [report.summary_table(summary)]
   if search := summary["stages"].get("search"):
     rows, task = search["rows"], summary["task"]

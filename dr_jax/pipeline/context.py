@@ -34,6 +34,7 @@ class RunContext:
       bit-widths.
     weight, activation: the quantizers of `config.quant`.
     start: a trained float network that replaces the stage pretrain, or None.
+    profile: how many steps of each training stage are profiled.
     data: training and test sets, without `held_out`, which only searches
       and validations see.
     layout: devices of training; `local`: those of this process, for the rest.
@@ -52,6 +53,7 @@ class RunContext:
     interrupted: Callable[[], str | None] = lambda: None,
     *,
     start: nnx.Module | None = None,
+    profile: int = 0,
   ):
     """Builds the values that the configuration describes; writes nothing.
 
@@ -61,7 +63,7 @@ class RunContext:
       ValueError: from the library, for values that only it can check.
     """
     self.config = config
-    self.start = start
+    self.start, self.profile = start, profile
     self.workdir = Workdir(workdir, config.quant.bits)
     self.interrupted = interrupted
     self.agreed = processes.agreed(interrupted)

@@ -26,6 +26,7 @@ def run(
   *,
   interrupted: Callable[[], str | None] = lambda: None,
   start: nnx.Module | None = None,
+  profile: int = 0,
 ) -> dict[str, Any]:
   """Runs the stages that a configuration names, in order.
 
@@ -34,6 +35,8 @@ def run(
     workdir: directory of the run, which resumes there.
     interrupted: returns the name of a signal that asks to stop, else None.
     start: a trained float network that replaces the stage pretrain.
+    profile: how many steps to profile of each stage that trains, as far as it
+      still has steps to do: `<workdir>/profile/<stage>/perfetto_trace.json.gz`.
 
   Returns:
     The summary: what summary.json holds.
@@ -47,7 +50,9 @@ def run(
     train.NonFiniteError, train.InterruptedRun: see `train.Loop`.
   """
   check_stages(config)
-  context = RunContext(config, workdir, interrupted, start=start)
+  context = RunContext(
+    config, workdir, interrupted, start=start, profile=profile
+  )
   check(context)
   with context.workdir.claim(config):
     for stage in _stages(config):

@@ -18,7 +18,7 @@ from dr_jax.checkpoint import Checkpoints, disk_bytes
 from dr_jax.config import QuantConfig, TrainConfig, prefixed, quantizers
 from dr_jax.pipeline import scoring, validation
 from dr_jax.pipeline.context import RunContext
-from dr_jax.runtime import processes
+from dr_jax.runtime import processes, profile
 from dr_jax.runtime.metrics import MetricsWriter
 
 # Batches from which statistics of batch norm are re-estimated.
@@ -155,14 +155,24 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
 def _run_loop(run, phase, steps, layout, trainer, checkpoints, scorer, state):
   """Returns the state after the last step."""
   shard, shards = layout.shard
-  with _metrics(run) as metrics, _count_unreadable(run, phase.stage, shard):
+  with (
+    _metrics(run) as metrics,
+    _count_unreadable(run, phase.stage, shard),
+    profile.profiled(
+      trainer.step,
+      run.profile,
+      run.workdir.path / "profile" / phase.stage,
+      name=phase.stage,
+      remaining=steps - int(state.step),
+    ) as step,
+  ):
     if metrics is not None:
       metrics.resume(phase.stage, int(state.step))
     loop = train.Loop(
       stage=phase.stage,
       steps=steps,
       labels=trainer.labels,
-      step=trainer.step,
+      step=step,
       batches=run.batches(shard, shards),
       checkpoints=checkpoints,
       metrics=metrics,

@@ -63,7 +63,7 @@ def whole(tmp_path_factory):
   """A run that was never stopped."""
   config = from_dict(values(**VALIDATED))
   workdir = tmp_path_factory.mktemp("validated")
-  return config, workdir, pipeline.run(config, workdir)
+  return config, workdir, pipeline.run(config, workdir, profile=2)
 
 
 def test_every_epoch_has_scores_and_the_best_state_is_kept(whole):
@@ -93,6 +93,11 @@ def test_training_is_the_same_with_and_without_validation(whole, tmp_path):
   assert {r["name"] for r in records(tmp_path, "pretrain")} == {
     *("loss", "examples_per_second", "test_accuracy", "test_loss")
   }
+
+
+def test_a_stage_that_trains_leaves_the_profile_asked_for(whole):
+  _, workdir, _ = whole
+  assert (workdir / "profile/pretrain/perfetto_trace.json.gz").stat().st_size
 
 
 class Killed(BaseException):
