@@ -173,11 +173,19 @@ def test_a_comparison_takes_one_process(as_process_of_two, monkeypatch):
     main._run({"methods": ("adabits",)})
 
 
+def test_a_comparison_is_not_profiled(monkeypatch):
+  monkeypatch.setattr(main.compilation, "cache_on_disk", lambda: None)
+  monkeypatch.setattr(main, "_PROFILE", types.SimpleNamespace(value=3))
+  with pytest.raises(ValueError, match="profile must be 0 with a compari.* 3"):
+    main._run({"methods": ("adabits",)})
+
+
 @pytest.mark.parametrize(
   ("given", "workdir"), [(None, "runs/mine"), ("there", "there")]
 )
 def test_the_default_workdir_is_runs_and_the_name(monkeypatch, given, workdir):
-  def run(config, workdir, interrupted):
+  def run(config, workdir, interrupted, profile):
+    assert profile == 3
     task = "classification"
     return {"name": config.name, "task": task, "bits": (), "stages": {}}
 
@@ -185,6 +193,7 @@ def test_the_default_workdir_is_runs_and_the_name(monkeypatch, given, workdir):
   monkeypatch.setattr(main.pipeline, "run", run)
   monkeypatch.setattr(main, "_on_signals", lambda: None)
   monkeypatch.setattr(main, "_WORKDIR", types.SimpleNamespace(value=given))
+  monkeypatch.setattr(main, "_PROFILE", types.SimpleNamespace(value=3))
   assert main._run({"name": "mine"})[1] == workdir
 
 
