@@ -1,10 +1,13 @@
 """The command: flags, configuration, pipeline.
 
 python -m dr_jax.main --config=configs/digits.py [--workdir=DIR]
-    [--config.train.epochs=5 ...]
+    [--config.train.epochs=5 ...] [--dry_run]
 
-With --help in addition, it lists the stages and the fields of the
-configuration: the flag of each with its value, its meaning, its range.
+With --help, it lists the stages and the fields of the configuration: the flag
+of each with its value, its meaning, its range. With --dry_run, it checks all
+that a run checks before it trains, and prints the configuration, the network,
+memory and about the time; nothing is written. Data that are not there are a
+line of that, and no error.
 
 On several machines, or with several processes on one, start the same command
 everywhere, with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
@@ -12,7 +15,7 @@ set, or with --distributed where the cluster is one that JAX knows; see launch/.
 
 Exit codes; whatever it was, the same command resumes from the last checkpoint:
     0: finished, or stopped by SIGTERM or SIGHUP after saving (then another
-       one with --preempted_exit_code); also after --help
+       one with --preempted_exit_code); also after --help and --dry_run
     1: training diverged, or an error that nobody expected, with its traceback
     2: bad input, or files that cannot be read or written, standard output among
        them
@@ -50,7 +53,7 @@ from dr_jax import pipeline, report
 from dr_jax.config import ConfigError, from_dict
 from dr_jax.config import flags as config_flags
 from dr_jax.config.help import describe, field_help
-from dr_jax.pipeline import comparison
+from dr_jax.pipeline import comparison, dry_run
 from dr_jax.pipeline.stages import STAGES
 from dr_jax.runtime import compilation, processes
 from dr_jax.runtime.signals import STOPPING
@@ -75,6 +78,12 @@ _DISTRIBUTED = flags.DEFINE_bool(
   False,
   "Ask the cluster (Slurm, Open MPI, Cloud TPU, GKE) for the other processes.",
 )
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run",
+  False,
+  "Check all that a run checks before it trains; print the configuration, the "
+  "network, memory and about the time; write nothing.",
+)
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code",
   0,
@@ -96,6 +105,9 @@ def main(argv: list[str]) -> int:
     command.check_arguments(argv)
     if _CONFIG.value is None:
       raise ValueError("--config must name a configuration file")
+    if _DRY_RUN.value:
+      text = _dry_run(config_flags.values(_CONFIG.value))
+      return command.show(lambda: print(text))
     processes.initialize(detect=_DISTRIBUTED.value)
     tables, workdir = _run(config_flags.values(_CONFIG.value))
   except Exception as error:
@@ -180,6 +192,15 @@ def _run(values):
     rows, task = search["rows"], summary["task"]
     tables.append(report.search_table(rows, task, title="searches"))
   return tables, workdir
+
+
+def _dry_run(values):
+  """Says what a configuration, or a comparison, would do."""
+  if "methods" in values:
+    compared = comparison.from_values(values)
+    return dry_run.describe_comparison(compared, _workdir(compared.base.name))
+  config = from_dict(values)
+  return dry_run.describe(config, _workdir(config.name))
 
 
 def _workdir(name):

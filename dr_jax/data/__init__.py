@@ -3,7 +3,7 @@
 from dr_jax.data.batching import batches, epoch
 from dr_jax.data.datasets import NAMES, Dataset, load
 from dr_jax.data.image_source import ImageSource
-from dr_jax.data.sources import ArraySource, Source, hold_out
+from dr_jax.data.sources import ArraySource, MissingData, Source, hold_out
 from dr_jax.data.transforms import AUGMENT, UnreadableImage
 from dr_jax.data.workers import WorkerError
 
@@ -13,6 +13,7 @@ __all__ = [
   "ArraySource",
   "Dataset",
   "ImageSource",
+  "MissingData",
   "Source",
   "UnreadableImage",
   "WorkerError",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dr_jax.data.sources import MissingData
 from dr_jax.data.transforms import UnreadableImage
 from dr_jax.runtime import files as files_lib
 
@@ -87,7 +88,7 @@ def scan(
       wrong = "does not exist"
     if not path:
       wrong = "is missing"
-    raise ValueError(
+    raise MissingData(
       f"path must be a directory of images as {split}/CLASS/NAME.png, got "
       f"{str(path)!r}, which {wrong}"
     )

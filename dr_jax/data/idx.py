@@ -14,7 +14,7 @@ import zlib
 
 import numpy as np
 
-from dr_jax.data.sources import ArraySource
+from dr_jax.data.sources import ArraySource, MissingData
 from dr_jax.runtime import files
 
 _UINT8 = 8
@@ -51,7 +51,7 @@ def _read(directory, name, dimensions):
   found = [directory / f"{name}{suffix}" for suffix in ("", ".gz")]
   file = next((file for file in found if file.exists()), None)
   if file is None:
-    raise ValueError(f"path must hold {name} or {name}.gz, got {directory}")
+    raise MissingData(f"path must hold {name} or {name}.gz, got {directory}")
   try:
     content = files.read_bytes(file, limit=_LARGEST)
     if file.suffix == ".gz":

@@ -19,6 +19,27 @@ Example = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
 
+class MissingData(ValueError):
+  """Data that a configuration names are not on this machine.
+
+  Attributes:
+    shape: of an image, as far as it is known without them: None for a side that
+      differs from image to image; () if nothing is known.
+    num_classes: likewise; 0 if it is not known.
+  """
+
+  def __init__(
+    self,
+    message: str,
+    *,
+    shape: tuple[int | None, ...] = (),
+    num_classes: int = 0,
+  ):
+    super().__init__(message)
+    self.shape = shape
+    self.num_classes = num_classes
+
+
 class Source(abc.ABC):
   """Random access to examples.
 

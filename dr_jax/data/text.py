@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dr_jax.data.sources import Batch, Example, Source
+from dr_jax.data.sources import Batch, Example, MissingData, Source
 from dr_jax.runtime import files as files_lib
 
 VOCABULARY = 256
@@ -149,7 +149,7 @@ def _files(path, split):
   directory = pathlib.Path(path) / split
   files = sorted(directory.rglob("*.txt"))
   if not files:
-    raise ValueError(
+    raise MissingData(
       f"path must hold a directory {split!r} with .txt files, got {path!r}"
     )
   try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import logging
 
+from dr_jax.data.sources import MissingData
 from dr_jax.data.transforms import UnreadableImage
 
 
@@ -62,9 +63,10 @@ def open_splits(
     (training split, test split, number of classes, number of channels).
 
   Raises:
-    ValueError: if the data set is unknown, not prepared, or has no such split,
-      or no image and label. If it is not prepared, the message holds the
-      command that prepares it.
+    MissingData: if the data set is not prepared; the message holds the command
+      that prepares it.
+    ValueError: if the data set is unknown, or has no such split, or no image
+      and label.
   """
   # Slow to import, and only this kind of data set needs it.
   import tensorflow_datasets as tfds
@@ -73,13 +75,16 @@ def open_splits(
     found = _find(tfds, dataset, path)
     prepared = found.is_prepared()
   if not prepared:
-    raise ValueError(
+    num_classes, shape = _shape(tfds, found, dataset)
+    raise MissingData(
       f"dataset {dataset!r} is not prepared in {found.data_path}; prepare it: "
-      f"{_command(dataset, path)}"
+      f"{_command(dataset, path)}",
+      shape=shape,
+      num_classes=num_classes,
     )
   # The files alone: worker processes need not import what prepared them.
   builder = tfds.builder_from_directory(found.data_path)
-  num_classes, channels = _shape(tfds, builder, dataset)
+  num_classes, shape = _shape(tfds, builder, dataset)
   train, test = (
     _open(tfds, builder, name, split, _command(dataset, path))
     for name, split in (
@@ -87,7 +92,7 @@ def open_splits(
       ("test_split", test_split),
     )
   )
-  return train, test, num_classes, channels
+  return train, test, num_classes, shape[-1]
 
 
 @contextlib.contextmanager
@@ -116,8 +121,10 @@ def _find(tfds: Any, dataset: str, path: str) -> Any:
     ) from None
 
 
-def _shape(tfds: Any, builder: Any, dataset: str) -> tuple[int, int]:
-  """The numbers of classes and of channels."""
+def _shape(
+  tfds: Any, builder: Any, dataset: str
+) -> tuple[int, tuple[Any, ...]]:
+  """The number of classes, and the shape of an image, None for open sides."""
   features = dict(builder.info.features.items())
   image, label = (features.get(name) for name in ("image", "label"))
   if not isinstance(image, tfds.features.Image) or not isinstance(
@@ -132,7 +139,7 @@ def _shape(tfds: Any, builder: Any, dataset: str) -> tuple[int, int]:
     raise ValueError(
       f"dataset must have 1 or 3 channels, but {dataset!r} has {channels}"
     )
-  return label.num_classes, channels
+  return label.num_classes, image.shape
 
 
 def _open(

@@ -44,6 +44,78 @@ class Phase(NamedTuple):
   sampling: Callable[[int], train.Sampling] | None = None
 
 
+class Plan(NamedTuple):
+  """What a stage will train in one phase, for an estimate of what it takes.
+
+  Attributes:
+    name: directory and name of the phase.
+    recipe: how it trains.
+    quant: how the network is quantized; None for the float network.
+    passes: bit-widths, or draws of them, in a step.
+    count: how many phases divide the epochs.
+    weight: the weight quantizer of the phase; None for that of `quant`.
+    norm: the norms of the phase.
+  """
+
+  name: str
+  recipe: TrainConfig
+  quant: QuantConfig | None = None
+  passes: int = 1
+  count: int = 1
+  weight: str | None = None
+  norm: str = "switchable"
+
+
+def plans(
+  stage: str,
+  recipe: TrainConfig,
+  quant: QuantConfig | None = None,
+  norm: str | None = None,
+) -> list[Plan]:
+  """Returns the phases of a stage, as `Plan`s.
+
+  Args:
+    stage: its name.
+    recipe: how it trains.
+    quant: how it quantizes the network; None for the float network.
+    norm: the stage's own norms, in place of those of `quant`.
+  """
+  if quant is None:
+    return [Plan(stage, recipe)] if recipe.epochs else []
+  phases = train.CURRICULA[recipe.curriculum].phases
+  return [
+    Plan(
+      _phase_name(stage, phase.name),
+      recipe,
+      quant,
+      len(
+        train.SAMPLINGS[phase.sampling or recipe.sampling].labels(quant.bits)
+      ),
+      len(phases),
+      phase.weight,
+      phase.norm or norm or quant.norm,
+    )
+    for phase in phases
+  ]
+
+
+def state_shapes(run: RunContext, plan: Plan) -> train.TrainState:
+  """Returns the shapes of what a phase carries from step to step."""
+  network = run.shape
+  if plan.quant is not None:
+    weight, activation = quantizers(_phase_config(plan.quant, plan.weight))
+    network = nn.functional(
+      nn.quantize(
+        run.zeros(),
+        weight=weight,
+        activation=activation,
+        sample=run.sample[:1],
+        norm=plan.norm,
+      )
+    )
+  return _state_shapes(run, network, plan.recipe)
+
+
 def train_quantized(
   run: RunContext, stage: str, config: QuantConfig, recipe: TrainConfig
 ) -> nnx.Module:
@@ -74,8 +146,7 @@ def train_quantized(
   for number, phase in enumerate(curriculum.phases):
     wanted = weight
     if phase.weight is not None:
-      options = {"weight": phase.weight, "weight_options": {}}
-      wanted, _ = quantizers(dataclasses.replace(config, **options))
+      wanted, _ = quantizers(_phase_config(config, phase.weight))
     network = nn.requantize(
       network,
       weight=None if wanted is current else wanted,
@@ -87,7 +158,7 @@ def train_quantized(
       run,
       network,
       Phase(
-        "/".join(filter(None, (stage, phase.name))),
+        _phase_name(stage, phase.name),
         weight.bits,
         dataclasses.replace(recipe, sampling=phase.sampling or recipe.sampling),
         number,
@@ -104,6 +175,17 @@ def train_quantized(
   return network
 
 
+def _phase_name(stage, phase):
+  return "/".join(filter(None, (stage, phase)))
+
+
+def _phase_config(config, weight):
+  """How a phase with weights of its own quantizes."""
+  if weight is None:
+    return config
+  return dataclasses.replace(config, weight=weight, weight_options={})
+
+
 def _recalibrate(run, network, bits):
   batches = run.batches()
   images = [batches[step]["image"] for step in range(_RECALIBRATION_BATCHES)]
@@ -118,7 +200,7 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
   Returns:
     The number of steps of the phase.
   """
-  steps = _steps(run, phase)
+  steps = step_count(run, phase)
   layout, trainer = _trainer(run, model, phase, steps)
   run.workdir.record_network(
     phase.stage,
@@ -138,7 +220,7 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
     if int(state.step) < steps or (
       scorer is not None and run.workdir.result(phase.stage) is None
     ):
-      size = disk_bytes(state) + validation.disk_bytes(phase.recipe, state)
+      size = checkpoint_bytes(phase.recipe, state)
       run.workdir.check_space({phase.stage: size})
       state = _run_loop(
         run, phase, steps, layout, trainer, checkpoints, scorer, state
@@ -192,12 +274,25 @@ def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:
   That network lacks the scales and norms of every bit-width; each phase checks
   the disk again for its own state.
   """
+  # Every phase of the curriculum keeps checkpoints.
+  phases = train.CURRICULA[recipe.curriculum].phases
+  state = _state_shapes(run, run.shape, recipe)
+  return len(phases) * checkpoint_bytes(recipe, state)
+
+
+def checkpoint_bytes(recipe: TrainConfig, state: train.TrainState) -> int:
+  """Returns what a phase's checkpoints take on disk at most."""
+  return disk_bytes(state) + validation.disk_bytes(recipe, state)
+
+
+def _state_shapes(run, network, recipe):
+  """The state in which a network trains, as shapes."""
 
   def state(params, batch_stats):
-    network = run.shape._replace(params=params, batch_stats=batch_stats)
+    own = network._replace(params=params, batch_stats=batch_stats)
     trainer = train.make_trainer(
-      network,
-      train.make_optimizer(recipe.optimizer, param_labels=network.param_labels),
+      own,
+      train.make_optimizer(recipe.optimizer, param_labels=own.param_labels),
       lambda step: 0.0,
       schedule=recipe.schedule,
       distillation=recipe.distillation,
@@ -205,14 +300,11 @@ def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:
     )
     return trainer.init(jax.random.key(0))
 
-  # Every phase of the curriculum keeps checkpoints.
-  phases = train.CURRICULA[recipe.curriculum].phases
-  shapes = jax.eval_shape(state, run.shape.params, run.shape.batch_stats)
-  best = validation.disk_bytes(recipe, shapes)
-  return len(phases) * (disk_bytes(shapes) + best)
+  return jax.eval_shape(state, network.params, network.batch_stats)
 
 
-def _steps(run, phase):
+def step_count(run: RunContext, phase: Phase | Plan) -> int:
+  """Returns the number of steps of a phase."""
   images = phase.recipe.epochs * len(run.data.train)
   return max(images // (run.config.data.batch_size * phase.count), 1)
 

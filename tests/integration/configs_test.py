@@ -13,7 +13,7 @@ from flax import nnx
 
 from dr_jax import models
 from dr_jax.config import from_dict
-from dr_jax.pipeline import comparison
+from dr_jax.pipeline import comparison, dry_run
 from dr_jax.runtime.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -225,6 +225,23 @@ def test_the_docstring_has_the_command_the_targets_and_an_estimated_time(name):
   flat = " ".join(text.split())
   assert "reproduced here" in flat
   assert "Time, an estimate and not a measurement" in flat
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18_mixed", "vit", "language"])
+def test_a_dry_run_says_what_a_run_would_do(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  wanted = config(name)
+  text = dry_run.describe(wanted, "run")
+  stored = text.split("has it:\n")[1].split("\n\n")[0]
+  assert json.loads(stored)["name"] == name
+  assert f"network: {wanted.model.name}, " in text
+  trained = {"pretrain", "multi_precision", "supernet"} & {*wanted.stages}
+  for stage in trained:
+    assert f"\n{stage}  " in text
+  assert ("data are not there" in text) == (name != "language")
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

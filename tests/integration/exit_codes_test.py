@@ -32,8 +32,9 @@ def in_process(monkeypatch):
     monkeypatch.setattr(main, "_CONFIG", config)
     code = types.SimpleNamespace(value=preempted)
     monkeypatch.setattr(main, "_PREEMPTED", code)
-    alone = types.SimpleNamespace(value=False)
-    monkeypatch.setattr(main, "_DISTRIBUTED", alone)
+    no = types.SimpleNamespace(value=False)
+    monkeypatch.setattr(main, "_DISTRIBUTED", no)
+    monkeypatch.setattr(main, "_DRY_RUN", no)
     monkeypatch.setattr(main, "_run", raises)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -349,3 +350,43 @@ def test_help_behind_the_end_of_flags_is_an_argument(monkeypatch):
   monkeypatch.setattr(main.config_flags, "parse", lambda argv: argv)
   argv = ["main", "--", "--help"]
   assert main._parse(argv) == argv
+
+
+@pytest.mark.parametrize(
+  ("values", "name"),
+  [({"name": "mine"}, "describe"), ({"methods": {}}, "describe_comparison")],
+)
+def test_a_dry_run_is_printed_and_runs_nothing(
+  in_process, capsys, monkeypatch, values, name
+):
+  # Calling `in_process` has set all else.
+  in_process(NonFiniteError("loss is nan"))
+  capsys.readouterr()
+  base = types.SimpleNamespace(name="mine")
+  compared = types.SimpleNamespace(base=base)
+  monkeypatch.setattr(main.comparison, "from_values", lambda values: compared)
+  monkeypatch.setattr(
+    main.dry_run, name, lambda config, workdir: f"would run in {workdir}"
+  )
+  nothing = types.SimpleNamespace(value=None)
+  monkeypatch.setattr(main, "_WORKDIR", nothing)
+  monkeypatch.setattr(main, "_DRY_RUN", types.SimpleNamespace(value=True))
+  config = types.SimpleNamespace(value=ConfigDict(values))
+  monkeypatch.setattr(main, "_CONFIG", config)
+  assert main.main(["main"]) == 0
+  assert capsys.readouterr() == ("would run in runs/mine\n", "")
+
+
+def test_a_dry_run_of_a_wrong_configuration_is_one_line(
+  in_process, capsys, monkeypatch
+):
+  in_process(NonFiniteError("loss is nan"))
+  capsys.readouterr()
+  monkeypatch.setattr(main, "_DRY_RUN", types.SimpleNamespace(value=True))
+  wrong = ConfigDict({"train": {"epochs": -3}})
+  monkeypatch.setattr(main, "_CONFIG", types.SimpleNamespace(value=wrong))
+  assert main.main(["main"]) == 2
+  assert capsys.readouterr() == (
+    "",
+    "error: train.epochs must be >= 0, got -3\n",
+  )

@@ -24,4 +24,7 @@ STAGE = Stage(
   run=multi_precision_network,
   network=multi_precision_network,
   disk_bytes=lambda run: training.disk_bytes_of(run, run.config.train),
+  plans=lambda run: training.plans(
+    STAGE.name, run.config.train, run.config.quant
+  ),
 )

@@ -41,4 +41,5 @@ STAGE = Stage(
   run=float_network,
   network=float_network,
   disk_bytes=lambda run: training.disk_bytes_of(run, run.config.pretrain),
+  plans=lambda run: training.plans(STAGE.name, run.config.pretrain),
 )

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from dr_jax import allocate, nn, report, train
 from dr_jax import search as searches
@@ -52,15 +50,8 @@ def check(run: RunContext) -> None:
 
 
 def _table_by_shapes(run):
-  """The table of the layers that will be quantized.
-
-  It depends on shapes alone: without random parameters, the input quantizers
-  and a whole batch it takes a second instead of ten.
-  """
-  graph, shapes = nnx.split(nnx.eval_shape(run.model))
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  model = nnx.merge(graph, zeros)
-  network = nn.quantize(model, weight=run.weight, sample=run.sample[:1])
+  """The table of the layers that will be quantized: it depends on shapes."""
+  network = nn.quantize(run.zeros(), weight=run.weight, sample=run.sample[:1])
   return nn.layer_table(network)
 
 

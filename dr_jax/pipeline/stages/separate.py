@@ -11,27 +11,44 @@ from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
 from dr_jax.pipeline.stages.stage import Stage
 
+_LSQ = quant.RECIPES["lsq"]
+
 
 def train_separately(run: RunContext) -> None:
   """Trains one LSQ network per bit-width with the same recipe."""
-  lsq = quant.RECIPES["lsq"]
-  recipe = dataclasses.replace(
-    run.config.train,
-    schedule=lsq.schedule,
-    vectorize="auto",
-    sampling=lsq.sampling,
-    distillation=lsq.distillation,
-    alrs=lsq.alrs,
-    loss_weights=(),
-    curriculum=lsq.curriculum,
-  )
+  recipe = _recipe(run)
   for bits, name in zip(run.bits, result_names(run), strict=True):
     if run.workdir.result(name) is None:
       float_network(run)
-      config = QuantConfig(
-        bits=(bits,), weight=lsq.weight, activation=lsq.activation
-      )
-      training.train_quantized(run, name, config, recipe)
+      training.train_quantized(run, name, _quant(bits), recipe)
+
+
+def plans(run: RunContext) -> list[training.Plan]:
+  """One network per bit-width."""
+  return [
+    plan
+    for bits, name in zip(run.bits, result_names(run), strict=True)
+    for plan in training.plans(name, _recipe(run), _quant(bits))
+  ]
+
+
+def _recipe(run):
+  return dataclasses.replace(
+    run.config.train,
+    schedule=_LSQ.schedule,
+    vectorize="auto",
+    sampling=_LSQ.sampling,
+    distillation=_LSQ.distillation,
+    alrs=_LSQ.alrs,
+    loss_weights=(),
+    curriculum=_LSQ.curriculum,
+  )
+
+
+def _quant(bits):
+  return QuantConfig(
+    bits=(bits,), weight=_LSQ.weight, activation=_LSQ.activation
+  )
 
 
 def result_names(run: RunContext) -> tuple[str, ...]:
@@ -46,5 +63,6 @@ STAGE = Stage(
   disk_bytes=lambda run: (
     len(run.bits) * training.disk_bytes_of(run, run.config.train)
   ),
+  plans=plans,
   results=result_names,
 )

@@ -18,12 +18,14 @@ from dr_jax.pipeline.stages.stage import Stage
 from dr_jax.runtime import tree
 from dr_jax.runtime.processes import on_first
 
+_NORM = "transitional"
+
 
 def supernet(run: RunContext) -> nnx.Module:
   """The SuperNet, trained; restored if its stage is done."""
   if STAGE.name in run.networks:
     return run.networks[STAGE.name]
-  network = nn.requantize(multi_precision_network(run), norm="transitional")
+  network = nn.requantize(multi_precision_network(run), norm=_NORM)
   # One process reads or estimates traces: all must draw the same bits.
   by_layer = on_first(lambda: sensitivity(run))
   started = time.monotonic()
@@ -62,4 +64,7 @@ STAGE = Stage(
   needs=("hessian",),
   network=supernet,
   disk_bytes=lambda run: training.disk_bytes_of(run, run.config.supernet),
+  plans=lambda run: training.plans(
+    STAGE.name, run.config.supernet, run.config.quant, _NORM
+  ),
 )

@@ -1,0 +1,218 @@
+"""Tests of what --dry_run says of a run, and that it leaves nothing."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import jax
+import pytest
+
+from dr_jax import data, nn, train
+from dr_jax.config import ConfigError, from_dict, quantizers
+from dr_jax.pipeline import comparison, dry_run, throughput, training
+from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.stages import STAGES
+
+MODEL = {"name": "resnet", "options": {"depth": 8, "widths": (4, 6, 8)}}
+VALUES = {
+  "model": MODEL,
+  "data": {"name": "digits", "batch_size": 100, "holdout": 0.2},
+  "quant": {"bits": (8, 2)},
+  "pretrain": {"epochs": 2, "optimizer": "sgd"},
+  "train": {"epochs": 3},
+  "supernet": {"epochs": 1},
+  "hessian": {"images": 8},
+  "devices": {"data": 1},
+}
+EXAMPLES = 1257 - 251
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty(tmp_path_factory):
+  """An empty place, and a device of a million multiply-accumulates a second."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dry_run, "macs_per_second", lambda layer, dtype: 1e6)
+    patch.chdir(tmp_path_factory.mktemp("empty"))
+    yield pathlib.Path.cwd()
+
+
+def cells(text, first):
+  """The cells of the lines of tables that begin so."""
+  lines = [line for line in text.splitlines() if line.startswith(f"{first}  ")]
+  return [re.split(r"  +", line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def mixed():
+  stages = ("pretrain", "multi_precision", "hessian", "supernet")
+  return from_dict(VALUES | {"stages": stages})
+
+
+@pytest.fixture(scope="module")
+def text(mixed):
+  return dry_run.describe(mixed, "run")
+
+
+def test_the_configuration_is_what_the_run_would_store(text, mixed):
+  stored = text.split("has it:\n")[1].split("\n\n")[0]
+  assert json.loads(stored) == json.loads(json.dumps(dataclasses.asdict(mixed)))
+
+
+def test_nothing_is_written(text, empty):
+  assert text.endswith("in run; nothing was written")
+  assert not list(empty.iterdir())
+
+
+def test_steps_passes_operations_and_time_follow_from_the_recipes(text, mixed):
+  macs, quantized = (
+    int(count.replace(",", ""))
+    for count in re.findall(r"([\d,]+) multiply-accumulates", text)
+  )
+  # The first and the last layer stay float.
+  assert macs == quantized + 64 * 9 * 4 + 8 * 10
+  for name, epochs, passes in (
+    ("pretrain", 2, 1),
+    ("multi_precision", 3, 2),
+    ("supernet", 1, 2),
+  ):
+    steps = epochs * EXAMPLES // 100
+    seconds = 3 * macs * steps * 100 * passes / 1e6
+    _, times = cells(text, name)
+    assert times[:3] == [name, str(steps), str(passes)]
+    assert times[3] == f"{2 * seconds * 1e6:.2g}"
+    assert times[4] == dry_run._duration(seconds)
+  assert "not estimated: hessian" in text
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "multi_precision", "supernet"])
+def test_the_state_is_the_one_that_would_train(mixed, stage):
+  run = RunContext(mixed, "run")
+  (plan,) = STAGES[stage].plans(run)
+  network = run.model()
+  if stage != "pretrain":
+    weight, activation = quantizers(mixed.quant)
+    norm = "transitional" if stage == "supernet" else "switchable"
+    network = nn.quantize(
+      network,
+      weight=weight,
+      activation=activation,
+      sample=run.sample,
+      norm=norm,
+    )
+  split = nn.functional(network)
+  optimizer = train.make_optimizer(
+    plan.recipe.optimizer, param_labels=split.param_labels
+  )
+  trainer = train.make_trainer(split, optimizer, lambda step: 0.0)
+  expected = jax.eval_shape(trainer.init, jax.random.key(0))
+  got = training.state_shapes(run, plan)
+
+  def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
+
+  assert shapes(got) == shapes(expected)
+
+
+def test_every_phase_of_a_curriculum_is_listed():
+  config = from_dict(VALUES | {"method": "bit_mixer"})
+  text = dry_run.describe(config, "run")
+  steps = 3 * EXAMPLES // 300
+  for phase in ("float_weights", "quantized_weights", "mixed"):
+    _, times = cells(text, f"multi_precision/{phase}")
+    assert times[1:3] == [str(steps), "1"]
+
+
+def test_every_separate_network_is_listed():
+  stages = ("pretrain", "separate")
+  text = dry_run.describe(from_dict(VALUES | {"stages": stages}), "run")
+  for bits in (8, 2):
+    _, times = cells(text, f"separate/{bits}")
+    assert times[1:3] == [str(3 * EXAMPLES // 100), "1"]
+
+
+def test_without_its_data_a_run_still_has_a_network(tmp_path):
+  pytest.importorskip("tensorflow_datasets")
+  values = {
+    "model": {"name": "resnet20"},
+    "data": {"name": "tfds", "dataset": "cifar10", "path": str(tmp_path)},
+  }
+  text = dry_run.describe(from_dict(values), "run")
+  assert "not there, so steps and times cannot be told: data.dataset" in text
+  assert "tfds build cifar10" in text
+  # The head has ten classes.
+  assert "network: resnet20, 272,282 parameters" in text
+  assert "training at one bit-width takes about" in text
+  assert len(cells(text, "multi_precision")) == 1
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["folder", "idx", "text"])
+def test_without_data_that_decide_the_network_there_is_no_more_to_say(name):
+  values = {"data": {"name": name, "path": "nowhere"}}
+  if name == "text":
+    values["model"] = {"name": "transformer"}
+  text = dry_run.describe(from_dict(values), "run")
+  *_, last = text.split("\n\n")
+  assert last.startswith("data are not there, so the network, whose sizes they")
+  assert "data.path must" in last
+  assert "\nnetwork" not in text
+
+
+def test_errors_of_a_run_are_errors(tmp_path):
+  with pytest.raises(ConfigError, match="stages: export must come after"):
+    dry_run.describe(from_dict({"stages": ("export",)}), "run")
+  with pytest.raises(ConfigError, match="model.options"):
+    wrong = {"model": {"name": "resnet", "options": {"depth": 7}}}
+    dry_run.describe(from_dict(VALUES | wrong), "run")
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    dry_run.describe(from_dict(VALUES), tmp_path)
+  with pytest.raises(ConfigError, match="data.holdout must be"):
+    wrong = VALUES["data"] | {"holdout": 1e-6}
+    dry_run.describe(from_dict(VALUES | {"data": wrong}), "run")
+
+
+def test_a_comparison_lists_its_methods_and_all_seeds(tmp_path):
+  values = VALUES | {
+    "seeds": (0, 1),
+    "methods": {
+      "lsq": {"method": "lsq"},
+      "half": {"method": "double_rounding", "train": {"epochs": 6}},
+    },
+  }
+  compared = comparison.from_values(values)
+  text = dry_run.describe_comparison(compared, "run")
+  assert "methods, with seeds 0, 1:" in text
+  assert re.search("\nlsq: .*quant.weight='lsq'", text)
+  assert "train.epochs=6" in text
+  names = "float", "lsq", "half"
+  steps = {name: cells(text, name)[-1][1:3] for name in names}
+  assert steps == {
+    "float": [str(2 * EXAMPLES // 100), "1"],
+    "lsq": [str(3 * EXAMPLES // 100), "2"],
+    "half": [str(6 * EXAMPLES // 100), "2"],
+  }
+  assert "for 2 seeds" in text
+  other = tmp_path / "run" / "seed1" / "half"
+  other.mkdir(parents=True)
+  (other / "file").write_text("mine")
+  with pytest.raises(ConfigError, match="seed1/half is not empty"):
+    dry_run.describe_comparison(compared, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+  ("shape", "macs"),
+  [((3, 3, 2, 4), 64 * 72), ((8, 4), 32), ((4, 2, 4), 5 * 32)],
+)
+def test_the_speed_of_a_layer_is_measured(monkeypatch, shape, macs):
+  monkeypatch.setattr(throughput, "_SECONDS", 0)
+  row = nn.LayerRow("layer", "", shape, 1, 32, macs, None, 8)
+  row = row._replace(parameters=72 if len(shape) == 4 else 32)
+  assert throughput.macs_per_second(row, "float32") > 0
+
+
+def test_missing_data_say_what_is_known_of_them():
+  with pytest.raises(data.MissingData) as error:
+    data.load("folder", path="nowhere", train_split="train")
+  assert (error.value.shape, error.value.num_classes) == ((), 0)
