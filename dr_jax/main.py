@@ -35,6 +35,8 @@ _RESUME = "rerun the same command to resume"
 if __name__ == "__main__":
   command.stop_on_interrupt(_RESUME)
 
+import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -55,7 +57,7 @@ from dr_jax.config import flags as config_flags
 from dr_jax.config.help import describe, field_help
 from dr_jax.pipeline import comparison, dry_run
 from dr_jax.pipeline.stages import STAGES
-from dr_jax.runtime import compilation, processes
+from dr_jax.runtime import compilation, processes, sinks
 from dr_jax.runtime.signals import STOPPING
 from dr_jax.train import NonFiniteError
 
@@ -72,6 +74,11 @@ _PROFILE = flags.DEFINE_integer(
   "Steps to profile of each stage that trains, for https://ui.perfetto.dev, in "
   "the directory profile of that of the run.",
   lower_bound=0,
+)
+_LOG_TO = flags.DEFINE_list(
+  "log_to",
+  [],
+  f"Where numbers go besides metrics.jsonl, of {', '.join(sinks.SINKS)}.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -174,19 +181,28 @@ def _run(values):
   if "methods" in values:
     if jax.process_count() > 1:
       raise ValueError("methods: a comparison must run in one process")
-    if _PROFILE.value:
-      raise ValueError(
-        f"profile must be 0 with a comparison, got {_PROFILE.value}"
-      )
+    for flag, only in ((_PROFILE, 0), (_LOG_TO, [])):
+      if flag.value != only:
+        raise ValueError(
+          f"{flag.name} must be {only} with a comparison, got {flag.value}"
+        )
     compared = comparison.from_values(values)
     workdir = _workdir(compared.base.name)
     results = comparison.run(compared, workdir, interrupted=_on_signals())
     return [report.comparison_table(results)], workdir
   config = from_dict(values)
   workdir = _workdir(config.name)
-  summary = pipeline.run(
-    config, workdir, interrupted=_on_signals(), profile=_PROFILE.value
-  )
+  with contextlib.ExitStack() as stack:
+    logged = sinks.make(_LOG_TO.value, workdir, dataclasses.asdict(config))
+    for sink in logged:
+      stack.callback(sink.close)
+    summary = pipeline.run(
+      config,
+      workdir,
+      interrupted=_on_signals(),
+      profile=_PROFILE.value,
+      sinks=logged,
+    )
   tables = [report.summary_table(summary)]
   if search := summary["stages"].get("search"):
     rows, task = search["rows"], summary["task"]

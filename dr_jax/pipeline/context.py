@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from dr_jax.config import Config, ConfigError, prefixed, quantizers
 from dr_jax.interop import torch
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.runtime import processes, sharding
+from dr_jax.runtime.sinks import Sink
 
 Batch = dict[str, Any]
 
@@ -36,6 +37,7 @@ class RunContext:
     weight, activation: the quantizers of `config.quant`.
     start: a trained float network that replaces the stage pretrain, or None.
     profile: how many steps of each training stage are profiled.
+    sinks: where the numbers in metrics.jsonl go as well.
     data: training and test sets, without `held_out`, which only searches
       and validations see.
     layout: devices of training; `local`: those of this process, for the rest.
@@ -55,6 +57,7 @@ class RunContext:
     *,
     start: nnx.Module | None = None,
     profile: int = 0,
+    sinks: Sequence[Sink] = (),
   ):
     """Builds the values that the configuration describes; writes nothing.
 
@@ -64,7 +67,7 @@ class RunContext:
       ValueError: from the library, for values that only it can check.
     """
     self.config = config
-    self.start, self.profile = start, profile
+    self.start, self.profile, self.sinks = start, profile, sinks
     self.workdir = Workdir(workdir, config.quant.bits)
     self.interrupted = interrupted
     self.agreed = processes.agreed(interrupted)

@@ -7,7 +7,7 @@ defines them and what each needs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages import STAGES, Stage
 from dr_jax.pipeline.summary import summarize
 from dr_jax.runtime import processes
+from dr_jax.runtime.sinks import Sink
 
 
 def run(
@@ -27,6 +28,7 @@ def run(
   interrupted: Callable[[], str | None] = lambda: None,
   start: nnx.Module | None = None,
   profile: int = 0,
+  sinks: Sequence[Sink] = (),
 ) -> dict[str, Any]:
   """Runs the stages that a configuration names, in order.
 
@@ -37,6 +39,8 @@ def run(
     start: a trained float network that replaces the stage pretrain.
     profile: how many steps to profile of each stage that trains, as far as it
       still has steps to do: `<workdir>/profile/<stage>/perfetto_trace.json.gz`.
+    sinks: where the numbers in metrics.jsonl go as well; the caller closes
+      them.
 
   Returns:
     The summary: what summary.json holds.
@@ -51,7 +55,12 @@ def run(
   """
   check_stages(config)
   context = RunContext(
-    config, workdir, interrupted, start=start, profile=profile
+    config,
+    workdir,
+    interrupted,
+    start=start,
+    profile=profile,
+    sinks=sinks,
   )
   check(context)
   with context.workdir.claim(config):

@@ -102,7 +102,7 @@ def finish_stage(
 
 def _log_scores(run, stage, found, steps):
   """Writes scores to the metrics; returns the seconds of training."""
-  with MetricsWriter(run.workdir.metrics) as metrics:
+  with MetricsWriter(run.workdir.metrics, run.sinks) as metrics:
     # A process that was killed here has written some of them already.
     names = ("loss", "examples_per_second", *validation.NAMES)
     metrics.resume(stage, steps, names=names)

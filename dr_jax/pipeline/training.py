@@ -349,7 +349,7 @@ def _trainer(run, model, phase, steps):
 def _metrics(run):
   """The metrics file in the process that writes it, None in others."""
   if processes.is_first():
-    return MetricsWriter(run.workdir.metrics)
+    return MetricsWriter(run.workdir.metrics, run.sinks)
   return contextlib.nullcontext()
 
 

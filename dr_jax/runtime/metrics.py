@@ -19,14 +19,17 @@ import collections
 import json
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from dr_jax.runtime import files
 from dr_jax.runtime.schema import COUNT, Where
+from dr_jax.runtime.sinks import Sink
 
+# What a run that resumes at a checkpoint needs to know.
+BOOKKEEPING = ("loss_sum", "losses")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 RECORD = {
   "stage": str,
@@ -52,8 +55,13 @@ class MetricsWriter:
   '{"stage": "train", "step": 3, "bits": 4, "name": "loss", "value": 0.5}\\n'
   """
 
-  def __init__(self, path: files.Path):
+  def __init__(self, path: files.Path, sinks: Sequence[Sink] = ()):
     """Opens `path` for appending, creating it and its directories.
+
+    Args:
+      path: the file.
+      sinks: where numbers go as well, but for those that a run leaves for
+        itself (`BOOKKEEPING`); they stay open.
 
     Raises:
       OSError: if it cannot be opened, or is a link.
@@ -61,6 +69,7 @@ class MetricsWriter:
     """
     self._path = files.expand(path)
     self._file, self._records = files.open_lines(self._path, RECORD)
+    self._sinks = sinks
 
   def resume(
     self, stage: str, step: int, *, names: Collection[str] | None = None
@@ -69,6 +78,9 @@ class MetricsWriter:
 
     With `names` it keeps only these numbers of the stage.
     """
+    if names is None:
+      for sink in self._sinks:
+        sink.resume(stage, step)
     self._keep(
       lambda record: (
         record["stage"] != stage
@@ -134,6 +146,13 @@ class MetricsWriter:
     lines = [json.dumps(record, allow_nan=False) for record in records]
     self._file.write("".join(line + "\n" for line in lines))
     self._file.flush()
+    shown = {
+      name: float(np.asarray(value))
+      for name, value in values.items()
+      if name not in BOOKKEEPING
+    }
+    for sink in self._sinks if shown else ():
+      sink.write(stage, int(step), shown, bits=bits)
 
   def training_seconds(self, stage: str, *, examples_per_step: int) -> float:
     """Returns the seconds that the steps of `stage` and of its phases took.

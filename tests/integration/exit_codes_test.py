@@ -174,10 +174,22 @@ def test_a_comparison_takes_one_process(as_process_of_two, monkeypatch):
     main._run({"methods": ("adabits",)})
 
 
-def test_a_comparison_is_not_profiled(monkeypatch):
+@pytest.mark.parametrize(
+  ("name", "value", "message"),
+  [
+    ("profile", 3, "profile must be 0 with a comparison, got 3"),
+    ("log_to", ["wandb"], r"log_to must be \[\] with a comparison, got \['w"),
+  ],
+)
+def test_a_comparison_is_neither_profiled_nor_logged(
+  monkeypatch, name, value, message
+):
   monkeypatch.setattr(main.compilation, "cache_on_disk", lambda: None)
-  monkeypatch.setattr(main, "_PROFILE", types.SimpleNamespace(value=3))
-  with pytest.raises(ValueError, match="profile must be 0 with a compari.* 3"):
+  given = {"profile": 0, "log_to": [], name: value}
+  for flag, its in given.items():
+    flag_of = types.SimpleNamespace(name=flag, value=its)
+    monkeypatch.setattr(main, f"_{flag.upper()}", flag_of)
+  with pytest.raises(ValueError, match=message):
     main._run({"methods": ("adabits",)})
 
 
@@ -185,8 +197,8 @@ def test_a_comparison_is_not_profiled(monkeypatch):
   ("given", "workdir"), [(None, "runs/mine"), ("there", "there")]
 )
 def test_the_default_workdir_is_runs_and_the_name(monkeypatch, given, workdir):
-  def run(config, workdir, interrupted, profile):
-    assert profile == 3
+  def run(config, workdir, interrupted, profile, sinks):
+    assert (profile, sinks) == (3, [])
     task = "classification"
     return {"name": config.name, "task": task, "bits": (), "stages": {}}
 
@@ -195,6 +207,7 @@ def test_the_default_workdir_is_runs_and_the_name(monkeypatch, given, workdir):
   monkeypatch.setattr(main, "_on_signals", lambda: None)
   monkeypatch.setattr(main, "_WORKDIR", types.SimpleNamespace(value=given))
   monkeypatch.setattr(main, "_PROFILE", types.SimpleNamespace(value=3))
+  monkeypatch.setattr(main, "_LOG_TO", types.SimpleNamespace(value=[]))
   assert main._run({"name": "mine"})[1] == workdir
 
 
