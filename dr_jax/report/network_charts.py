@@ -21,9 +21,9 @@ def scale_gradients(run: Run) -> Chart | None:
     "Gradients of scales per bit-width",
     "Largest magnitude of the loss's gradient for the scales of each layer, at "
     f"the trained parameters, on one batch of {record['examples']} training "
-    "examples; the loss is cross-entropy with the labels. Scales of few bits "
-    "have far larger gradients than those of many: adaptive learning rate "
-    "scaling (ALRS) gives them smaller learning rates.",
+    "examples; the loss is cross-entropy with the labels. Adaptive learning "
+    "rate scaling (ALRS) exists since scales of few bits tend to have far "
+    "larger gradients than those of many.",
     figure(
       [
         _boxes(run.bits, record["scales"], of, color(number))

@@ -30,6 +30,12 @@
           font: { color: color("--text") },
           align: "left",
         },
+        // Its entry in use is light in both modes.
+        updatemenudefaults: {
+          bgcolor: "#e4e8ee",
+          bordercolor: "#aab2bd",
+          font: { color: "#1d2430" },
+        },
         xaxis: axis,
         yaxis: axis,
         // A swipe over a chart scrolls the page.

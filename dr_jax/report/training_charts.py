@@ -74,47 +74,66 @@ def _line(name, x, y, line_color):
 
 
 def learning_curves(run: Run) -> list[Chart]:
-  """The loss of every step that was logged: a chart per stage."""
+  """The losses of training and of validation: a chart per stage."""
+  return [
+    Chart(
+      f"loss-{stage.replace('_', '-')}",
+      f"Learning curves: {stage.replace('_', ' ')}",
+      "Training loss, each point a mean over the steps since the one before"
+      + (
+        "; dotted, the loss on the examples held out for validation."
+        if any(name == "validation_loss" for _, name in curves)
+        else "."
+      ),
+      figure(
+        [
+          _curve(bits, name, points, _curve_color(run, bits))
+          for (bits, name), points in curves.items()
+        ],
+        x="step",
+        y="loss",
+        yaxis={"type": "log"},
+      ),
+    )
+    for stage, curves in _curves(run.metrics).items()
+  ]
+
+
+def _curves(metrics):
+  """{stage: {(bits, name of a loss): [(step, loss)]}}."""
   curves: dict[str, dict[Any, list[tuple[int, float | None]]]] = {}
   ends: dict[str, dict[str, int]] = {}
-  for record in run.metrics:
-    if record["name"] != "loss":
+  for record in metrics:
+    if record["name"] not in ("loss", "validation_loss"):
       continue
     stage, _, part = record["stage"].partition("/")
-    # Networks of separate bit-widths train side by side, phases of one network
-    # one after the other.
+    # Networks of separate bit-widths are trained from the same step on, phases
+    # of one network one after the other.
     phase = "" if stage == "separate" else part
     phases = ends.setdefault(stage, {})
     before = sum(end for name, end in phases.items() if name != phase)
     phases[phase] = record["step"]
     bits = "float" if record["bits"] is None else record["bits"]
-    points = curves.setdefault(stage, {}).setdefault(bits, [])
+    points = curves.setdefault(stage, {}).setdefault((bits, record["name"]), [])
     points.append((before + record["step"], finite(record["value"])))
-  colors = bits_colors(run.bits)
-  return [
-    Chart(
-      f"loss-{stage.replace('_', '-')}",
-      f"Learning curves: {stage.replace('_', ' ')}",
-      "Training loss, each point a mean over the steps since the one before.",
-      figure(
-        [
-          {
-            "type": "scatter",
-            "mode": "lines+markers" if len(points) < 2 else "lines",
-            "name": bits_name(bits),
-            "x": [step for step, _ in points],
-            "y": [loss for _, loss in points],
-            "line": {"color": colors.get(bits, color(len(run.bits) + n))},
-          }
-          for n, (bits, points) in enumerate(by_bits.items())
-        ],
-        x="step",
-        y="training loss",
-        yaxis={"type": "log"},
-      ),
-    )
-    for stage, by_bits in curves.items()
-  ]
+  return curves
+
+
+def _curve_color(run, bits):
+  """That of the bit-width; of words, as "random", one more."""
+  return bits_colors(run.bits).get(bits, color(len(run.bits)))
+
+
+def _curve(bits, name, points, shade):
+  validation = name == "validation_loss"
+  return {
+    "type": "scatter",
+    "mode": "lines+markers" if validation or len(points) < 2 else "lines",
+    "name": bits_name(bits) + ", validation" * validation,
+    "x": [step for step, _ in points],
+    "y": [loss for _, loss in points],
+    "line": {"color": shade, "dash": "dot" if validation else "solid"},
+  }
 
 
 def sizes(run: Run) -> Chart | None:

@@ -125,8 +125,10 @@ def test_steps_of_phases_follow_each_other(pages):
   (chart,) = (
     c for c in Parsed(pages["run"]).charts if c["name"].endswith("precision")
   )
-  line = chart["figure"]["data"][0]
-  assert line["name"] == "8 bits"
+  line, *_, validation = chart["figure"]["data"]
+  assert line["name"] == "8 bits" and len(chart["figure"]["data"]) == 6
+  assert validation["name"] == "2 bits, validation"
+  assert validation["x"] == [40, 50, 60]
   assert line["x"] == [10, 20, 30, 40, 50, 60]
   assert line["y"] == [0.2, 0.1, None, 0.2, 0.1, None]
 

@@ -74,13 +74,13 @@ STAGES = {
 }  # fmt: skip
 
 
-def losses(stage, labels):
+def losses(stage, labels, name="loss"):
   return [
     {
       "stage": stage,
       "step": step,
       "bits": bits,
-      "name": "loss",
+      "name": name,
       "value": 2.0 / step + 0.1 * n if step < 30 else "NaN",
     }
     for step in (10, 20, 30)
@@ -92,6 +92,7 @@ METRICS = [
   *losses("pretrain", [None]),
   *losses("multi_precision/float_activations", BITS),
   *losses("multi_precision", BITS),
+  *losses("multi_precision", BITS, "validation_loss"),
   *(record for b in BITS for record in losses(f"separate/{b}", [b])),
   *losses("supernet", [8, "random", 2]),
 ]
