@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import quick_compilation
 
@@ -253,9 +254,15 @@ def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   job.finish(whole, LONG)
   seed = random.SystemRandom().randrange(2**32)
-  hit, torn, resumed = kill_again_and_again(
-    job, killed, [LONG], kills=12, seed=seed
-  )
+  hit = torn = resumed = 0
+  for number in range(6):
+    counts = kill_again_and_again(
+      job, killed, [LONG], kills=6, seed=seed + number
+    )
+    hit, torn, resumed = np.add((hit, torn, resumed), counts)
+    # On a slow machine many end before their first checkpoint.
+    if hit >= 9 and torn >= 1 and resumed >= 4:
+      break
   assert hit >= 9, "the run was over too soon"
   assert torn >= 1, "hardly any kill hit a save"
   assert resumed >= 4, "hardly any process came to train"
