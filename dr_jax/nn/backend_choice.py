@@ -174,7 +174,8 @@ def _computes_in_integers(layer):
 
 def _dtypes(layer):
   """Dtypes of the codes of inputs and kernel."""
-  inputs = jax.ShapeDtypeStruct((1,), jnp.float32)
+  # Of more axes than any layer names.
+  inputs = jax.ShapeDtypeStruct((1,) * 8, jnp.float32)
 
   def operands(inputs):
     return layer.integer_operands(inputs, layer.kernel[...])

@@ -101,6 +101,8 @@ class Contraction(NamedTuple):
     methods: those that contract; a subclass that overrides one is another.
     macs: macs(layer, x, y), multiply-accumulates of one call.
     lookups: methods whose input is not multiplied.
+    summed: summed(layer, ndim), axes of an input of `ndim` that its sums run
+      over; by default the last one.
   """
 
   kind: str
@@ -111,6 +113,9 @@ class Contraction(NamedTuple):
   flat: bool = False
   methods: tuple[str, ...] = ("__call__",)
   lookups: tuple[str, ...] = ()
+  summed: Callable[[Any, int], tuple[int, ...]] = lambda layer, ndim: (
+    ndim - 1,
+  )
 
   def columns(self, layer: Any) -> Columns:
     """How the kernel of one layer becomes columns."""
@@ -157,13 +162,41 @@ def _einsum_channels(layer):
   return tuple(i for i, a in enumerate(kernel_axes(layer)) if a in output)
 
 
+def _window_summed(layer, ndim):
+  """A whole example: windows overlap."""
+  return tuple(range(ndim - len(layer.kernel_size) - 1, ndim))
+
+
+def _general_summed(layer, ndim):
+  return tuple(axis % ndim for axis in layer.axis)
+
+
+def _einsum_summed(layer, ndim):
+  operands, output = layer.einsum_str.split("->")
+  before, dots, after = operands.split(",")[0].strip().partition("...")
+  axes = [i for i, a in enumerate(before) if a not in output]
+  if dots:
+    first = ndim - len(after)
+    axes += [first + i for i, a in enumerate(after) if a not in output]
+  return tuple(axes)
+
+
 CONTRACTIONS: dict[type, Contraction] = {
   nnx.Conv: Contraction(
-    "conv", _window_rank, lambda m: (_window_rank(m) - 1,), _sums
+    "conv",
+    _window_rank,
+    lambda m: (_window_rank(m) - 1,),
+    _sums,
+    summed=_window_summed,
   ),
   nnx.Linear: Contraction("linear", lambda m: 2, lambda m: (1,), _sums),
   nnx.LinearGeneral: Contraction(
-    "linear_general", _general_rank, _general_channels, _sums, flat=True
+    "linear_general",
+    _general_rank,
+    _general_channels,
+    _sums,
+    flat=True,
+    summed=_general_summed,
   ),
   nnx.Einsum: Contraction(
     "einsum",
@@ -171,12 +204,14 @@ CONTRACTIONS: dict[type, Contraction] = {
     _einsum_channels,
     _sums,
     flat=True,
+    summed=_einsum_summed,
   ),
   nnx.ConvTranspose: Contraction(
     "conv_transpose",
     _window_rank,
     lambda m: (_window_rank(m) - (2 if m.transpose_kernel else 1),),
     _transposed_macs,
+    summed=_window_summed,
   ),
   nnx.Embed: Contraction(
     "embed",
@@ -195,6 +230,7 @@ CONTRACTIONS: dict[type, Contraction] = {
     _einsum_channels,
     _sums,
     flat=True,
+    summed=_einsum_summed,
   ),
 }
 

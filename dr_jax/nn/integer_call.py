@@ -114,7 +114,8 @@ class StoredCall(LayerCall):
       groups=options["feature_group_count"],
       chunks=self.layer.chunks,
     )
-    return self.rescaled(self.layer.backend.convolve(x, w, convolution))
+    acc = self.layer.backend.convolve(x, w, convolution)
+    return self.rescaled(acc, self.operands[0].scale)
 
   def dot_general(
     self, x: jax.Array, w: jax.Array, dimension_numbers: Any, **options: Any
@@ -124,7 +125,12 @@ class StoredCall(LayerCall):
     features = [x.shape[axis] for axis in axes]
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     x = x.reshape(*x.shape[: -len(axes)], math.prod(features))
-    y = self.rescaled(self.layer.backend.multiply(x, w, self.layer.chunks))
+    scale = self.operands[0].scale
+    if scale.ndim:
+      scale = jnp.moveaxis(scale, axes, range(-len(axes), 0))
+      scale = scale.reshape(*x.shape[:-1], 1)
+    acc = self.layer.backend.multiply(x, w, self.layer.chunks)
+    y = self.rescaled(acc, scale)
     outputs = self.layer.columns.ordered[len(axes) :]
     return y if len(outputs) == 1 else y.reshape(*y.shape[:-1], *outputs)
 
@@ -132,12 +138,18 @@ class StoredCall(LayerCall):
   def float_bias(self) -> jax.Array | None:
     return self.layer.bias[...] if self.layer.use_bias else None
 
-  def rescaled(self, acc: jax.Array) -> jax.Array:
-    """Values of accumulators."""
-    x, w = self.operands
-    bias = self.float_bias
-    bias = None if bias is None else bias.reshape(-1).astype(w.scale.dtype)
-    accumulators = Accumulators(acc, x.scale * w.scale.reshape(-1), bias)
+  def rescaled(self, acc: jax.Array, scale: jax.Array) -> jax.Array:
+    """Values of accumulators; `scale` is that of the inputs, as `acc` has it.
+
+    A factor for each row becomes part of the accumulators.
+    """
+    weight_scale, bias = self.operands[1].scale.reshape(-1), self.float_bias
+    bias = None if bias is None else bias.reshape(-1).astype(weight_scale.dtype)
+    if scale.ndim:
+      acc = acc.astype(scale.dtype) * scale
+      accumulators = Accumulators(acc, weight_scale, bias)
+    else:
+      accumulators = Accumulators(acc, scale * weight_scale, bias)
     y = accumulators.values().astype(self.like.dtype)
     _remember(y, accumulators)
     return y
@@ -168,8 +180,8 @@ class TrainedCall(StoredCall):
     y = super().dot_general(x, w, *args, **options)
     return self._differentiable(y, "dot_general", args, options)
 
-  def rescaled(self, acc: jax.Array) -> jax.Array:
-    return jax.lax.stop_gradient(super().rescaled(acc))
+  def rescaled(self, acc: jax.Array, scale: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(super().rescaled(acc, scale))
 
   def _differentiable(self, y, contraction, args, options):
     """y with the gradient of the float layer, whose value nobody computes."""

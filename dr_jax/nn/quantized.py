@@ -148,7 +148,9 @@ class Quantized:
     index = self.index
     quantizer: Any = self.input_quantizer
     params = arrays_of(self.input_params)
-    x = quantizer.integers(params, self._floating(inputs), index)
+    x = self._by_rows(
+      lambda x: quantizer.integers(params, x, index), self._floating(inputs)
+    )
     return x, self._kernel_integers(kernel, index)
 
   def _kernel_integers(self, kernel, index):
@@ -176,7 +178,26 @@ class Quantized:
     inputs = self._floating(inputs)
     params = arrays_of(self.input_params)
     quantize = self.input_quantizer.fake_quantize
-    return quantize_at(lambda i: quantize(params, inputs, i), index)
+    return self._by_rows(
+      lambda x: quantize_at(lambda i: quantize(params, x, i), index), inputs
+    )
+
+  def _by_rows(self, quantize, inputs):
+    """Quantizes inputs with what a sum runs over as their last axis."""
+    if self.input_quantizer is None or not self.input_quantizer.dynamic:
+      return quantize(inputs)
+    axes = contraction_of(self).summed(self, inputs.ndim)
+    rest = tuple(a for a in range(inputs.ndim) if a not in axes)
+    moved = inputs.transpose(*rest, *axes)
+    inner = moved.shape[len(rest) :]
+    back = np.argsort((*rest, *axes))
+
+    def of_inputs(y):
+      shape = inner if y.shape[-1] == math.prod(inner) else (1,) * len(inner)
+      return y.reshape(*y.shape[:-1], *shape).transpose(*back)
+
+    rows = moved.reshape(*moved.shape[: len(rest)], math.prod(inner))
+    return jax.tree.map(of_inputs, quantize(rows))
 
   def _floating(self, inputs):
     if jnp.issubdtype(inputs.dtype, jnp.inexact):

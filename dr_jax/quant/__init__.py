@@ -29,6 +29,7 @@ from dr_jax.quant.methods.binary_ternary import binary, ternary
 from dr_jax.quant.methods.bit_mixer import bit_mixer
 from dr_jax.quant.methods.bitwave import bitwave, skipped_columns
 from dr_jax.quant.methods.double_rounding import double_rounding, switch_codes
+from dr_jax.quant.methods.dynamic import dynamic_activation
 from dr_jax.quant.methods.float_weight import float_weight
 from dr_jax.quant.methods.lsq import fake_quantize, lsq, lsq_activation
 from dr_jax.quant.methods.lsq_plus import lsq_plus, lsq_plus_activation
@@ -84,6 +85,7 @@ __all__ = [
   "code_range",
   "describe",
   "double_rounding",
+  "dynamic_activation",
   "fake_quantize",
   "fit",
   "float_weight",

@@ -60,6 +60,7 @@ VARIANTS = {
     {"scheme": "centered", "initial": None, "bits": (8, 5, 2, 1)},
   ],
   "unit_activation": [{"signed": False, "bits": (8, 5, 3, 1)}],
+  "dynamic_activation": [{"signed": False, "bits": (8, 5, 3, 2)}],
 }
 # Scales of these are found by calibration; no gradient moves them.
 CALIBRATED = ("term_activation",)

@@ -129,6 +129,8 @@ def _input(layer: StoredLayer | StoredOperand, index):
   quantizer: Any = layer.activation
   if quantizer.integers is None:
     raise ValueError(f"activation {quantizer.name} has no integers to export")
+  if quantizer.dynamic:
+    raise ValueError(f"activation {quantizer.name} has no scale to export")
   ends = jnp.array([-1e30, 1e30], jnp.float32)
   codes, scale = quantizer.integers(layer.input_params, ends, index)
   return np.asarray(scale).reshape(1), codes.tolist()

@@ -136,6 +136,9 @@ class ActivationQuantizer(NamedTuple):
     integers: `integers(params, x, index) -> Integers`, codes and scale of what
       `fake_quantize` returns. None where inputs are not integers times one
       scale.
+    dynamic: True where every row, the last axis of x, has a scale of its own,
+      computed from it: that of `integers` is [..., 1] then. Layers pass inputs
+      with everything that one of their sums runs over as the last axis.
   """
 
   bits: tuple[int, ...]
@@ -147,3 +150,4 @@ class ActivationQuantizer(NamedTuple):
   options: Options = ()
   from_range: Callable[[jax.Array, jax.Array], Params] | None = None
   integers: Callable[[Params, jax.Array, Any], Integers] | None = None
+  dynamic: bool = False

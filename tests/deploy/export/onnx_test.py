@@ -176,6 +176,7 @@ METHODS = {
   "odd_codes": (quant.adabits((8, 3), scheme="centered"), None),
   "clipped": (quant.double_rounding((8, 4)), quant.pact_activation((8, 4))),
   "unit": (quant.any_precision((8, 4)), quant.unit_activation((8, 4))),
+  "rows": (quant.double_rounding((8, 4)), quant.dynamic_activation((8, 4))),
   "no_integers": (
     quant.term_quantization((8, 4)),
     quant.lsq_plus_activation((8, 4)),

@@ -214,10 +214,15 @@ def test_integers_that_need_more_than_eight_bits_have_sixteen(tmp_path):
       quant.lsq_plus_activation((8, 4)),
       "activation lsq_plus_activation has no integers to export",
     ),
+    (
+      quant.double_rounding((8, 4)),
+      quant.dynamic_activation((8, 4)),
+      "activation dynamic_activation has no scale to export",
+    ),
   ],
-  ids=["weight", "activation"],
+  ids=["weight", "activation", "scale"],
 )
-def test_a_method_without_integers_is_named(
+def test_a_method_without_integers_or_a_scale_is_named(
   tmp_path, weight, activation, message
 ):
   with pytest.raises(ValueError, match=message):

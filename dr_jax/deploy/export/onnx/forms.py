@@ -105,7 +105,7 @@ def quantizer(layer: Layer) -> Form | None:
     layer.input_params,
     layer.index,
   )
-  if activation is None or activation.integers is None:
+  if activation is None or activation.integers is None or activation.dynamic:
     return None
   integers = activation.integers
   graph = trace_function(
