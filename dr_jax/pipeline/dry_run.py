@@ -22,12 +22,11 @@ import jax
 from dr_jax import allocate, data, nn
 from dr_jax.config import Config, ConfigError, DataConfig, prefixed
 from dr_jax.nn.layer_table import aligned
-from dr_jax.pipeline import pipeline, training
+from dr_jax.pipeline import pipeline, throughput, training
 from dr_jax.pipeline.comparison import Comparison
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages import STAGES
 from dr_jax.pipeline.stages.stage import no_plans
-from dr_jax.pipeline.throughput import macs_per_second
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.runtime import files, sharding
 
@@ -230,14 +229,18 @@ def _size(tree) -> int:
 
 def _times(run, network, plans, missing, others=(), seeds=(0,)):
   """Steps, operations and about how many seconds of every phase."""
-  largest = max(network.table, key=lambda row: row.macs)
-  rate = macs_per_second(largest, run.config.model.dtype)
+  batch = run.config.data.batch_size
+  speed = throughput.measure(
+    network.table, batch=batch, dtype=run.config.model.dtype
+  )
+  rate = speed.macs_per_second
   devices = run.layout.mesh.size
   where = "one device" if devices == 1 else f"{devices} devices"
   assumed = (
-    f"the products of {where}, if all are as fast as the one of {largest.name} "
-    f"was now, {2 * rate / 1e9:.3g} billion operations a second; rounding, "
-    "norms, data and compilation come on top"
+    f"products on {where}, if all are as fast as those measured now "
+    f"({speed.products} kinds, {100 * speed.share:.0f} % of the work in "
+    f"quantized layers), {2 * rate / 1e9:.3g} billion operations a second; "
+    "rounding, norms, data and compilation come on top"
   )
 
   def seconds(examples):
@@ -251,7 +254,7 @@ def _times(run, network, plans, missing, others=(), seeds=(0,)):
   rows, total = [_TRAINING], 0.0
   for plan in plans:
     steps = training.step_count(run, plan)
-    examples = steps * run.config.data.batch_size * plan.passes
+    examples = steps * batch * plan.passes
     total += seconds(examples) * len(seeds)
     cells = (
       f"{steps:,}",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 
@@ -26,13 +27,15 @@ VALUES = {
   "devices": {"data": 1},
 }
 EXAMPLES = 1257 - 251
+MEASURE = throughput.measure
 
 
 @pytest.fixture(scope="module", autouse=True)
 def empty(tmp_path_factory):
   """An empty place, and a device of a million multiply-accumulates a second."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(dry_run, "macs_per_second", lambda layer, dtype: 1e6)
+    speed = throughput.Throughput(1e6, 1, 1.0)
+    patch.setattr(throughput, "measure", lambda table, **options: speed)
     patch.chdir(tmp_path_factory.mktemp("empty"))
     yield pathlib.Path.cwd()
 
@@ -201,15 +204,38 @@ def test_a_comparison_lists_its_methods_and_all_seeds(tmp_path):
     dry_run.describe_comparison(compared, tmp_path / "run")
 
 
+def layer(shape, macs, kind="", stride=1):
+  parameters = math.prod(shape)
+  return nn.LayerRow("layer", kind, shape, stride, parameters, macs, None, 8)
+
+
 @pytest.mark.parametrize(
-  ("shape", "macs"),
-  [((3, 3, 2, 4), 64 * 72), ((8, 4), 32), ((4, 2, 4), 5 * 32)],
+  "row",
+  [
+    layer((3, 3, 2, 4), 64 * 72),
+    layer((3, 3, 1, 4), 16 * 36, stride=2),
+    layer((8, 4), 32),
+    layer((4, 2, 4), 5 * 32),
+    layer((8, 4), 0, "embed"),
+  ],
+  ids=("convolution", "depthwise", "linear", "general", "lookup"),
 )
-def test_the_speed_of_a_layer_is_measured(monkeypatch, shape, macs):
+def test_every_kind_of_product_is_measured(monkeypatch, row):
   monkeypatch.setattr(throughput, "_SECONDS", 0)
-  row = nn.LayerRow("layer", "", shape, 1, 32, macs, None, 8)
-  row = row._replace(parameters=72 if len(shape) == 4 else 32)
-  assert throughput.macs_per_second(row, "float32") > 0
+  assert throughput._macs_per_second(row, 3, "float32") > 0
+
+
+def test_the_products_with_the_most_work_are_measured(monkeypatch):
+  rates = {20: 10.0, 30: 30.0}
+  monkeypatch.setattr(throughput, "_PRODUCTS", 2)
+  monkeypatch.setattr(
+    throughput, "_macs_per_second", lambda row, batch, dtype: rates[row.macs]
+  )
+  rows = [layer((2, 5), macs) for macs in (20, 10, 20, 30)]
+  rows[2] = rows[2]._replace(name="other", bits=4)
+  got = MEASURE(rows, batch=3, dtype="float32")
+  # 40 at 10 a second, 30 at 30 a second, of 80.
+  assert got == (70 / 5, 2, 70 / 80)
 
 
 def test_missing_data_say_what_is_known_of_them():
