@@ -90,18 +90,16 @@ class MetricsWriter:
 
   def drop(self, stage: str, step: int, names: Collection[str]) -> None:
     """Drops these numbers of one step of a stage, to be written again."""
-    self._keep(
-      lambda record: (
-        (record["stage"], record["step"]) != (stage, step)
-        or record["name"] not in names
+    if any(self.values(stage, step, name) for name in names):
+      self._keep(
+        lambda record: (
+          (record["stage"], record["step"]) != (stage, step)
+          or record["name"] not in names
+        )
       )
-    )
 
   def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    kept = [record for record in self._records if wanted(record)]
-    if len(kept) == len(self._records):
-      return
-    self._records = kept
+    self._records = [record for record in self._records if wanted(record)]
     self._file.close()
     lines = [json.dumps(record) + "\n" for record in self._records]
     files.write_text(self._path, "".join(lines))

@@ -35,8 +35,17 @@ FLAGS = (
   "--config.checkpoint_every=5",
   "--config.log_every=3",
 )
-# The short run has 19 + 58 steps, the long one 19 + 785.
+# The short run has 19 + 58 steps, the long one 19 + 785; that with validation,
+# without a tenth of the images, 17 + 707.
 SHORT, LONG = "--config.train.epochs=6", "--config.train.epochs=80"
+VALIDATED = (
+  LONG,
+  "--config.data.holdout=0.1",
+  "--config.pretrain.validation_every=1",
+  "--config.pretrain.keep_best=True",
+  "--config.train.validation_every=4",
+  "--config.train.keep_best=True",
+)
 COUNT_CACHE_HITS = """
 import atexit, collections, runpy, jax
 seen = collections.Counter()
@@ -155,6 +164,10 @@ def essence(workdir):
     manifest = workdir / stage / "checkpoints" / str(last) / "manifest"
     (file,) = manifest.glob("*.json")
     arrays[stage] = last, file.read_text()
+    best = sorted((workdir / stage / "best").glob("*/manifest/*.json"))
+    arrays[stage, "best"] = [
+      (file.parent.parent.name, file.read_text()) for file in best
+    ]
   # Every line of it: a torn one is no JSON.
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   metrics = [
@@ -252,12 +265,12 @@ def test_three_kills_lose_only_steps_since_the_last_checkpoint(
 
 def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  job.finish(whole, LONG)
+  job.finish(whole, *VALIDATED)
   seed = random.SystemRandom().randrange(2**32)
   hit = torn = resumed = 0
   for number in range(6):
     counts = kill_again_and_again(
-      job, killed, [LONG], kills=6, seed=seed + number
+      job, killed, VALIDATED, kills=6, seed=seed + number
     )
     hit, torn, resumed = np.add((hit, torn, resumed), counts)
     # On a slow machine many end before their first checkpoint.
@@ -266,7 +279,7 @@ def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   assert hit >= 9, "the run was over too soon"
   assert torn >= 1, "hardly any kill hit a save"
   assert resumed >= 4, "hardly any process came to train"
-  job.finish(killed, LONG)
+  job.finish(killed, *VALIDATED)
   assert essence(killed) == essence(whole)
 
 
