@@ -50,10 +50,10 @@ def finished(tmp_path_factory):
   return workdir
 
 
-def wait_for(process, path):
-  """Waits until a running process has made a file or directory."""
+def wait_until(process, reached):
+  """Waits until a running process has come so far."""
   deadline = time.monotonic() + 300
-  while not path.exists():
+  while not reached():
     assert process.poll() is None, process.communicate()
     assert time.monotonic() < deadline
     time.sleep(0.002)
@@ -143,7 +143,9 @@ def test_a_second_ctrl_c_at_any_moment_is_one_line(tmp_path, between):
   process = run(
     command(tmp_path / "run", "--config.checkpoint_every=2", epochs=60),
   )
-  wait_for(process, tmp_path / "run" / "multi_precision" / "checkpoints")
+  wait_until(
+    process, (tmp_path / "run" / "multi_precision" / "checkpoints").exists
+  )
   process.send_signal(signal.SIGINT)
   time.sleep(between)
   process.send_signal(signal.SIGINT)
@@ -159,17 +161,23 @@ def losses(workdir):
   return [r for r in map(json.loads, lines) if r["name"] == "loss"]
 
 
+def last_checkpoint(stage):
+  """Step of the last complete checkpoint of a stage; older ones are deleted."""
+  found = (stage / "checkpoints").glob("[0-9]*")
+  return max((int(p.name) for p in found if p.name.isdecimal()), default=0)
+
+
 def test_killed_runs_log_the_losses_of_one_that_was_not(tmp_path):
   flags = ("--config.checkpoint_every=7", "--config.log_every=10")
   whole = run(command(tmp_path / "whole", *flags, epochs=15))
   _, err = whole.communicate(timeout=300)
   assert whole.returncode == 0, err
   workdir = tmp_path / "killed"
-  checkpoints = workdir / "multi_precision" / "checkpoints"
+  stage = workdir / "multi_precision"
   numbers = signal.SIGKILL, signal.SIGHUP, signal.SIGKILL
   for number, step in zip(numbers, (14, 42, 77), strict=True):
     process = run(command(workdir, *flags, epochs=15))
-    wait_for(process, checkpoints / str(step))
+    wait_until(process, lambda step=step: last_checkpoint(stage) >= step)
     process.send_signal(number)
     process.communicate(timeout=100)
   process = run(command(workdir, *flags, epochs=15))
