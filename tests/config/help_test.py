@@ -33,7 +33,9 @@ def groups(kind=Config):
       yield from groups(type(field.default))
 
 
-@pytest.mark.parametrize("group", {*groups()}, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+  "group", dict.fromkeys(groups()), ids=lambda kind: kind.__name__
+)
 def test_a_docstring_says_what_every_field_means_and_no_other(group):
   names = [field.name for field in dataclasses.fields(group)]
   assert list(attributes(group)) == names
