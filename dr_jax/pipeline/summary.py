@@ -30,12 +30,12 @@ def summarize(run: RunContext) -> dict[str, Any]:
 def write_page(directory: pathlib.Path) -> None:
   """Writes a page and figures from what a run or a comparison left there.
 
-  Without the packages of the extra `report` it only warns: all numbers are in
-  files already.
+  Without the packages of the extra `report`, or with a damaged file, it only
+  warns: all results are in files already.
   """
   try:
     report.write_page(directory)
-  except ImportError as error:
+  except (ImportError, ValueError) as error:
     warnings.warn(f"{directory / report.PAGE}: {error}", stacklevel=2)
 
 
