@@ -247,13 +247,18 @@ def test_a_dry_run_says_what_a_run_would_do(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "name",
   [
-    # Compilation takes minutes. The stages of resnet50_mixed and resnet18 run
-    # in resnet18_mixed, the network of the first in resnet50. The others have
-    # the stages of resnet50, and networks that other tests train and serve.
+    # Compilation takes minutes. The stages of the others run in resnet18_mixed,
+    # and their networks in other tests.
     pytest.param(name, marks=pytest.mark.slow)
     for name in (*PAPER, *TRANSFORMERS)
     if name
-    not in ("resnet50_mixed", "resnet18", "resnet20_cifar10", "mobilenetv2")
+    not in (
+      "resnet50_mixed",
+      "resnet50",
+      "resnet18",
+      "resnet20_cifar10",
+      "mobilenetv2",
+    )
   ],
 )
 def test_a_smoke_run_ends_with_a_table_and_an_artifact(name, tmp_path):
