@@ -38,7 +38,7 @@ from dr_jax.checkpoint.snapshot import (
   unsealed,
 )
 from dr_jax.runtime.processes import all_agree, on_first
-from dr_jax.runtime.tree import named_leaves
+from dr_jax.runtime.tree import array_bytes, named_leaves
 
 
 class CheckpointError(Exception):
@@ -72,9 +72,8 @@ def disk_bytes(state: Any, *, keep: int = KEEP) -> int:
   >>> disk_bytes({"w": jax.ShapeDtypeStruct((1000,), jnp.float32)}, keep=1)
   143168
   """
-  leaves = named_leaves(state).values()
-  values = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  return (keep + 1) * (values + 2048 * len(leaves) + 65536)
+  leaves = named_leaves(state)
+  return (keep + 1) * (array_bytes(leaves) + 2048 * len(leaves) + 65536)
 
 
 class Checkpoints:

@@ -22,7 +22,7 @@ from dr_jax import data, models, nn, train
 from dr_jax.config import Config, ConfigError, prefixed, quantizers
 from dr_jax.interop import torch
 from dr_jax.pipeline.workdir import Workdir
-from dr_jax.runtime import processes, sharding
+from dr_jax.runtime import processes, sharding, tree
 from dr_jax.runtime.sinks import Sink
 
 Batch = dict[str, Any]
@@ -128,8 +128,7 @@ class RunContext:
 
   def float_bytes(self) -> int:
     """Bytes of the float network's parameters."""
-    leaves = jax.tree.leaves(self.shape.params)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return tree.array_bytes(self.shape.params)
 
   def batches(self, shard: int = 0, shards: int = 1) -> Any:
     """Training batches by step, or one shard of each; whole by default."""

@@ -18,17 +18,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from rich.filesize import decimal
 
 from dr_jax import allocate, data, nn
 from dr_jax.config import Config, ConfigError, DataConfig, prefixed
 from dr_jax.nn.layer_table import aligned
-from dr_jax.pipeline import pipeline, throughput, training
+from dr_jax.pipeline import pipeline, throughput
 from dr_jax.pipeline.comparison import Comparison
 from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.phases import (
+  Phase,
+  checkpoint_bytes,
+  float_phases,
+  pass_count,
+  phases_of,
+  state_shapes,
+  step_count,
+)
 from dr_jax.pipeline.stages import STAGES
-from dr_jax.pipeline.stages.stage import no_plans
+from dr_jax.pipeline.stages.stage import no_phases
 from dr_jax.pipeline.workdir import Workdir
-from dr_jax.runtime import files, sharding
+from dr_jax.runtime import files, sharding, tree
 
 _COLUMNS = ("name", "kind", "shape", "stride", "parameters", "macs")
 _TRAINING = ("phase", "steps", "passes", "operations", "about")
@@ -64,17 +74,17 @@ def describe(config: Config, workdir: str | os.PathLike) -> str:
   if run is not None:
     pipeline.check(run)
     stages = [STAGES[name] for name in config.stages]
-    plans = [plan for stage in stages for plan in stage.plans(run)]
+    phases = [phase for stage in stages for phase in stage.phases(run)]
     network = _network(run)
     paragraphs += [
       _layers(run, network),
       _sizes(network.table, config.quant.bits),
-      _memory(run, plans),
-      _times(run, network, plans, missing, _untrained(config)),
+      _memory(run, phases),
+      _times(run, network, phases, missing, _untrained(config)),
     ]
     disk = sum(pipeline.disk_bytes(run).values())
     paragraphs.append(
-      f"disk: at most {_bytes(disk)} in {files.expand(workdir)}; nothing was "
+      f"disk: at most {decimal(disk)} in {files.expand(workdir)}; nothing was "
       "written"
     )
   return "\n\n".join([*paragraphs, *_missing(run, missing)])
@@ -95,14 +105,14 @@ def describe_comparison(
   paragraphs = [_configuration(first), _methods(comparison)]
   if run is not None:
     pipeline.check(run)
-    plans = training.plans("float", first.pretrain)
+    phases = float_phases("float", first.pretrain)
     for name, entry in comparison.entries.items():
       quant = entry.config.quant
-      plans += training.plans(name, entry.config.train, quant)
+      phases += phases_of(name, entry.config.train, quant)
     network = _network(run)
     paragraphs.append(_layers(run, network))
     paragraphs.append(
-      _times(run, network, plans, missing, seeds=comparison.seeds)
+      _times(run, network, phases, missing, seeds=comparison.seeds)
     )
   return "\n\n".join([*paragraphs, *_missing(run, missing)])
 
@@ -207,14 +217,14 @@ def _sizes(table, bits):
   )
 
 
-def _memory(run, plans: Sequence[training.Plan]):
+def _memory(run, phases: Sequence[Phase]):
   rows = []
-  for plan in plans:
-    state = training.state_shapes(run, plan)
+  for phase in phases:
+    state = state_shapes(run, phase)
     parts = state.params, state.opt_state, (state.batch_stats, state.memory)
-    sizes = [_size(part) for part in parts]
-    sizes.append(training.checkpoint_bytes(plan.recipe, state))
-    rows.append((plan.name, *map(_bytes, sizes)))
+    sizes = [*map(tree.array_bytes, parts)]
+    sizes.append(checkpoint_bytes(phase.recipe, state))
+    rows.append((phase.stage, *map(decimal, sizes)))
   return (
     "memory of what is trained, and its checkpoints on disk at most; "
     "activations come on top:\n"
@@ -222,12 +232,7 @@ def _memory(run, plans: Sequence[training.Plan]):
   )
 
 
-def _size(tree) -> int:
-  leaves = jax.tree.leaves(tree)
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _times(run, network, plans, missing, others=(), seeds=(0,)):
+def _times(run, network, phases, missing, others=(), seeds=(0,)):
   """Steps, operations and about how many seconds of every phase."""
   batch = run.config.data.batch_size
   speed = throughput.measure(
@@ -252,16 +257,16 @@ def _times(run, network, plans, missing, others=(), seeds=(0,)):
       f"{_duration(seconds(10**6))} for a million examples: {assumed}"
     )
   rows, total = [_TRAINING], 0.0
-  for plan in plans:
-    steps = training.step_count(run, plan)
-    examples = steps * batch * plan.passes
+  for phase in phases:
+    steps, passes = step_count(run, phase), pass_count(phase)
+    examples = steps * batch * passes
     total += seconds(examples) * len(seeds)
     cells = (
       f"{steps:,}",
-      str(plan.passes),
+      str(passes),
       f"{6.0 * network.macs * examples:.2g}",
     )
-    rows.append((plan.name, *cells, _duration(seconds(examples))))
+    rows.append((phase.stage, *cells, _duration(seconds(examples))))
   times = f" for {len(seeds)} seeds" if len(seeds) > 1 else ""
   lines = [
     f"{len(run.data.train):,} examples to train on, "
@@ -276,7 +281,7 @@ def _times(run, network, plans, missing, others=(), seeds=(0,)):
 
 def _untrained(config):
   """Stages besides training that take a while."""
-  return [name for name in config.stages if STAGES[name].plans is no_plans]
+  return [name for name in config.stages if STAGES[name].phases is no_phases]
 
 
 def _missing(run, missing):
@@ -287,18 +292,6 @@ def _missing(run, missing):
     unknown = "the network, whose sizes they decide, steps and times"
   reason = prefixed("data", missing)
   yield f"data are not there, so {unknown} cannot be told: {reason}"
-
-
-def _bytes(count: int) -> str:
-  """A size in words.
-
-  >>> _bytes(999), _bytes(2_500_000)
-  ('999 bytes', '2.5 MB')
-  """
-  units = ("bytes", "kB", "MB", "GB", "TB")
-  power = min((len(str(count)) - 1) // 3, len(units) - 1)
-  size = f"{count / 1000**power:,.1f}" if power else str(count)
-  return f"{size} {units[power]}"
 
 
 def _duration(seconds: float) -> str:

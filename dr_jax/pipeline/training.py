@@ -4,116 +4,28 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import time
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from dr_jax import nn, train
-from dr_jax.checkpoint import Checkpoints, disk_bytes
+from dr_jax.checkpoint import Checkpoints
 from dr_jax.config import QuantConfig, TrainConfig, prefixed, quantizers
 from dr_jax.pipeline import scoring, validation
 from dr_jax.pipeline.context import RunContext
+from dr_jax.pipeline.phases import (
+  Phase,
+  checkpoint_bytes,
+  phases_of,
+  step_count,
+)
 from dr_jax.runtime import processes, profile
 from dr_jax.runtime.metrics import MetricsWriter
 
 # Batches from which statistics of batch norm are re-estimated.
 _RECALIBRATION_BATCHES = 10
-
-
-class Phase(NamedTuple):
-  """One phase of a stage.
-
-  Attributes:
-    stage: directory and name of the phase.
-    bits: candidate bit-widths, (None,) for a float network.
-    recipe: how to train.
-    number, count: position of the phase, and how many divide the steps.
-    sampling: number of steps -> train.Sampling, or None for the recipe's.
-  """
-
-  stage: str
-  bits: tuple[int | None, ...]
-  recipe: TrainConfig
-  number: int = 0
-  count: int = 1
-  sampling: Callable[[int], train.Sampling] | None = None
-
-
-class Plan(NamedTuple):
-  """What a stage will train in one phase, for an estimate of what it takes.
-
-  Attributes:
-    name: directory and name of the phase.
-    recipe: how it trains.
-    quant: how the network is quantized; None for the float network.
-    passes: bit-widths, or draws of them, in a step.
-    count: how many phases divide the epochs.
-    weight: the weight quantizer of the phase; None for that of `quant`.
-    norm: the norms of the phase.
-  """
-
-  name: str
-  recipe: TrainConfig
-  quant: QuantConfig | None = None
-  passes: int = 1
-  count: int = 1
-  weight: str | None = None
-  norm: str = "switchable"
-
-
-def plans(
-  stage: str,
-  recipe: TrainConfig,
-  quant: QuantConfig | None = None,
-  norm: str | None = None,
-) -> list[Plan]:
-  """Returns the phases of a stage, as `Plan`s.
-
-  Args:
-    stage: its name.
-    recipe: how it trains.
-    quant: how it quantizes the network; None for the float network.
-    norm: the stage's own norms, in place of those of `quant`.
-  """
-  if quant is None:
-    return [Plan(stage, recipe)] if recipe.epochs else []
-  phases = train.CURRICULA[recipe.curriculum].phases
-  return [
-    Plan(
-      _phase_name(stage, phase.name),
-      recipe,
-      quant,
-      len(
-        train.SAMPLINGS[phase.sampling or recipe.sampling].labels(quant.bits)
-      ),
-      len(phases),
-      phase.weight,
-      phase.norm or norm or quant.norm,
-    )
-    for phase in phases
-  ]
-
-
-def state_shapes(run: RunContext, plan: Plan) -> train.TrainState:
-  """Returns the shapes of what a phase carries from step to step."""
-  network = run.shape
-  if plan.quant is not None:
-    weight, activation = quantizers(_phase_config(plan.quant, plan.weight))
-    network = nn.functional(
-      nn.quantize(
-        run.zeros(),
-        weight=weight,
-        activation=activation,
-        sample=run.sample[:1],
-        norm=plan.norm,
-      )
-    )
-  return _state_shapes(run, network, plan.recipe)
 
 
 def train_quantized(
@@ -141,49 +53,26 @@ def train_quantized(
     norm=config.norm,
   )
   started = time.monotonic()
-  curriculum = train.CURRICULA[recipe.curriculum]
-  current, steps = weight, 0
-  for number, phase in enumerate(curriculum.phases):
-    wanted = weight
-    if phase.weight is not None:
-      wanted, _ = quantizers(_phase_config(config, phase.weight))
+  current, steps = config, 0
+  for phase in phases_of(stage, recipe, config):
+    wanted = phase.quant or config
     network = nn.requantize(
       network,
-      weight=None if wanted is current else wanted,
-      norm=phase.norm or config.norm,
+      weight=quantizers(wanted)[0] if wanted.weight != current.weight else None,
+      norm=wanted.norm,
     )
-    nn.set_backend(network, config.backend)
+    nn.set_backend(network, wanted.backend)
     current = wanted
-    steps = train_phase(
-      run,
-      network,
-      Phase(
-        _phase_name(stage, phase.name),
-        weight.bits,
-        dataclasses.replace(recipe, sampling=phase.sampling or recipe.sampling),
-        number,
-        len(curriculum.phases),
-      ),
-    )
+    steps = train_phase(run, network, phase)
   # A norm shared by all bit-widths keeps the statistics of all of them.
-  if curriculum.recalibrate and config.norm != "shared":
+  recalibrate = train.CURRICULA[recipe.curriculum].recalibrate
+  if recalibrate and config.norm != "shared":
     _recalibrate(run, network, weight.bits)
   scoring.finish_stage(
     run, stage, network, weight.bits, steps=steps, started=started
   )
   run.networks[stage] = network
   return network
-
-
-def _phase_name(stage, phase):
-  return "/".join(filter(None, (stage, phase)))
-
-
-def _phase_config(config, weight):
-  """How a phase with weights of its own quantizes."""
-  if weight is None:
-    return config
-  return dataclasses.replace(config, weight=weight, weight_options={})
 
 
 def _recalibrate(run, network, bits):
@@ -266,47 +155,6 @@ def _run_loop(run, phase, steps, layout, trainer, checkpoints, scorer, state):
       validation=scorer,
     )
     return loop.run(state)
-
-
-def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:
-  """Estimates the bytes of a stage's checkpoints from the float network.
-
-  That network lacks the scales and norms of every bit-width; each phase checks
-  the disk again for its own state.
-  """
-  # Every phase of the curriculum keeps checkpoints.
-  phases = train.CURRICULA[recipe.curriculum].phases
-  state = _state_shapes(run, run.shape, recipe)
-  return len(phases) * checkpoint_bytes(recipe, state)
-
-
-def checkpoint_bytes(recipe: TrainConfig, state: train.TrainState) -> int:
-  """Returns what a phase's checkpoints take on disk at most."""
-  return disk_bytes(state) + validation.disk_bytes(recipe, state)
-
-
-def _state_shapes(run, network, recipe):
-  """The state in which a network trains, as shapes."""
-
-  def state(params, batch_stats):
-    own = network._replace(params=params, batch_stats=batch_stats)
-    trainer = train.make_trainer(
-      own,
-      train.make_optimizer(recipe.optimizer, param_labels=own.param_labels),
-      lambda step: 0.0,
-      schedule=recipe.schedule,
-      distillation=recipe.distillation,
-      num_classes=run.data.num_classes,
-    )
-    return trainer.init(jax.random.key(0))
-
-  return jax.eval_shape(state, network.params, network.batch_stats)
-
-
-def step_count(run: RunContext, phase: Phase | Plan) -> int:
-  """Returns the number of steps of a phase."""
-  images = phase.recipe.epochs * len(run.data.train)
-  return max(images // (run.config.data.batch_size * phase.count), 1)
 
 
 def _trainer(run, model, phase, steps):

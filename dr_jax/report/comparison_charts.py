@@ -7,6 +7,7 @@ from typing import Any
 
 from dr_jax.report.chart import GRAY, Chart, bits_name, color, figure, finite
 from dr_jax.report.comparison import Results, mean_of, std_of
+from dr_jax.report.results import last_network
 from dr_jax.report.runs import Run
 from dr_jax.runtime.tasks import TASKS
 
@@ -134,10 +135,8 @@ def scores_of(run: Run) -> dict[Any, dict[str, float]]:
   found = {}
   if "pretrain" in run.stages:
     found["float"] = run.stages["pretrain"]["scores"]["float"]
-  for stage in ("export", "supernet", "multi_precision"):
-    if stage in run.stages:
-      scores = run.stages[stage]["scores"]
-      return found | {b: scores[str(b)] for b in run.bits}
+  if (last := last_network(run.stages)) is not None:
+    found |= {b: last["scores"][str(b)] for b in run.bits}
   return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -44,10 +45,8 @@ def page_of(directory: str | os.PathLike) -> str:
     OSError: if a file cannot be read.
     ImportError: if plotly is not installed, saying how to install it.
   """
-  if is_comparison(directory):
-    name = files.expand(directory).resolve().name
-    return comparison_page(name, read_comparison(directory))
-  return run_page(read_run(directory))
+  text, _ = _read(directory)
+  return text
 
 
 def write_page(directory: str | os.PathLike) -> None:
@@ -57,23 +56,27 @@ def write_page(directory: str | os.PathLike) -> None:
     As `page_of`; ImportError also without matplotlib.
   """
   page = files.expand(directory) / PAGE
-  files.write_text(page, page_of(directory))
-  for name, plot in _plots(directory).items():
+  text, plots = _read(directory)
+  files.write_text(page, text)
+  for name, plot in plots.items():
     for suffix in ("png", "svg"):
       plot(page.with_name(f"{name}.{suffix}"))
 
 
-def _plots(directory) -> dict[str, Callable[..., None]]:
+def _read(directory) -> tuple[str, dict[str, Callable[..., None]]]:
+  """The page of a directory, and what plots its figures, by name."""
   if is_comparison(directory):
     results = read_comparison(directory)
-    return {"compare": lambda path: plot_comparison(path, results)}
+    name = files.expand(directory).resolve().name
+    plot = functools.partial(plot_comparison, results=results)
+    return comparison_page(name, results), {"compare": plot}
   run = read_run(directory)
-  plots = {}
+  plots: dict[str, Callable[..., None]] = {}
   if (chart := training_charts.accuracy(run)) is not None:
     plots["accuracy"] = lambda path: plot_lines(path, chart)
   if rows := run.stages.get("search", {}).get("rows"):
     plots["pareto"] = lambda path: plot_searches(path, rows, run.task)
-  return plots
+  return run_page(run), plots
 
 
 def run_page(run: Run) -> str:

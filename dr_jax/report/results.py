@@ -6,7 +6,7 @@ when it is read, at the start of a run and not after its training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dr_jax import search
@@ -74,3 +74,16 @@ def schema_of(name: str, bits: Iterable[int] = ()) -> Any:
   for key in {"scores", "bytes_at"} & set(schema):
     schema[key] = dict.fromkeys([*labels, ...], schema[key])
   return schema
+
+
+def last_network(stages: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns the result of a run's last network of several bit-widths, if any.
+
+  Args:
+    stages: results by the names of their stages.
+
+  >>> last_network({"multi_precision": {"scores": {}}, "hessian": {}})
+  {'scores': {}}
+  """
+  names = ("export", "supernet", "multi_precision")
+  return next((stages[name] for name in names if name in stages), None)

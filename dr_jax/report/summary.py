@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dr_jax.report.results import last_network
 from dr_jax.runtime.tasks import TASKS, Task
 
 
@@ -30,7 +31,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     size = export and export["float_bytes"]
     shown.add_row(*_row(task, "float", score, size, size))
   for bits in summary["bits"]:
-    result = export or stages.get("supernet") or stages.get("multi_precision")
+    result = last_network(stages)
     alone = stages.get(f"separate/{bits}")
     row = [str(bits)] + [""] * 4
     if result is not None:

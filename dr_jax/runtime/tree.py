@@ -30,6 +30,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
   return named
 
 
+def array_bytes(tree: Any) -> int:
+  """Returns the bytes of all arrays, or of what has their shape and dtype.
+
+  >>> array_bytes({"a": np.zeros((2, 3), np.float32), "b": np.int8(1)})
+  25
+  """
+  leaves = jax.tree.leaves(tree)
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def fingerprint(tree: Any) -> str:
   """Returns a SHA-256 of all arrays: paths, dtypes, shapes and bytes.
 

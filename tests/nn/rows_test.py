@@ -58,16 +58,20 @@ def layers(rngs):
 CASES = layers(nnx.Rngs(0))
 
 
+def quantized(model, sample):
+  return nn.quantize(
+    model,
+    weight=quant.double_rounding(BITS),
+    activation=quant.dynamic_activation(BITS),
+    sample=sample,
+    skip=(),
+  )
+
+
 def converted(name):
   layer, shape, axes = CASES[name]
   x = jax.random.normal(jax.random.key(1), shape)
-  network = nn.quantize(
-    layer,
-    weight=quant.double_rounding(BITS),
-    activation=quant.dynamic_activation(BITS),
-    sample=x,
-    skip=(),
-  )
+  network = quantized(layer, x)
   (found,) = nn.quantized.quantized_layers(network).values()
   return network, found, x, axes
 
@@ -125,13 +129,7 @@ class Net(nnx.Module):
 def test_an_artifact_has_no_input_scales_and_gives_the_same_outputs(tmp_path):
   float_network = Net(nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
-  network = nn.quantize(
-    float_network,
-    weight=quant.double_rounding(BITS),
-    activation=quant.dynamic_activation(BITS),
-    sample=x,
-    skip=(),
-  )
+  network = quantized(float_network, x)
   signs = {row.name: row.signed for row in nn.layer_table(network)}
   assert signs == {"conv": True, "head": False}
   network.eval()

@@ -11,7 +11,7 @@ import pytest
 
 from dr_jax import data, nn, train
 from dr_jax.config import ConfigError, from_dict, quantizers
-from dr_jax.pipeline import comparison, dry_run, throughput, training
+from dr_jax.pipeline import comparison, dry_run, phases, throughput
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages import STAGES
 
@@ -91,7 +91,7 @@ def test_steps_passes_operations_and_time_follow_from_the_recipes(text, mixed):
 @pytest.mark.parametrize("stage", ["pretrain", "multi_precision", "supernet"])
 def test_the_state_is_the_one_that_would_train(mixed, stage):
   run = RunContext(mixed, "run")
-  (plan,) = STAGES[stage].plans(run)
+  (phase,) = STAGES[stage].phases(run)
   network = run.model()
   if stage != "pretrain":
     weight, activation = quantizers(mixed.quant)
@@ -105,11 +105,11 @@ def test_the_state_is_the_one_that_would_train(mixed, stage):
     )
   split = nn.functional(network)
   optimizer = train.make_optimizer(
-    plan.recipe.optimizer, param_labels=split.param_labels
+    phase.recipe.optimizer, param_labels=split.param_labels
   )
   trainer = train.make_trainer(split, optimizer, lambda step: 0.0)
   expected = jax.eval_shape(trainer.init, jax.random.key(0))
-  got = training.state_shapes(run, plan)
+  got = phases.state_shapes(run, phase)
 
   def shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)

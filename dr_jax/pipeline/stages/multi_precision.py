@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flax import nnx
 
-from dr_jax.pipeline import training
+from dr_jax.pipeline import phases, training
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
 from dr_jax.pipeline.stages.stage import Stage
@@ -23,8 +23,8 @@ STAGE = Stage(
   help="train one network jointly at all bit-widths",
   run=multi_precision_network,
   network=multi_precision_network,
-  disk_bytes=lambda run: training.disk_bytes_of(run, run.config.train),
-  plans=lambda run: training.plans(
+  disk_bytes=lambda run: phases.disk_bytes_of(run, run.config.train),
+  phases=lambda run: phases.phases_of(
     STAGE.name, run.config.train, run.config.quant
   ),
 )

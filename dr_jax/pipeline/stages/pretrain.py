@@ -6,7 +6,7 @@ import time
 
 from flax import nnx
 
-from dr_jax.pipeline import scoring, training
+from dr_jax.pipeline import phases, scoring, training
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.stage import Stage
 
@@ -25,9 +25,7 @@ def _float_network(run):
   if STAGE.name not in run.config.stages:
     return model
   started, steps = time.monotonic(), 0
-  recipe = run.config.pretrain
-  if recipe.epochs:
-    phase = training.Phase(STAGE.name, (None,), recipe)
+  for phase in STAGE.phases(run):
     steps = training.train_phase(run, model, phase)
   scoring.finish_stage(
     run, STAGE.name, model, (None,), steps=steps, started=started
@@ -40,6 +38,6 @@ STAGE = Stage(
   help="train the float network",
   run=float_network,
   network=float_network,
-  disk_bytes=lambda run: training.disk_bytes_of(run, run.config.pretrain),
-  plans=lambda run: training.plans(STAGE.name, run.config.pretrain),
+  disk_bytes=lambda run: phases.disk_bytes_of(run, run.config.pretrain),
+  phases=lambda run: phases.float_phases(STAGE.name, run.config.pretrain),
 )

@@ -6,7 +6,7 @@ import dataclasses
 
 from dr_jax import quant
 from dr_jax.config import QuantConfig
-from dr_jax.pipeline import training
+from dr_jax.pipeline import phases, training
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.pretrain import float_network
 from dr_jax.pipeline.stages.stage import Stage
@@ -23,12 +23,11 @@ def train_separately(run: RunContext) -> None:
       training.train_quantized(run, name, _quant(bits), recipe)
 
 
-def plans(run: RunContext) -> list[training.Plan]:
-  """One network per bit-width."""
+def _phases(run):
   return [
-    plan
+    phase
     for bits, name in zip(run.bits, result_names(run), strict=True)
-    for plan in training.plans(name, _recipe(run), _quant(bits))
+    for phase in phases.phases_of(name, _recipe(run), _quant(bits))
   ]
 
 
@@ -61,8 +60,8 @@ STAGE = Stage(
   help="train one LSQ network per bit-width, for comparison",
   run=train_separately,
   disk_bytes=lambda run: (
-    len(run.bits) * training.disk_bytes_of(run, run.config.train)
+    len(run.bits) * phases.disk_bytes_of(run, run.config.train)
   ),
-  plans=plans,
+  phases=_phases,
   results=result_names,
 )

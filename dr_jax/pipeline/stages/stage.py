@@ -8,10 +8,10 @@ from typing import NamedTuple
 from flax import nnx
 
 from dr_jax.pipeline.context import RunContext
-from dr_jax.pipeline.training import Plan
+from dr_jax.pipeline.phases import Phase
 
 
-def no_plans(run: RunContext) -> tuple[Plan, ...]:
+def no_phases(run: RunContext) -> tuple[Phase, ...]:
   """Of a stage that trains nothing."""
   del run
   return ()
@@ -31,7 +31,7 @@ class Stage(NamedTuple):
       have the networks of the stages before it.
     check: raises ConfigError for what is wrong before anything is written.
     disk_bytes: returns the bytes that it writes at most; None if negligible.
-    plans: returns what it trains, for an estimate.
+    phases: returns what it trains, before it does.
     results: returns the names of its results; None if that is its own name.
     is_done: returns whether nothing is left to do; None if that is whenever
       all its results exist.
@@ -45,7 +45,7 @@ class Stage(NamedTuple):
   single_process: bool = False
   check: Callable[[RunContext], None] = lambda run: None
   disk_bytes: Callable[[RunContext], int] | None = None
-  plans: Callable[[RunContext], Sequence[Plan]] = no_plans
+  phases: Callable[[RunContext], Sequence[Phase]] = no_phases
   results: Callable[[RunContext], tuple[str, ...]] | None = None
   is_done: Callable[[RunContext], bool] | None = None
 

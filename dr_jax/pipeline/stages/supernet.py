@@ -5,12 +5,13 @@ arXiv 2502.01199, section 3.3.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from flax import nnx
 
 from dr_jax import nn, train
-from dr_jax.pipeline import scoring, training
+from dr_jax.pipeline import phases, scoring, training
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.hessian import sensitivity
 from dr_jax.pipeline.stages.multi_precision import multi_precision_network
@@ -41,8 +42,8 @@ def supernet(run: RunContext) -> nnx.Module:
       warmup=hasb.warmup,
     )
 
-  phase = training.Phase(STAGE.name, run.bits, recipe, sampling=sampling)
-  steps = training.train_phase(run, network, phase)
+  (phase,) = STAGE.phases(run)
+  steps = training.train_phase(run, network, phase._replace(sampling=sampling))
   split = nn.functional(network)
   scoring.finish_stage(
     run,
@@ -57,14 +58,18 @@ def supernet(run: RunContext) -> nnx.Module:
   return network
 
 
+def _phases(run):
+  quant = dataclasses.replace(run.config.quant, norm=_NORM)
+  recipe = run.config.supernet
+  return [phases.Phase(STAGE.name, run.bits, recipe, quant)]
+
+
 STAGE = Stage(
   name="supernet",
   help="train the network for bit-widths that differ from layer to layer",
   run=supernet,
   needs=("hessian",),
   network=supernet,
-  disk_bytes=lambda run: training.disk_bytes_of(run, run.config.supernet),
-  plans=lambda run: training.plans(
-    STAGE.name, run.config.supernet, run.config.quant, _NORM
-  ),
+  disk_bytes=lambda run: phases.disk_bytes_of(run, run.config.supernet),
+  phases=_phases,
 )
