@@ -126,8 +126,7 @@ class StoredCall(LayerCall):
     x = jnp.moveaxis(x, axes, range(-len(axes), 0))
     x = x.reshape(*x.shape[: -len(axes)], math.prod(features))
     scale = self.operands[0].scale
-    if scale.ndim:
-      scale = jnp.moveaxis(scale, axes, range(-len(axes), 0))
+    if scale.ndim:  # One along these axes.
       scale = scale.reshape(*x.shape[:-1], 1)
     acc = self.layer.backend.multiply(x, w, self.layer.chunks)
     y = self.rescaled(acc, scale)

@@ -211,7 +211,8 @@ class Validation:
 
     missing = self.is_due(step) and on_first(is_missing)
     if self._best is not None:
-      self._best.resume(step if missing else step + 1)
+      # That of this step is saved again, if it has no score.
+      self._best.resume(step + 1)
     return missing
 
   def score(

@@ -101,6 +101,19 @@ def test_words_of_a_run_are_no_markup(tmp_path):
   parsed = Parsed(report.run_page(run))
   assert name in parsed.text
   assert [chart["name"] for chart in parsed.charts] == RUN_CHARTS
+  # In a chart, and so in a script.
+  parsed = Parsed(report.runs_page({name: run}))
+  assert parsed.charts[0]["figure"]["data"][0]["name"] == name
+
+
+def test_a_line_of_a_search_goes_from_low_to_high_cost(tmp_path):
+  run = report.read_run(report_files.write_run(tmp_path / "run"))
+  run.stages["search"]["rows"].sort(key=lambda row: -row["cost"]["bops"])
+  charts = Parsed(report.run_page(run)).charts
+  (chart,) = (chart for chart in charts if chart["name"] == "pareto-bops")
+  _, *lines = chart["figure"]["data"]
+  assert max(len(line["x"]) for line in lines) > 1
+  assert all(line["x"] == sorted(line["x"]) for line in lines)
 
 
 @pytest.mark.parametrize(
