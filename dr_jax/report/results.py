@@ -82,7 +82,7 @@ def last_network(stages: Mapping[str, Any]) -> dict[str, Any] | None:
   Args:
     stages: results by the names of their stages.
 
-  >>> last_network({"multi_precision": {"seconds": 5}, "export": {"seconds": 2}})
+  >>> last_network({"pretrain": {"seconds": 5}, "export": {"seconds": 2}})
   {'seconds': 2}
   """
   names = ("export", "supernet", "multi_precision")
