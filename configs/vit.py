@@ -9,8 +9,7 @@ folder that holds one directory per class in train/ and val/ add
 --config.data.test_split=val. ViT-S/16 is --config.model.name=vit_small.
 
   vit.py:fashion  a ViT of four blocks of width 64 and patches of 4 x 4 pixels
-                  on Fashion-MNIST, from the four idx files in
-                  ../shared/data/fashion-mnist; elsewhere --config.data.path=DIR
+                  on Fashion-MNIST (configs/README.md: where the files go)
   vit.py:432      bits {4, 3, 2}
   vit.py:smoke    a few steps on synthetic images, on any machine
 
@@ -79,13 +78,7 @@ def get_config(arg=None):
   )
   config.train = files.train_group(epochs=90, learning_rate=5e-4)
   if word == "fashion":
-    config.data = files.group(
-      DataConfig,
-      name="idx",
-      path="../shared/data/fashion-mnist",
-      test_split="t10k",
-      batch_size=128,
-    )
+    config.data = files.fashion_mnist(batch_size=128)
     config.model = files.group(
       ModelConfig,
       name="vit",

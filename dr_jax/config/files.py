@@ -27,6 +27,24 @@ def group(kind: type, **values: Any) -> ConfigDict:
   return ConfigDict(dataclasses.asdict(kind(**values)))
 
 
+def fashion_mnist(**values: Any) -> ConfigDict:
+  """Returns the group `data` of Fashion-MNIST: 60,000 + 10,000 images, 28x28.
+
+  The four idx files are expected in ~/.cache/dr_jax/fashion-mnist, where the
+  command in configs/README.md puts them.
+
+  Args:
+    **values: of the fields that differ from their defaults.
+  """
+  return group(
+    DataConfig,
+    name="idx",
+    path="~/.cache/dr_jax/fashion-mnist",
+    test_split="t10k",
+    **values,
+  )
+
+
 def quant_group(bits: Sequence[int]) -> ConfigDict:
   """Returns the group `quant` with these bits, else left to the method."""
   config = group(QuantConfig, bits=tuple(bits))

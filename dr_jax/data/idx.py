@@ -51,7 +51,10 @@ def _read(directory, name, dimensions):
   found = [directory / f"{name}{suffix}" for suffix in ("", ".gz")]
   file = next((file for file in found if file.exists()), None)
   if file is None:
-    raise MissingData(f"path must hold {name} or {name}.gz, got {directory}")
+    raise MissingData(
+      f"path must hold {name} or {name}.gz, got {directory}; files of "
+      "Fashion-MNIST: https://github.com/zalandoresearch/fashion-mnist"
+    )
   try:
     content = files.read_bytes(file, limit=_LARGEST)
     if file.suffix == ".gz":

@@ -40,6 +40,7 @@ def test_every_configuration_file_of_one_network_is_tested_here():
   assert files == {
     *(*PAPER, *TRANSFORMERS),
     *("digits", "digits_mixed", "compare", "language_compare"),
+    "fashion_mnist",
   }
 
 
@@ -111,6 +112,41 @@ def test_a_comparison_of_language_models_trains_three_bit_widths_of_five():
     assert [b for b, weight in trained if weight] == [8, 4, 2]
     assert recipe.train.schedule == "accumulate"
   assert {e.config.data.name for e in compared.entries.values()} == {"text"}
+
+
+@pytest.mark.parametrize(
+  ("arg", "bits", "entries"),
+  [
+    (None, (8, 6, 4, 2), 4 + 4 + 6),
+    ("432", (4, 3, 2), 3 + 4 + 6),
+    ("separate", (8, 6, 4, 2), 4),
+    ("resnet20,432,alrs,rivals", (4, 3, 2), 4 + 6),
+  ],
+)
+def test_fashion_mnist_compares_methods_at_equal_updates(arg, bits, entries):
+  compared = comparison.from_values(
+    load("fashion_mnist").get_config(arg).to_dict()
+  )
+  assert len(compared.entries) == entries
+  assert len(compared.seeds) == 3
+  alone, joint = [], set()
+  for row, run in compared.entries.values():
+    if row == "separate lsq":
+      alone += run.quant.bits
+    else:
+      joint.add(run.quant.bits)
+    assert run.train.epochs == compared.base.train.epochs
+    assert run.train.learning_rate == compared.base.train.learning_rate
+  assert not alone or sorted(alone, reverse=True) == list(bits)
+  assert joint <= {bits}
+  # Groups of one table share a directory; other networks and bits do not.
+  shown = [word for word in ("432", "resnet20") if word in (arg or "")]
+  assert compared.base.name == "_".join(["fashion_mnist", *shown])
+
+
+def test_fashion_mnist_names_what_its_argument_can_be():
+  with pytest.raises(ValueError, match="of 432, resnet20, separate, alrs, riv"):
+    load("fashion_mnist").get_config("lsq")
 
 
 @pytest.mark.parametrize("name", PAPER)
