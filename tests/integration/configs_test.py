@@ -40,7 +40,7 @@ def test_every_configuration_file_of_one_network_is_tested_here():
   assert files == {
     *(*PAPER, *TRANSFORMERS),
     *("digits", "digits_mixed", "compare", "language_compare"),
-    "fashion_mnist",
+    *("fashion_mnist", "fashion_mnist_mixed"),
   }
 
 
@@ -142,6 +142,15 @@ def test_fashion_mnist_compares_methods_at_equal_updates(arg, bits, entries):
   # Groups of one table share a directory; other networks and bits do not.
   shown = [word for word in ("432", "resnet20") if word in (arg or "")]
   assert compared.base.name == "_".join(["fashion_mnist", *shown])
+
+
+@pytest.mark.parametrize("arg", [None, "432"])
+def test_mixed_precision_on_fashion_mnist_scores_on_images_held_out(arg):
+  wanted = config("fashion_mnist_mixed", arg)
+  assert wanted.quant.bits == tuple(map(int, arg or "8642"))
+  assert "search" in wanted.stages
+  assert wanted.search.eval_split == "held_out"
+  assert 60_000 * wanted.data.holdout == 3000
 
 
 def test_fashion_mnist_names_what_its_argument_can_be():
