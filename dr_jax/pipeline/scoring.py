@@ -104,8 +104,8 @@ def _log_scores(run, stage, found, steps):
   """Writes scores to the metrics; returns the seconds of training."""
   with MetricsWriter(run.workdir.metrics, run.sinks) as metrics:
     # A process that was killed here has written some of them already.
-    names = ("loss", "examples_per_second", *validation.NAMES)
-    metrics.resume(stage, steps, names=names)
+    names = ("loss", "scale_gradient_norm", "examples_per_second")
+    metrics.resume(stage, steps, names=(*names, *validation.NAMES))
     for key, score in found.items():
       named = {f"test_{name}": value for name, value in score.items()}
       bits_or_none = None if key == "float" else int(key)

@@ -130,7 +130,7 @@ def _run_loop(run, phase, steps, layout, trainer, checkpoints, scorer, state):
     _metrics(run) as metrics,
     _count_unreadable(run, phase.stage, shard),
     profile.profiled(
-      trainer.step,
+      trainer.logged_step,
       run.profile,
       run.workdir.path / "profile" / phase.stage,
       name=phase.stage,

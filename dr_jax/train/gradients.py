@@ -16,6 +16,7 @@ from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.runtime.sharding import Layout
 from dr_jax.train import alrs as alrs_lib
 from dr_jax.train.distill import Distillation
+from dr_jax.train.measured import Measured, logged_of
 from dr_jax.train.sampling import Index, Sampling
 from dr_jax.train.state import TrainState, replicated
 
@@ -100,8 +101,8 @@ def gradients_of(
   number: int | jax.Array,
   *,
   axis: str | None = None,
-) -> tuple[Gradients, Carry, jax.Array]:
-  """Returns gradients, the new carry, and the loss of one pass.
+) -> tuple[Gradients, Carry, Measured]:
+  """Returns gradients, the new carry, and what is measured of one pass.
 
   `number` counts the passes of a step. `axis` names the dimension of
   `jax.vmap` or of the mesh that holds the passes, if they run at once.
@@ -114,7 +115,8 @@ def gradients_of(
   (_, (carry, value)), gradients = of_batch(
     state.params, carry, batch, index, number, _progress(parts, state)
   )
-  return _weighted_by_alrs(parts, state, gradients, index), carry, value
+  measured = Measured(value, logged_of(parts.network, gradients))
+  return _weighted_by_alrs(parts, state, gradients, index), carry, measured
 
 
 def _loss(parts, axis, params, carry, batch, index, number, progress):

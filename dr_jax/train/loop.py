@@ -26,7 +26,7 @@ from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.checkpoint.snapshot import Snapshot
 from dr_jax.runtime.metrics import MetricsWriter
 from dr_jax.runtime.progress import Progress
-from dr_jax.train.schedules import Step
+from dr_jax.train.schedules import LoggedStep, Step
 from dr_jax.train.state import TrainState
 
 # How many steps the loop may be ahead of the oldest loss that it has seen.
@@ -78,7 +78,8 @@ class Loop:
     steps: step number at which the run ends.
     labels: bit-width of each loss, or a word (see `train.sampling`); None for
       the float network.
-    step: that of `train.make_trainer`.
+    step: that of `train.make_trainer`, or its `logged_step`, whose further
+      numbers go to `metrics`, those of the steps that are logged.
     batches: `[step]` -> batch of numpy arrays; where it has `stream(step)`, an
       iterator from that step on, the loop takes and closes that.
     checkpoints: where states go, or None.
@@ -94,7 +95,7 @@ class Loop:
   stage: str
   steps: int
   labels: tuple[int | str | None, ...]
-  step: Step
+  step: Step | LoggedStep
   batches: Any
   checkpoints: Checkpoints | None = None
   metrics: MetricsWriter | None = None
@@ -138,7 +139,7 @@ class Loop:
       wanted = itertools.islice(stream, self.steps - start)
       try:
         for number, batch in enumerate(_ahead(wanted, self.put), start):
-          state, losses = self.step(state, batch)
+          state, losses, *logged = self.step(state, batch)
           if number == start:
             # Compiles what copies need, while steps are compiled anyway.
             _Copy.of(number + 1, state, saves=self.checkpoints is not None)
@@ -148,7 +149,10 @@ class Loop:
           ends = last or bool(stopped) or due
           if ends or (number + 1) % self.checkpoint_every == 0:
             watch.copy(number + 1, state, progress)
-          watch.add(number + 1, losses, len(batch["label"]), progress)
+          watch.add(
+            *(number + 1, losses, logged[0] if logged else {}),
+            *(len(batch["label"]), progress),
+          )
           if ends:
             watch.drain(progress)
             if self.checkpoints is not None:
@@ -241,8 +245,8 @@ class _Losses:
         self._count = int(count)
         self._sum[:] = [sums[label] for label in loop.labels]
 
-  def add(self, step, losses, examples, progress):
-    self._pending.append((step, losses, examples))
+  def add(self, step, losses, logged, examples, progress):
+    self._pending.append((step, losses, logged, examples))
     if len(self._pending) > _AHEAD:
       self._take(progress)
 
@@ -266,7 +270,7 @@ class _Losses:
       self._take(progress)
 
   def _take(self, progress):
-    step, losses, examples = self._pending.popleft()
+    step, losses, logged, examples = self._pending.popleft()
     losses = np.asarray(losses)
     for label, loss in zip(self._loop.labels, losses, strict=True):
       if not np.isfinite(loss):
@@ -280,7 +284,7 @@ class _Losses:
     self._examples += examples
     progress.update(step, examples=examples, losses=losses)
     if step % self._loop.log_every == 0 or step == self._loop.steps:
-      self._log(step)
+      self._log(step, logged)
     if self._copy is not None and self._copy.step == step:
       self._log_open_window(step)
       self._save(self._copy)
@@ -304,13 +308,13 @@ class _Losses:
         metrics.write(stage, step, {"loss_sum": total}, bits=label)
       metrics.write(stage, step, {"losses": self._count})
 
-  def _log(self, step):
+  def _log(self, step, logged):
     if self._loop.metrics is not None:
-      for label, total in zip(self._loop.labels, self._sum, strict=True):
-        mean = float(total / self._count)
-        self._loop.metrics.write(
-          self._loop.stage, step, {"loss": mean}, bits=label
-        )
+      numbers = {"loss": self._sum / self._count, **logged}
+      columns = {name: np.asarray(column) for name, column in numbers.items()}
+      for row, label in enumerate(self._loop.labels):
+        values = {name: column[row] for name, column in columns.items()}
+        self._loop.metrics.write(self._loop.stage, step, values, bits=label)
       seconds = max(time.monotonic() - self._since, 1e-9)
       self._loop.metrics.write(
         self._loop.stage,

@@ -45,19 +45,23 @@ _FASTEST = {("cpu", "alternate"): "unroll", ("cpu", "accumulate"): "sequential"}
 
 Batch = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+LoggedStep = Callable[
+  [TrainState, Batch], tuple[TrainState, jax.Array, dict[str, jax.Array]]
+]
 
 
 class Compiled(NamedTuple):
   """A step and its main program.
 
   Attributes:
-    step: `step(state, batch) -> (state, losses [passes])`.
+    step: `step(state, batch) -> (state, losses [passes], logged)`, with
+      `logged` {name in metrics.jsonl: [passes]}.
     program: the jitted function that does most of the work: the step itself,
       or one pass of it where passes run one after the other.
     lower: `lower(state, batch) -> jax.stages.Lowered` of that program.
   """
 
-  step: Step
+  step: LoggedStep
   program: Callable[..., Any]
   lower: Callable[[TrainState, Batch], jax.stages.Lowered]
 
@@ -103,20 +107,22 @@ def compile_step(parts: Parts, schedule: str, vectorize: str) -> Compiled:
 
 def _one_pass(parts, state, carry, batch, index, number):
   """Forward, backward, update."""
-  gradients, carry, loss = gradients_of(
+  gradients, carry, measured = gradients_of(
     parts, state, carry, batch, index, number
   )
-  return apply_gradients(parts, state, gradients), carry, loss
+  return apply_gradients(parts, state, gradients), carry, measured
 
 
 def _alternate_unrolled(parts):
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
-    losses, carry = [], Carry(state.batch_stats, state.memory, ())
+    passes, carry = [], Carry(state.batch_stats, state.memory, ())
     for number, index in enumerate(parts.indices(state)):
-      state, carry, loss = _one_pass(parts, state, carry, batch, index, number)
-      losses.append(loss)
-    return _end(parts, state, carry), jnp.stack(losses)
+      state, carry, measured = _one_pass(
+        parts, state, carry, batch, index, number
+      )
+      passes.append(measured)
+    return _end(parts, state, carry), *_stacked(passes)
 
   return Compiled(step, step, step.lower)
 
@@ -126,21 +132,25 @@ def _alternate_sequential(parts):
   def run_pass(state, batch, number, teacher=()):
     index = parts.stacked_indices(state)[number]
     carry = Carry(state.batch_stats, state.memory, teacher)
-    state, carry, loss = _one_pass(parts, state, carry, batch, index, number)
+    state, carry, measured = _one_pass(
+      parts, state, carry, batch, index, number
+    )
     ended = _end(parts, state, carry)
     last = number == parts.passes - 1
     step = jnp.where(last, ended.step, state.step)
     teacher = _constrain_teacher(parts, carry.teacher)
-    return ended._replace(step=step), teacher, loss
+    return ended._replace(step=step), teacher, measured
 
   teacher_of = _initial_teacher_logits(parts)
 
   def step(state, batch):
-    losses, teacher = [], teacher_of(state, batch)
+    passes, teacher = [], teacher_of(state, batch)
     for number in range(parts.passes):
-      state, teacher, loss = run_pass(state, batch, np.int32(number), teacher)
-      losses.append(loss)
-    return state, jnp.stack(losses)
+      state, teacher, measured = run_pass(
+        state, batch, np.int32(number), teacher
+      )
+      passes.append(measured)
+    return state, *_stack(passes)
 
   def lower(state, batch):
     teacher = teacher_of(state, batch)
@@ -153,15 +163,15 @@ def _accumulate_unrolled(parts):
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
     summed: Any = None
-    losses, carry = [], Carry(state.batch_stats, state.memory, ())
+    passes, carry = [], Carry(state.batch_stats, state.memory, ())
     for number, index in enumerate(parts.indices(state)):
-      gradients, carry, loss = gradients_of(
+      gradients, carry, measured = gradients_of(
         parts, state, carry, batch, index, number
       )
       summed = _add(summed, gradients)
-      losses.append(loss)
+      passes.append(measured)
     state = apply_gradients(parts, state, summed)
-    return _end(parts, state, carry), jnp.stack(losses)
+    return _end(parts, state, carry), *_stacked(passes)
 
   return Compiled(step, step, step.lower)
 
@@ -170,11 +180,11 @@ def _accumulate_sequential(parts):
   @functools.partial(jit, donate_argnums=(1, 2))
   def accumulate(state, carry, summed, batch, number):
     index = parts.stacked_indices(state)[number]
-    gradients, carry, loss = gradients_of(
+    gradients, carry, measured = gradients_of(
       parts, state, carry, batch, index, number
     )
     summed = _add(summed, gradients)
-    return _constrain(parts, carry), _constrain(parts, summed), loss
+    return _constrain(parts, carry), _constrain(parts, summed), measured
 
   @jit
   def zeros(state):
@@ -189,16 +199,16 @@ def _accumulate_sequential(parts):
   teacher_of = _initial_teacher_logits(parts)
 
   def step(state, batch):
-    summed, losses = zeros(state), []
+    summed, passes = zeros(state), []
     teacher = teacher_of(state, batch)
     carry = Carry(state.batch_stats, state.memory, teacher)
     state = state._replace(batch_stats={}, memory={})
     for number in range(parts.passes):
-      carry, summed, loss = accumulate(
+      carry, summed, measured = accumulate(
         state, carry, summed, batch, np.int32(number)
       )
-      losses.append(loss)
-    return finish(state, summed, carry), jnp.stack(losses)
+      passes.append(measured)
+    return finish(state, summed, carry), *_stack(passes)
 
   def lower(state, batch):
     carry = Carry(state.batch_stats, state.memory, teacher_of(state, batch))
@@ -209,13 +219,13 @@ def _accumulate_sequential(parts):
 
 def _accumulate_vmapped(parts):
   def passes(state, carry, batch, indices, numbers):
-    gradients, carries, losses = jax.vmap(
+    gradients, carries, measured = jax.vmap(
       lambda index, number: gradients_of(
         parts, state, carry, batch, index, number, axis="passes"
       ),
       axis_name="passes",
     )(indices, numbers)
-    return jax.tree.map(lambda g: g.sum(0), gradients), carries, losses
+    return jax.tree.map(lambda g: g.sum(0), gradients), carries, measured
 
   if parts.layout is not None and parts.layout.bits > 1:
     passes = _over_devices(parts)
@@ -223,7 +233,7 @@ def _accumulate_vmapped(parts):
   @functools.partial(jit, donate_argnums=0)
   def step(state, batch):
     carry = Carry(state.batch_stats, state.memory, ())
-    summed, carries, losses = passes(
+    summed, carries, measured = passes(
       state,
       carry,
       batch,
@@ -239,8 +249,10 @@ def _accumulate_vmapped(parts):
     state = apply_gradients(parts, state, summed)
     if parts.layout is not None:
       # Every process reads every loss.
-      losses = jax.lax.with_sharding_constraint(losses, parts.layout.replicated)
-    return _end(parts, state, Carry(stats, memory, ())), losses
+      measured = jax.lax.with_sharding_constraint(
+        measured, parts.layout.replicated
+      )
+    return _end(parts, state, Carry(stats, memory, ())), *measured
 
   return Compiled(step, step, step.lower)
 
@@ -258,8 +270,8 @@ def _over_devices(parts):
       )
       summed = _add(summed, gradients)
       ends.append(end)
-    carries, losses = jax.tree.map(lambda *ends: jnp.stack(ends), *ends)
-    return jax.lax.psum(summed, "bits"), carries, losses
+    carries, measured = _stacked(ends)
+    return jax.lax.psum(summed, "bits"), carries, measured
 
   return jax.shard_map(
     passes,
@@ -268,6 +280,14 @@ def _over_devices(parts):
     out_specs=(P(), P("bits"), P("bits")),
     axis_names={"bits"},
   )
+
+
+def _stacked(trees: list[Any]) -> Any:
+  """One tree of arrays [passes, ...]."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+_stack: Callable[[list[Any]], Any] = jax.jit(_stacked)
 
 
 def _end(parts, state, carry):

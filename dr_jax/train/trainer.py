@@ -24,6 +24,7 @@ from dr_jax.train import sampling as sampling_lib
 from dr_jax.train.gradients import Parts
 from dr_jax.train.schedules import (
   Batch,
+  LoggedStep,
   Step,
   compile_step,
   resolve_vectorize,
@@ -43,6 +44,8 @@ class Trainer(NamedTuple):
     step: `step(state, batch) -> (state, losses [passes])`, losses unweighted.
       The state's buffers are donated. `batch` has "image" [n, ...] and "label"
       [n].
+    logged_step: the same, `-> (state, losses, logged)`, with numbers of every
+      pass by their names in metrics.jsonl; see `train.measured`.
     labels: what each pass trains: a bit-width, a word where it is drawn, None
       for a float network.
     program, lower: see `schedules.Compiled`.
@@ -50,6 +53,7 @@ class Trainer(NamedTuple):
 
   init: Callable[[jax.Array], TrainState]
   step: Step
+  logged_step: LoggedStep
   labels: tuple[Label, ...]
   program: Callable[..., Any]
   lower: Callable[[TrainState, Batch], jax.stages.Lowered]
@@ -159,10 +163,14 @@ def make_trainer(
     )
     return state if layout is None else shard_state(layout, state)
 
-  step, program, lower = compile_step(parts, schedule, vectorize)
-  return Trainer(
-    init, step, pass_labels(network.bits, parts.sampling), program, lower
-  )
+  logged_step, program, lower = compile_step(parts, schedule, vectorize)
+
+  def step(state, batch):
+    state, losses, _ = logged_step(state, batch)
+    return state, losses
+
+  labels = pass_labels(network.bits, parts.sampling)
+  return Trainer(init, step, logged_step, labels, program, lower)
 
 
 def pass_labels(

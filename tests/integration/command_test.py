@@ -96,6 +96,7 @@ def test_the_job_prints_a_table_and_writes_what_it_showed(finished):
   }
   assert names == {
     "loss",
+    "scale_gradient_norm",
     "examples_per_second",
     "test_accuracy",
     "test_loss",

@@ -112,6 +112,22 @@ def test_metrics_hold_the_mean_loss_of_each_bit_width(tmp_path):
   assert losses == [(5, 8, 1.0), (5, 2, 2.0), (10, 8, 1.0), (10, 2, 2.0)]
 
 
+def test_what_a_step_logs_is_written_of_the_steps_that_are_logged(tmp_path):
+  plain = _step()
+
+  def step(state, batch):
+    state, losses = plain(state, batch)
+    norm = jnp.array([0.5, jnp.inf]) * float(state.step)
+    return state, losses, {"norm": norm}
+
+  with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+    _loop(tmp_path, None, metrics, step=step, steps=7).run(_state())
+    assert metrics.values("joint", 5, "norm") == {8: 2.5, 2: np.inf}
+    assert metrics.values("joint", 7, "norm") == {8: 3.5, 2: np.inf}
+    assert metrics.values("joint", 7, "loss") == {8: 1.0, 2: 2.0}
+    assert metrics.values("joint", 6, "norm") == {}
+
+
 def test_an_optimizer_state_with_nan_is_not_saved(tmp_path):
   with Checkpoints(tmp_path / "c") as checkpoints:
     loop = _loop(tmp_path, checkpoints, step=_step(spoil=8))

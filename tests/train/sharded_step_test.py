@@ -55,8 +55,12 @@ def stepped(layout, *, steps=STEPS, bits=BITS, **options):
   put = layout.shard_batch if layout is not None else lambda b: b
   state, losses = trainer.init(jax.random.key(0)), []
   for number in range(steps):
-    state, loss = trainer.step(state, put(net.batch(number, size=16)))
-    assert loss.is_fully_replicated  # Every process can read it.
+    batch = put(net.batch(number, size=16))
+    state, loss, logged = trainer.logged_step(state, batch)
+    norms = logged["scale_gradient_norm"]
+    assert norms.shape == loss.shape and (norms > 0).all()
+    # Every process can read them.
+    assert loss.is_fully_replicated and norms.is_fully_replicated
     losses.append(np.asarray(loss))
   return state, np.array(losses), trainer
 

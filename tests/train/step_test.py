@@ -37,9 +37,8 @@ def _network(norm="switchable"):
   return nn.functional(net.quantized(norm=norm))
 
 
-def _run(
+def _trainer(
   *,
-  steps=2,
   schedule="alternate",
   vectorize="sequential",
   mode="none",
@@ -58,7 +57,7 @@ def _run(
     weight_decay=1e-3,
     momentum=momentum,
   )
-  trainer = make_trainer(
+  return make_trainer(
     network,
     transform,
     optax.constant_schedule(rate),
@@ -70,6 +69,10 @@ def _run(
     num_classes=3,
     **options,
   )
+
+
+def _run(*, steps=2, **options):
+  trainer = _trainer(**options)
   state, losses = trainer.init(jax.random.key(0)), []
   for number in range(steps):
     state, loss = trainer.step(state, net.batch(number))
@@ -139,6 +142,84 @@ def test_accumulate_updates_once_with_the_sum_of_gradients(vectorize):
   )
   _assert_close(state.params, expected, rtol=1e-4, atol=2e-6)
   _assert_close(state.batch_stats, stats, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("schedule", "vectorize", "mode"),
+  [
+    ("alternate", "sequential", "relative"),
+    pytest.param("alternate", "unroll", "none", marks=pytest.mark.slow),
+    ("accumulate", "unroll", "none"),
+    pytest.param("accumulate", "sequential", "none", marks=pytest.mark.slow),
+    ("accumulate", "vmap", "none"),
+  ],
+)
+def test_the_norm_of_scale_gradients_is_that_of_each_pass(
+  schedule, vectorize, mode
+):
+  network, batch, expected = _network(), net.batch(0), []
+  # Too slow for the first pass to change the gradient of the second.
+  trainer = _trainer(
+    schedule=schedule, vectorize=vectorize, mode=mode, momentum=0.0, rate=1e-4
+  )
+  for index in range(len(net.BITS)):
+    g, _ = _direct_gradients(network.params, network.batch_stats, index, batch)
+    scales = [g[name]["weight_params"]["scale"] for name in ("conv1", "conv2")]
+    expected.append(np.sqrt(sum(np.sum(np.square(s)) for s in scales)))
+  state = trainer.init(jax.random.key(0))
+  _, losses, logged = trainer.logged_step(state, batch)
+  assert list(logged) == ["scale_gradient_norm"]
+  norms = logged["scale_gradient_norm"]
+  assert norms.shape == losses.shape and norms.dtype == jnp.float32
+  np.testing.assert_allclose(norms, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", [None, "adabits"])
+def test_without_scales_of_weights_nothing_is_logged(name):
+  network = nn.functional(net.Net(nnx.Rngs(0)))
+  if name is not None:
+    network = nn.functional(
+      nn.quantize(
+        net.Net(nnx.Rngs(0)),
+        weight=quant.get(name, bits=net.BITS),
+        activation=quant.lsq_activation(net.BITS),
+        sample=net.batch()["image"],
+      )
+    )
+    assert network.scale_layers
+  trainer = _trainer(network=network, vectorize="unroll")
+  state = jax.eval_shape(trainer.init, jax.random.key(0))
+  _, losses, logged = jax.eval_shape(trainer.logged_step, state, net.batch(0))
+  assert losses.shape == (len(network.bits) or 1,) and logged == {}
+
+
+@pytest.mark.parametrize(
+  ("schedule", "vectorize"),
+  [
+    ("alternate", "unroll"),
+    *(
+      pytest.param(*mode, marks=pytest.mark.slow)
+      for mode in [
+        ("alternate", "sequential"),
+        ("accumulate", "unroll"),
+        ("accumulate", "sequential"),
+        ("accumulate", "vmap"),
+      ]
+    ),
+  ],
+)
+def test_logging_changes_no_bit_of_what_is_trained(
+  monkeypatch, schedule, vectorize
+):
+  options = {"schedule": schedule, "vectorize": vectorize, "mode": "relative"}
+  with_norms, _ = _run(**options)
+  monkeypatch.setattr(gradients, "logged_of", lambda network, gradients: {})
+  without, _ = _run(**options)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    with_norms._replace(key=0),
+    without._replace(key=0),
+  )
 
 
 @pytest.mark.parametrize("mode", ["none", "relative"])
