@@ -96,6 +96,7 @@ def run_page(run: Run) -> str:
       results,
       training_charts.accuracy(run),
       *training_charts.learning_curves(run),
+      *training_charts.scale_gradients(run),
       network_charts.scale_gradients(run),
       network_charts.weights(run),
       search_charts.traces(run),

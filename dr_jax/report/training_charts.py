@@ -1,4 +1,4 @@
-"""Charts of a run's training: accuracy, learning curves, sizes, time.
+"""Charts of a run's training: accuracy, curves over steps, sizes, time.
 
 Each takes a `runs.Run` and returns a chart, or None without its data.
 """
@@ -95,16 +95,40 @@ def learning_curves(run: Run) -> list[Chart]:
         yaxis={"type": "log"},
       ),
     )
-    for stage, curves in _curves(run.metrics).items()
+    for stage, curves in _curves(
+      run.metrics, ("loss", "validation_loss")
+    ).items()
   ]
 
 
-def _curves(metrics):
-  """{stage: {(bits, name of a loss): [(step, loss)]}}."""
+def scale_gradients(run: Run) -> list[Chart]:
+  """The gradient of the scales of weights while training: a chart per stage."""
+  return [
+    Chart(
+      f"scale-gradients-{stage.replace('_', '-')}",
+      f"Gradients of scales while training: {stage.replace('_', ' ')}",
+      "Norm of the gradient of all scales of weights in the pass at each "
+      "bit-width, before ALRS and the optimizer, at the steps that are logged.",
+      figure(
+        [
+          _curve(bits, name, points, _curve_color(run, bits))
+          for (bits, name), points in curves.items()
+        ],
+        x="step",
+        y="norm of the gradient",
+        yaxis={"type": "log", "exponentformat": "power"},
+      ),
+    )
+    for stage, curves in _curves(run.metrics, ("scale_gradient_norm",)).items()
+  ]
+
+
+def _curves(metrics, names):
+  """{stage: {(bits, name): [(step, value)]}} of the numbers of these names."""
   curves: dict[str, dict[Any, list[tuple[int, float | None]]]] = {}
   ends: dict[str, dict[str, int]] = {}
   for record in metrics:
-    if record["name"] not in ("loss", "validation_loss"):
+    if record["name"] not in names:
       continue
     stage, _, part = record["stage"].partition("/")
     # Networks of separate bit-widths are trained from the same step on, phases
@@ -131,7 +155,7 @@ def _curve(bits, name, points, shade):
     "mode": "lines+markers" if validation or len(points) < 2 else "lines",
     "name": bits_name(bits) + ", validation" * validation,
     "x": [step for step, _ in points],
-    "y": [loss for _, loss in points],
+    "y": [value for _, value in points],
     "line": {"color": shade, "dash": "dot" if validation else "solid"},
   }
 

@@ -15,8 +15,12 @@ from dr_jax.report import page
 RUN_CHARTS = [
   "accuracy",
   *("loss-pretrain", "loss-multi-precision", "loss-separate", "loss-supernet"),
+  *("scale-gradients-multi-precision", "scale-gradients-supernet"),
   *("scale-gradients", "weights", "traces"),
   *("pareto-stored-bits", "pareto-bops", "sizes", "seconds"),
+]
+CURVES = [
+  name for name in RUN_CHARTS if name.startswith(("loss-", "scale-gradients-"))
 ]
 
 
@@ -119,7 +123,7 @@ def test_a_line_of_a_search_goes_from_low_to_high_cost(tmp_path):
 @pytest.mark.parametrize(
   ("without", "charts"),
   [
-    (("metrics.jsonl",), [n for n in RUN_CHARTS if n.startswith("loss-")]),
+    (("metrics.jsonl",), CURVES),
     (("report/network.json",), ["scale-gradients", "weights"]),
     (("hessian",), ["traces"]),
     (("search",), ["pareto-stored-bits", "pareto-bops"]),
@@ -136,7 +140,9 @@ def test_a_chart_without_data_is_left_out(tmp_path, without, charts):
 
 def test_steps_of_phases_follow_each_other(pages):
   (chart,) = (
-    c for c in Parsed(pages["run"]).charts if c["name"].endswith("precision")
+    c
+    for c in Parsed(pages["run"]).charts
+    if c["name"] == "loss-multi-precision"
   )
   line, *_, validation = chart["figure"]["data"]
   assert line["name"] == "8 bits" and len(chart["figure"]["data"]) == 6
@@ -144,6 +150,30 @@ def test_steps_of_phases_follow_each_other(pages):
   assert validation["x"] == [40, 50, 60]
   assert line["x"] == [10, 20, 30, 40, 50, 60]
   assert line["y"] == [0.2, 0.1, None, 0.2, 0.1, None]
+
+
+def test_gradients_of_scales_have_a_line_for_each_bit_width(pages):
+  name = "scale-gradients-multi-precision"
+  (chart,) = (c for c in Parsed(pages["run"]).charts if c["name"] == name)
+  figure = chart["figure"]
+  assert [line["name"] for line in figure["data"]] == [
+    *("8 bits", "4 bits", "2 bits")
+  ]
+  assert figure["data"][2]["x"] == [10, 20, 30, 40, 50, 60]
+  # What is not finite leaves a gap.
+  assert figure["data"][2]["y"] == pytest.approx([0.4, 0.3, None] * 2)
+  assert figure["layout"]["yaxis"]["type"] == "log"
+  assert figure["layout"]["xaxis"]["title"]["text"] == "step"
+
+
+def test_a_log_without_gradients_of_scales_has_no_chart_of_them(tmp_path):
+  path = report_files.write_run(tmp_path / "run") / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(x for x in lines if "scale_gradient" not in x))
+  parsed = Parsed(report.page_of(tmp_path / "run"))
+  assert parsed.ids == [
+    name for name in RUN_CHARTS if not name.startswith("scale-gradients-")
+  ]
 
 
 def test_a_point_of_the_front_has_its_allocation(pages):

@@ -74,7 +74,7 @@ STAGES = {
 }  # fmt: skip
 
 
-def losses(stage, labels, name="loss"):
+def numbers(stage, labels, name="loss"):
   return [
     {
       "stage": stage,
@@ -89,12 +89,15 @@ def losses(stage, labels, name="loss"):
 
 
 METRICS = [
-  *losses("pretrain", [None]),
-  *losses("multi_precision/float_activations", BITS),
-  *losses("multi_precision", BITS),
-  *losses("multi_precision", BITS, "validation_loss"),
-  *(record for b in BITS for record in losses(f"separate/{b}", [b])),
-  *losses("supernet", [8, "random", 2]),
+  *numbers("pretrain", [None]),
+  *numbers("multi_precision/float_activations", BITS),
+  *numbers("multi_precision", BITS),
+  *numbers("multi_precision", BITS, "validation_loss"),
+  *numbers("multi_precision/float_activations", BITS, "scale_gradient_norm"),
+  *numbers("multi_precision", BITS, "scale_gradient_norm"),
+  *(record for b in BITS for record in numbers(f"separate/{b}", [b])),
+  *numbers("supernet", [8, "random", 2]),
+  *numbers("supernet", [8, "random", 2], "scale_gradient_norm"),
 ]
 NETWORK = {
   "stage": "supernet",
