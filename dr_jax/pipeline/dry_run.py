@@ -1,11 +1,8 @@
 """What a run would do, in words, without doing it: nothing is written.
 
-Sizes of networks and states are those of their arrays. Times are estimates:
-
-  seconds = 3 macs examples passes / (multiply-accumulates a second)
-
-macs being those of one example, 3 for one pass forward and two back, examples
-those of all epochs, passes the bit-widths of a step.
+Sizes of networks and states are those of their arrays; activations are counted
+in the trace of a pass (`train.residual_bytes`); times are estimates
+(`pipeline.times`). No step is compiled, which would take minutes.
 """
 
 from __future__ import annotations
@@ -23,26 +20,25 @@ from rich.filesize import decimal
 from dr_jax import allocate, data, nn
 from dr_jax.config import Config, ConfigError, DataConfig, prefixed
 from dr_jax.nn.layer_table import aligned
-from dr_jax.pipeline import pipeline, throughput
+from dr_jax.pipeline import pipeline, times
 from dr_jax.pipeline.comparison import Comparison
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.phases import (
   Phase,
   checkpoint_bytes,
   float_phases,
-  pass_count,
+  memory,
   phases_of,
-  state_shapes,
-  step_count,
 )
 from dr_jax.pipeline.stages import STAGES
-from dr_jax.pipeline.stages.stage import no_phases
+from dr_jax.pipeline.stages.stage import no_phases, no_work
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.runtime import files, sharding, tree
 
 _COLUMNS = ("name", "kind", "shape", "stride", "parameters", "macs")
-_TRAINING = ("phase", "steps", "passes", "operations", "about")
-_MEMORY = ("phase", "parameters", "optimizer", "other", "checkpoints")
+_MEMORY = (
+  *("phase", "parameters", "optimizer", "other", "activations", "checkpoints"),
+)
 
 
 class Network(NamedTuple):
@@ -80,14 +76,23 @@ def describe(config: Config, workdir: str | os.PathLike) -> str:
       _layers(run, network),
       _sizes(network.table, config.quant.bits),
       _memory(run, phases),
-      _times(run, network, phases, missing, _untrained(config)),
     ]
+    speed = times.measure(run, network.table, network.macs)
+    if missing is not None:
+      paragraphs.append(times.of_examples(speed))
+    else:
+      works = _work(run, network.table)
+      paragraphs += [
+        times.of_training(run, speed, phases),
+        times.of_work(run, speed, *works),
+      ]
     disk = sum(pipeline.disk_bytes(run).values())
     paragraphs.append(
       f"disk: at most {decimal(disk)} in {files.expand(workdir)}; nothing was "
       "written"
     )
-  return "\n\n".join([*paragraphs, *_missing(run, missing)])
+  paragraphs += _missing(run, missing)
+  return "\n\n".join(filter(None, paragraphs))
 
 
 def describe_comparison(
@@ -111,9 +116,12 @@ def describe_comparison(
       phases += phases_of(name, entry.config.train, quant)
     network = _network(run)
     paragraphs.append(_layers(run, network))
-    paragraphs.append(
-      _times(run, network, phases, missing, seeds=comparison.seeds)
-    )
+    speed = times.measure(run, network.table, network.macs)
+    if missing is not None:
+      paragraphs.append(times.of_examples(speed))
+    else:
+      seeds = len(comparison.seeds)
+      paragraphs.append(times.of_training(run, speed, phases, seeds=seeds))
   return "\n\n".join([*paragraphs, *_missing(run, missing)])
 
 
@@ -220,68 +228,28 @@ def _sizes(table, bits):
 def _memory(run, phases: Sequence[Phase]):
   rows = []
   for phase in phases:
-    state = state_shapes(run, phase)
+    state, activations = memory(run, phase)
     parts = state.params, state.opt_state, (state.batch_stats, state.memory)
-    sizes = [*map(tree.array_bytes, parts)]
+    sizes = [*map(tree.array_bytes, parts), activations]
     sizes.append(checkpoint_bytes(phase.recipe, state))
     rows.append((phase.stage, *map(decimal, sizes)))
   return (
-    "memory of what is trained, and its checkpoints on disk at most; "
-    "activations come on top:\n"
+    "memory of what is trained; activations that a step keeps for its "
+    "backward pass on each device, at most: compiled steps take half of it to "
+    "all; and checkpoints on disk at most:\n"
     f"{aligned([_MEMORY, *rows])}"
   )
 
 
-def _times(run, network, phases, missing, others=(), seeds=(0,)):
-  """Steps, operations and about how many seconds of every phase."""
-  batch = run.config.data.batch_size
-  speed = throughput.measure(
-    network.table, batch=batch, dtype=run.config.model.dtype
-  )
-  rate = speed.macs_per_second
-  devices = run.layout.mesh.size
-  where = "one device" if devices == 1 else f"{devices} devices"
-  assumed = (
-    f"products on {where}, if all are as fast as those measured now "
-    f"({speed.products} kinds, {100 * speed.share:.0f} % of the work in "
-    f"quantized layers), {2 * rate / 1e9:.3g} billion operations a second; "
-    "rounding, norms, data and compilation come on top"
-  )
-
-  def seconds(examples):
-    return 3 * network.macs * examples / rate / devices
-
-  if missing is not None:
-    return (
-      "training at one bit-width takes about "
-      f"{_duration(seconds(10**6))} for a million examples: {assumed}"
-    )
-  rows, total = [_TRAINING], 0.0
-  for phase in phases:
-    steps, passes = step_count(run, phase), pass_count(phase)
-    examples = steps * batch * passes
-    total += seconds(examples) * len(seeds)
-    cells = (
-      f"{steps:,}",
-      str(passes),
-      f"{6.0 * network.macs * examples:.2g}",
-    )
-    rows.append((phase.stage, *cells, _duration(seconds(examples))))
-  times = f" for {len(seeds)} seeds" if len(seeds) > 1 else ""
-  lines = [
-    f"{len(run.data.train):,} examples to train on, "
-    f"{len(run.data.test):,} to test on; training:",
-    aligned(rows),
-    f"about {_duration(total)}{times}: {assumed}",
-  ]
-  if others:
-    lines.append(f"not estimated: {', '.join(others)}")
-  return "\n".join(lines)
-
-
-def _untrained(config):
-  """Stages besides training that take a while."""
-  return [name for name in config.stages if STAGES[name].phases is no_phases]
+def _work(run, table):
+  """What the stages compute besides training, and those that do not say."""
+  works, unknown = [], []
+  for name in run.config.stages:
+    stage = STAGES[name]
+    works += stage.work(run, table)
+    if stage.phases is no_phases and stage.work is no_work:
+      unknown.append(name)
+  return works, unknown
 
 
 def _missing(run, missing):
@@ -292,15 +260,3 @@ def _missing(run, missing):
     unknown = "the network, whose sizes they decide, steps and times"
   reason = prefixed("data", missing)
   yield f"data are not there, so {unknown} cannot be told: {reason}"
-
-
-def _duration(seconds: float) -> str:
-  """A time in words.
-
-  >>> _duration(0.01), _duration(90), _duration(200_000)
-  ('0.01 s', '1.5 min', '2.3 days')
-  """
-  for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-    if seconds >= size:
-      return f"{seconds / size:.2g} {unit}"
-  return f"{seconds:.2g} s"

@@ -83,8 +83,21 @@ def pass_count(phase: Phase) -> int:
   return len(train.SAMPLINGS[phase.recipe.sampling].labels(phase.quant.bits))
 
 
-def state_shapes(run: RunContext, phase: Phase) -> train.TrainState:
-  """Returns the shapes of what a phase carries from step to step."""
+class Memory(NamedTuple):
+  """What the training of a phase takes.
+
+  Attributes:
+    state: shapes of what it carries from step to step.
+    activations: bytes that a step keeps for its backward passes at most, on
+      each device; see `train.residual_bytes`.
+  """
+
+  state: train.TrainState
+  activations: int
+
+
+def memory(run: RunContext, phase: Phase) -> Memory:
+  """Returns what a phase will take; traces a pass, compiles nothing."""
   network = run.shape
   if phase.quant is not None:
     weight, activation = quantizers(phase.quant)
@@ -97,7 +110,18 @@ def state_shapes(run: RunContext, phase: Phase) -> train.TrainState:
         norm=phase.quant.norm,
       )
     )
-  return _state_shapes(run, network, phase.recipe)
+  recipe, batch = phase.recipe, run.config.data.batch_size
+  inputs = jax.ShapeDtypeStruct(
+    (batch, *run.sample.shape[1:]), run.sample.dtype
+  )
+  passes = train.passes_at_once(
+    recipe.schedule, recipe.vectorize, pass_count(phase)
+  )
+  # Devices share the batch, or the passes, or both.
+  kept = passes * train.residual_bytes(network, inputs)
+  return Memory(
+    _state_shapes(run, network, recipe), -(-kept // run.layout.mesh.size)
+  )
 
 
 def disk_bytes_of(run: RunContext, recipe: TrainConfig) -> int:

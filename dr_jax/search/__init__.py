@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable
 
 from dr_jax.search.baselines import proportional, random, uniform
+from dr_jax.search.counts import Counts, counts
 from dr_jax.search.dnas import dnas
 from dr_jax.search.edmips import edmips
 from dr_jax.search.evaluator import Evaluator, SuperNet
@@ -34,6 +35,7 @@ from dr_jax.search.reinforce import reinforce
 __all__ = [
   "OBJECTIVES",
   "SEARCHES",
+  "Counts",
   "Evaluator",
   "Problem",
   "Result",
@@ -41,6 +43,7 @@ __all__ = [
   "SuperNet",
   "Trial",
   "check_options",
+  "counts",
   "dnas",
   "edmips",
   "genetic",

@@ -8,8 +8,14 @@ from dr_jax.train.evaluate import Score, make_evaluate
 from dr_jax.train.loop import InterruptedRun, Loop, NonFiniteError
 from dr_jax.train.optimizer import NAMES as OPTIMIZERS
 from dr_jax.train.optimizer import cosine_schedule, make_optimizer
+from dr_jax.train.residuals import residual_bytes
 from dr_jax.train.sampling import SAMPLINGS, Sampling
-from dr_jax.train.schedules import SCHEDULES, VECTORIZE, resolve_vectorize
+from dr_jax.train.schedules import (
+  SCHEDULES,
+  VECTORIZE,
+  passes_at_once,
+  resolve_vectorize,
+)
 from dr_jax.train.state import TrainState, gather, shard_state
 from dr_jax.train.trainer import Trainer, make_trainer, pass_labels
 
@@ -37,6 +43,8 @@ __all__ = [
   "make_trainer",
   "make_optimizer",
   "pass_labels",
+  "passes_at_once",
+  "residual_bytes",
   "resolve_vectorize",
   "shard_state",
 ]

@@ -93,6 +93,22 @@ def resolve_vectorize(vectorize: str, schedule: str) -> str:
   return vectorize
 
 
+def passes_at_once(schedule: str, vectorize: str, passes: int) -> int:
+  """Returns of how many passes a step keeps activations at the same time.
+
+  Unrolled gradients that are only summed need not wait for each other, and XLA
+  computes all of them before the first sum.
+
+  >>> passes_at_once("alternate", "unroll", 4)
+  1
+  >>> passes_at_once("accumulate", "unroll", 4)
+  4
+  """
+  vectorize = resolve_vectorize(vectorize, schedule)
+  alone = schedule == "alternate" or vectorize == "sequential"
+  return 1 if alone else passes
+
+
 def compile_step(parts: Parts, schedule: str, vectorize: str) -> Compiled:
   """Builds the step of a schedule in a mode that is not "auto"."""
   build = {

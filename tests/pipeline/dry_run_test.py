@@ -8,10 +8,11 @@ import re
 
 import jax
 import pytest
+from rich.filesize import decimal
 
 from dr_jax import data, nn, train
 from dr_jax.config import ConfigError, from_dict, quantizers
-from dr_jax.pipeline import comparison, dry_run, phases, throughput
+from dr_jax.pipeline import comparison, dry_run, phases, throughput, times
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages import STAGES
 
@@ -24,6 +25,7 @@ VALUES = {
   "train": {"epochs": 3},
   "supernet": {"epochs": 1},
   "hessian": {"images": 8},
+  "search": {"strategies": ("greedy", "edmips"), "budgets": (4.0,)},
   "devices": {"data": 1},
 }
 EXAMPLES = 1257 - 251
@@ -48,7 +50,7 @@ def cells(text, first):
 
 @pytest.fixture(scope="module")
 def mixed():
-  stages = ("pretrain", "multi_precision", "hessian", "supernet")
+  stages = tuple(name for name in STAGES if name != "separate")
   return from_dict(VALUES | {"stages": stages})
 
 
@@ -81,11 +83,53 @@ def test_steps_passes_operations_and_time_follow_from_the_recipes(text, mixed):
   ):
     steps = epochs * EXAMPLES // 100
     seconds = 3 * macs * steps * 100 * passes / 1e6
-    _, times = cells(text, name)
-    assert times[:3] == [name, str(steps), str(passes)]
-    assert times[3] == f"{2 * seconds * 1e6:.2g}"
-    assert times[4] == dry_run._duration(seconds)
-  assert "not estimated: hessian" in text
+    _, row = cells(text, name)
+    assert row[:3] == [name, str(steps), str(passes)]
+    assert row[3] == f"{2 * seconds * 1e6:.2g}"
+    assert row[4] == times.duration(seconds)
+
+
+def test_work_besides_training_is_counted(text):
+  macs = int(
+    re.search(r"([\d,]+) multiply-accumulates an", text)[1].replace(",", "")
+  )
+  # At 2 bits the seven smallest of eight layers have the budget of 4.
+  greedy = 1 + sum(range(2, 9))
+  for first, what, least, most, examples, cost in (
+    ("hessian", "probes", 8, 512, 8, 6),
+    ("search/greedy", "evaluations", 1, greedy, 251, 1),
+    ("search/edmips", "steps", 200, 200, 100, 3),
+    ("search", "tests", 2, 2, 540, 1),
+    ("export", "tests", 4, 4, 540, 1),
+  ):
+    row = cells(text, first)[0]
+    assert row[:2] == [first, what]
+    assert row[3] == str(examples)
+    assert row[4] == f"{2.0 * cost * macs * examples * most:.2g}"
+    seconds = [cost * macs * n * examples / 1e6 for n in (least, most)]
+    spans = [(str(least), str(most)), [*map(times.duration, seconds)]]
+    for got, (low, high) in zip((row[2], row[5]), spans, strict=True):
+      assert got == (low if low == high else f"{low} to {high}")
+  assert "not estimated: report\n" in text
+
+
+def test_without_work_besides_training_nothing_is_said_of_it():
+  text = dry_run.describe(from_dict(VALUES | {"stages": ("pretrain",)}), "run")
+  assert "besides" not in text and "not estimated" not in text
+  assert "\n\n\n" not in text
+
+
+def test_activations_are_those_of_the_passes_that_are_at_once(text, mixed):
+  run = RunContext(mixed, "run")
+  (phase,) = STAGES["multi_precision"].phases(run)
+  recipe = dataclasses.replace(
+    phase.recipe, schedule="accumulate", vectorize="vmap"
+  )
+  both = phases.memory(run, phase._replace(recipe=recipe)).activations
+  row, _ = cells(text, "multi_precision")
+  assert row[4] == decimal(both // 2)
+  # More than the inputs of a convolution.
+  assert both // 2 > 100 * 8 * 8 * 4 * 4
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "multi_precision", "supernet"])
@@ -109,7 +153,7 @@ def test_the_state_is_the_one_that_would_train(mixed, stage):
   )
   trainer = train.make_trainer(split, optimizer, lambda step: 0.0)
   expected = jax.eval_shape(trainer.init, jax.random.key(0))
-  got = phases.state_shapes(run, phase)
+  got = phases.memory(run, phase).state
 
   def shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
@@ -122,16 +166,16 @@ def test_every_phase_of_a_curriculum_is_listed():
   text = dry_run.describe(config, "run")
   steps = 3 * EXAMPLES // 300
   for phase in ("float_weights", "quantized_weights", "mixed"):
-    _, times = cells(text, f"multi_precision/{phase}")
-    assert times[1:3] == [str(steps), "1"]
+    _, row = cells(text, f"multi_precision/{phase}")
+    assert row[1:3] == [str(steps), "1"]
 
 
 def test_every_separate_network_is_listed():
   stages = ("pretrain", "separate")
   text = dry_run.describe(from_dict(VALUES | {"stages": stages}), "run")
   for bits in (8, 2):
-    _, times = cells(text, f"separate/{bits}")
-    assert times[1:3] == [str(3 * EXAMPLES // 100), "1"]
+    _, row = cells(text, f"separate/{bits}")
+    assert row[1:3] == [str(3 * EXAMPLES // 100), "1"]
 
 
 def test_without_its_data_a_run_still_has_a_network(tmp_path):

@@ -12,6 +12,7 @@ from dr_jax.pipeline.stages.multi_precision import multi_precision_network
 from dr_jax.pipeline.stages.search import found_allocations
 from dr_jax.pipeline.stages.stage import Stage
 from dr_jax.pipeline.stages.supernet import supernet
+from dr_jax.pipeline.work import FORWARD, Work
 
 
 def export(run: RunContext) -> None:
@@ -88,11 +89,23 @@ def _write_allocations(run, path, loaded, found):
     allocation.save(directory / f"{name}.json")
 
 
+def _work(run, table):
+  """Scores of the artifact, at every bit-width and allocation."""
+  del table
+  count = len(run.bits)
+  if "search" in run.config.stages:
+    search = run.config.search
+    count += len(search.strategies) * len(search.budgets)
+  tests = len(run.data.test)
+  return [Work(STAGE.name, "tests", count, count, tests, FORWARD)]
+
+
 STAGE = Stage(
   name="export",
   help="write the integer artifact, and score it as read back from disk",
   run=export,
   needs=("multi_precision",),
+  work=_work,
   single_process=True,
   is_done=is_done,
   # No more than the float network, and a manifest.

@@ -16,6 +16,7 @@ from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages.multi_precision import multi_precision_network
 from dr_jax.pipeline.stages.pretrain import float_network
 from dr_jax.pipeline.stages.stage import Stage
+from dr_jax.pipeline.work import HESSIAN, Work
 from dr_jax.runtime import compilation, tree
 
 Traces = dict[str, hessian.TraceEstimate]
@@ -96,9 +97,19 @@ def _estimate(run, network, kernels):
   return {layer: estimates[path] for layer, path in names.items()}
 
 
-def _batches(run):
+def _work(run, table):
+  del table
   config = run.config.hessian
-  count = min(config.images, len(run.data.train))
+  least, most = config.min_probes, config.max_probes
+  return [Work(STAGE.name, "probes", least, most, _images(run), HESSIAN)]
+
+
+def _images(run):
+  return min(run.config.hessian.images, len(run.data.train))
+
+
+def _batches(run):
+  config, count = run.config.hessian, _images(run)
   images = data.batches(run.data.train, batch_size=count, seed=run.config.seed)
   whole = images[0]
   return [
@@ -132,5 +143,6 @@ STAGE = Stage(
   help="estimate the trace of the float network's Hessian for every layer",
   run=traces,
   needs=("pretrain", "multi_precision"),
+  work=_work,
   single_process=True,
 )

@@ -27,6 +27,7 @@ from dr_jax.pipeline.stages import search_space
 from dr_jax.pipeline.stages.hessian import traces
 from dr_jax.pipeline.stages.stage import Stage
 from dr_jax.pipeline.stages.supernet import supernet
+from dr_jax.pipeline.work import FORWARD, GRADIENT, Work
 from dr_jax.pipeline.workdir import read_object
 from dr_jax.report.results import ROW
 from dr_jax.runtime.files import write_json
@@ -182,11 +183,16 @@ def _search(run, study, strategy, budgets):
     ) from error
 
 
-def _eval_batches(run):
-  """Batches of the images that assignments are scored on."""
+def _eval_sources(run):
+  """The images that assignments are scored on."""
   sources = {"train": run.data.train, "held_out": run.held_out}
   split = run.config.search.eval_split
-  used = sources.values() if split == "both" else [sources[split]]
+  return [*sources.values()] if split == "both" else [sources[split]]
+
+
+def _eval_batches(run):
+  """Batches of the images that assignments are scored on."""
+  used = _eval_sources(run)
   size = min(512, *(len(source) for source in used))
   return [
     batch for source in used for batch in run.epoch(source, batch_size=size)
@@ -239,11 +245,42 @@ def _row(strategy, budget, budgets, found, test) -> Row:
   }
 
 
+def _work(run, table):
+  """The searches, each under every budget, and scores of what they find."""
+  config = run.config.search
+  problem = search_space.problem(config, table, run.bits)
+  images = sum(map(len, _eval_sources(run)))
+  work = []
+  for strategy in config.strategies:
+    options = config.options.get(strategy, {})
+    name = f"{STAGE.name}/{strategy}"
+    counts = [
+      searches.counts(
+        searches.SEARCHES[strategy],
+        problem,
+        search_space.budgets(problem, config.costs, budget),
+        options,
+      )
+      for budget in config.budgets
+    ]
+    steps = sum(count.steps for count in counts)
+    if steps:
+      batch = run.config.data.batch_size
+      work.append(Work(name, "steps", steps, steps, batch, GRADIENT))
+    most = sum(count.evaluations for count in counts)
+    # What one search has scored, no other scores again.
+    work.append(Work(name, "evaluations", 1, most, images, FORWARD))
+  searched = len(config.strategies) * len(config.budgets)
+  tests = len(run.data.test)
+  return [*work, Work(STAGE.name, "tests", searched, searched, tests, FORWARD)]
+
+
 STAGE = Stage(
   name="search",
   help="search for allocations of bits under budgets",
   run=search,
   needs=("supernet",),
+  work=_work,
   single_process=True,
   check=check,
   is_done=is_done,

@@ -7,13 +7,21 @@ from typing import NamedTuple
 
 from flax import nnx
 
+from dr_jax.nn import LayerTable
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.phases import Phase
+from dr_jax.pipeline.work import Work
 
 
 def no_phases(run: RunContext) -> tuple[Phase, ...]:
   """Of a stage that trains nothing."""
   del run
+  return ()
+
+
+def no_work(run: RunContext, table: LayerTable) -> tuple[Work, ...]:
+  """Of a stage that computes little besides training."""
+  del run, table
   return ()
 
 
@@ -32,6 +40,8 @@ class Stage(NamedTuple):
     check: raises ConfigError for what is wrong before anything is written.
     disk_bytes: returns the bytes that it writes at most; None if negligible.
     phases: returns what it trains, before it does.
+    work: returns what else it computes that takes a while, before it does; the
+      table is that of the layers that are quantized.
     results: returns the names of its results; None if that is its own name.
     is_done: returns whether nothing is left to do; None if that is whenever
       all its results exist.
@@ -46,6 +56,7 @@ class Stage(NamedTuple):
   check: Callable[[RunContext], None] = lambda run: None
   disk_bytes: Callable[[RunContext], int] | None = None
   phases: Callable[[RunContext], Sequence[Phase]] = no_phases
+  work: Callable[[RunContext, LayerTable], Sequence[Work]] = no_work
   results: Callable[[RunContext], tuple[str, ...]] | None = None
   is_done: Callable[[RunContext], bool] | None = None
 
