@@ -105,7 +105,7 @@ class Progress:
     self._losses: Any = None
     self._labels, self._note = labels, ""
     self._history: collections.deque[_Past] = collections.deque()
-    self._shown_at, self._shown_step = clock(), start
+    self._shown_at, self._is_shown = clock(), True
     self._interval = interval
     self._bar: rich.progress.Progress | None = None
     if self._console.is_terminal and self._console.width >= _NARROW:
@@ -126,7 +126,7 @@ class Progress:
     return self
 
   def __exit__(self, *exception: object) -> None:
-    if self._step > self._shown_step:
+    if not self._is_shown:
       self._show()
     if self._bar:
       self._bar.stop()
@@ -141,7 +141,7 @@ class Progress:
         shown.
     """
     now = self._clock()
-    self._step, self._losses = step, losses
+    self._step, self._losses, self._is_shown = step, losses, False
     self._examples += examples
     self._history.append(_Past(now, step, self._examples))
     while self._history[0].time < now - _WINDOW_S and len(self._history) > 2:
@@ -150,15 +150,15 @@ class Progress:
       self._show()
 
   def note(self, text: str) -> None:
-    """Shows a text with the numbers, from now on."""
-    self._note = text
+    """Shows a text with the numbers, from now on; at the latest at the end."""
+    self._note, self._is_shown = text, False
 
   def print(self, text: str) -> None:
     """Prints a line, above the bar if there is one."""
     self._console.print(rich.text.Text(text), soft_wrap=True)
 
   def _show(self) -> None:
-    self._shown_at, self._shown_step = self._clock(), self._step
+    self._shown_at, self._is_shown = self._clock(), True
     if self._bar:
       status = self._bar_status()
       self._bar.update(self._task, completed=self._step, status=status)

@@ -154,6 +154,18 @@ def test_losses_at_several_bit_widths_and_a_note_are_shown(terminal):
   assert others == [numbers, score]
 
 
+def test_a_note_after_the_last_step_is_shown():
+  file = io.StringIO()
+  console = rich.console.Console(file=file, width=100)
+  with Progress("train", 1, console=console, interval=0.0) as progress:
+    progress.update(1, losses=jnp.float32(0.5))
+    progress.note("validation accuracy % 98.10")
+  assert file.getvalue().splitlines() == [
+    "train  step 1/1  loss 0.5",
+    "train  step 1/1  loss 0.5  validation accuracy % 98.10",
+  ]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_reader_that_went_away_does_not_end_a_stage(terminal):
   class Gone(io.StringIO):
