@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -131,16 +132,30 @@ class Workdir:
       if self.result(stage) is None
     }
     needed = sum(missing.values())
-    path = self.path.absolute()
-    above = next(p for p in (path, *path.parents) if p.exists())
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(self._above()).free
     if free < needed:
       raise ConfigError(
         f"workdir {self.path}: its disk has {free / 2**20:,.1f} MiB free, but "
         f"{', '.join(missing)} may take {needed / 2**20:,.1f} MiB more"
       )
 
+  def _above(self):
+    """The directory, or that in which it will be made."""
+    path = self.path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+  def _check_place(self):
+    above = self._above()
+    if not above.is_dir():
+      reason = f"{above} is not a directory"
+    elif not os.access(above, os.W_OK | os.X_OK):
+      reason = f"{above}: {os.strerror(errno.EACCES)}"
+    else:
+      return
+    raise ConfigError(f"workdir {self.path} cannot be written to: {reason}")
+
   def _check(self, config):
+    self._check_place()
     path = self.path / "config.json"
     if path.exists():
       theirs = _renamed(_read_config(path))

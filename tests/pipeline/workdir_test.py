@@ -16,20 +16,29 @@ from dr_jax.runtime.files import write_json
 Usage = collections.namedtuple("Usage", "total used free")
 
 
-@pytest.mark.parametrize(
-  ("below", "reason"),
-  [("", "File exists"), ("run", "Not a directory"), ("a/b", "Not a directory")],
-)
-def test_a_directory_at_or_below_a_file_raises_an_error(
-  tmp_path, below, reason
-):
+@pytest.mark.parametrize("below", ["", "run", "a/b"])
+def test_a_directory_at_or_below_a_file_raises_an_error(tmp_path, below):
   file = tmp_path / "file"
   file.write_text("precious")
-  message = rf"^workdir {file / below} cannot be written to: .*{reason}"
+  workdir = Workdir(file / below)
+  message = f"^workdir {file / below} cannot be written to: {file} is not a dir"
   with pytest.raises(ConfigError, match=message):
-    with Workdir(file / below).claim(Config()):
+    workdir.check(Config(), {})
+  with pytest.raises(ConfigError, match=message):
+    with workdir.claim(Config()):
       pass
   assert file.read_text() == "precious"
+
+
+def test_a_directory_without_permission_to_write_raises_an_error(
+  tmp_path, monkeypatch
+):
+  # Tests may run as root, for whom permissions do not count.
+  asked = []
+  monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path))
+  with pytest.raises(ConfigError, match=f"{tmp_path}: Permission denied"):
+    Workdir(tmp_path / "a/b").check(Config(), {})
+  assert asked == [tmp_path]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc")
