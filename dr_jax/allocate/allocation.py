@@ -214,7 +214,7 @@ def read_assignment(
   if given.isdecimal():
     return int(given)
   path = files.expand(given)
-  if not os.path.exists(path):
+  if not given or not os.path.exists(path):
     raise ValueError(
       f"--bits must be {allowed} or a file of an allocation, got {given!r}"
     )

@@ -155,5 +155,5 @@ def _verified(artifact):
   kept = "" if read == all_of_it else "; the others were not read"
   return (
     f"checksums  OK: manifest, header, all whole tensors, {pieces}{kept}\n"
-    f"sha256     {artifact.manifest['sha256']}"
+    f"sha256     {artifact.manifest['sha256']} (of header and whole tensors)"
   )

@@ -80,7 +80,7 @@ def test_it_prints_layers_sizes_metadata_and_verified_checksums(
   assert (
     f"checksums  OK: manifest, header, all whole tensors, {count} of" in out
   )
-  assert artifact.manifest["sha256"] in out
+  assert f"{artifact.manifest['sha256']} (of header and whole tensors)" in out
 
 
 def test_the_contents_are_all_bytes_of_both_files(saved):
@@ -145,6 +145,7 @@ def test_a_damaged_piece_is_named(shown, network, tmp_path):
     ("other", None, "other/manifest.json: "),
     ("model", "3", "bits must be one of (8, 4), got 3"),
     ("model", "four", "--bits must be a bit-width or a file of an allocation"),
+    ("model", "", "or a file of an allocation, got ''"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
