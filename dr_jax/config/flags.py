@@ -18,6 +18,7 @@ from ml_collections.config_dict import RequiredValueError
 from ml_collections.config_flags import tuple_parser
 
 from dr_jax.config.fields import ConfigError
+from dr_jax.runtime import command
 
 # The flags are the caller's: --help lists those of the command.
 flags.disclaim_key_flags()
@@ -164,7 +165,7 @@ def _words(error):
   text = error.msg if isinstance(error, SyntaxError) else str(error)
   text = " ".join(text.split())
   if isinstance(error, flags.Error):
-    return text
+    return command.flag_error(error)
   return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

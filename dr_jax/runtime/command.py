@@ -16,6 +16,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+# What a flag must be, where Python or absl says why its value is not that.
+_ALLOWED = {
+  "invalid literal for int()": "an integer",
+  "could not convert string to float": "a number",
+  "('Non-boolean argument to boolean flag'": "true or false",
+}
+
 
 def stop_on_interrupt(advice: str) -> None:
   """Lets Ctrl-C end this process at once, unless it is ignored.
@@ -118,10 +125,24 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    report(error)
+    report(flag_error(error))
     sys.exit(2)
   except SystemExit:  # After --help, which absl ends as an error.
     sys.exit(0)
+
+
+def flag_error(error: Exception) -> str:
+  """Returns an error of absl about flags, with what is allowed.
+
+  >>> flag_error(ValueError("flag --a=x: could not convert string to float"))
+  'flag --a=x must be a number'
+  """
+  text = one_line(error)
+  for reason, allowed in _ALLOWED.items():
+    start, found, _ = text.partition(f": {reason}")
+    if found:
+      return f"{start} must be {allowed}"
+  return text
 
 
 def without_help(argv: list[str]) -> tuple[list[str], bool]:
