@@ -56,8 +56,9 @@ def test_it_is_stored_without_what_belongs_to_a_machine(file, notebook):
   assert notebook == stored
 
 
-def test_the_first_code_cell_installs_the_library(notebook):
-  first = code(notebook)[0].source
+def test_the_first_code_cell_installs_the_library_as_in_all_notebooks():
+  every = (nbformat.read(file, as_version=4) for file in notebooks.NOTEBOOKS)
+  (first,) = {code(notebook)[0].source for notebook in every}
   assert 'find_spec("dr_jax")' in first and "%pip install" in first
 
 
