@@ -92,7 +92,8 @@ def learning_curves(run: Run) -> list[Chart]:
         ],
         x="step",
         y="loss",
-        yaxis={"type": "log"},
+        # More marks than this have labels that run into each other.
+        yaxis={"type": "log", "nticks": 6},
       ),
     )
     for stage, curves in _curves(
