@@ -7,6 +7,7 @@ light and in dark.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -69,6 +70,15 @@ def color(position: int) -> str:
 def bits_colors(bits: Iterable[Any]) -> dict[Any, str]:
   """A color per bit-width, the same in all charts of a run; gray for float."""
   return {b: color(n) for n, b in enumerate(bits)} | {"float": GRAY}
+
+
+def plain(text: str) -> str:
+  """Text for a figure, where plotly.js reads tags and entities.
+
+  >>> plain("<b>&")
+  '&lt;b&gt;&amp;'
+  """
+  return html.escape(text, quote=False)
 
 
 def finite(value: Any) -> float | None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dr_jax.report.chart import GRAY, Chart, bits_name, color, figure, finite
+from dr_jax.report.chart import (
+  GRAY,
+  Chart,
+  bits_name,
+  color,
+  figure,
+  finite,
+  plain,
+)
 from dr_jax.report.comparison import Results, mean_of, std_of
 from dr_jax.report.results import last_network
 from dr_jax.report.runs import Run
@@ -67,7 +75,7 @@ def training_seconds(results: Results) -> Chart:
         {
           "type": "bar",
           "orientation": "h",
-          "y": list(rows),
+          "y": list(map(plain, rows)),
           "x": [finite(row["train_seconds"]) for row in rows.values()],
           "marker": {"color": color(0)},
           "hovertemplate": "%{y}: %{x:.1f} s<extra></extra>",
@@ -87,7 +95,7 @@ def runs_by_bits(runs: Sequence[tuple[str, Run]]) -> Chart | None:
     {
       "type": "scatter",
       "mode": "lines+markers",
-      "name": name,
+      "name": plain(name),
       "x": [bits_name(b) for b in scores],
       "y": [finite(task.value(score)) for score in scores.values()],
       "line": {"color": color(number)},
@@ -144,7 +152,7 @@ def _against_bytes(name, size, value, bits, number):
   return {
     "type": "scatter",
     "mode": "lines+markers",
-    "name": name,
+    "name": plain(name),
     "x": list(size),
     "y": list(map(finite, value)),
     "text": list(map(bits_name, bits)),

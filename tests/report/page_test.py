@@ -105,9 +105,12 @@ def test_words_of_a_run_are_no_markup(tmp_path):
   parsed = Parsed(report.run_page(run))
   assert name in parsed.text
   assert [chart["name"] for chart in parsed.charts] == RUN_CHARTS
-  # In a chart, and so in a script.
+  # In a chart, and so in a script, and where plotly.js reads tags.
   parsed = Parsed(report.runs_page({name: run}))
-  assert parsed.charts[0]["figure"]["data"][0]["name"] == name
+  (line,) = parsed.charts[0]["figure"]["data"]
+  assert line["name"] == (
+    "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;"
+  )
 
 
 def test_a_line_of_a_search_goes_from_low_to_high_cost(tmp_path):
