@@ -21,7 +21,7 @@ from typing import Any
 
 from dr_jax.config import Config, ConfigError, DataConfig
 from dr_jax.report.results import schema_of
-from dr_jax.runtime import files
+from dr_jax.runtime import command, files
 from dr_jax.runtime.processes import on_first
 
 _GROUPS = tuple(
@@ -67,7 +67,7 @@ class Workdir:
         self._check_space(stages)
       except OSError as error:
         raise ConfigError(
-          f"workdir {self.path} cannot be read: {error}"
+          f"workdir {self.path} cannot be read: {command.one_line(error)}"
         ) from None
 
     on_first(check)
@@ -101,7 +101,7 @@ class Workdir:
       files.write_json(self.path / "config.json", dataclasses.asdict(config))
     except OSError as error:
       raise ConfigError(
-        f"workdir {self.path} cannot be written to: {error}"
+        f"workdir {self.path} cannot be written to: {command.one_line(error)}"
       ) from None
 
   def _lock(self, file):

@@ -194,10 +194,19 @@ def say(line: str) -> None:
 def one_line(message: Any) -> str:
   """A message without line breaks; the type of an error that says nothing.
 
+  Of an error of the system, the file and the reason alone.
+
   >>> one_line(ValueError("a\\n  b")), one_line(ValueError())
   ('a b', 'ValueError')
+  >>> one_line(OSError(errno.EISDIR, "Is a directory", "runs"))
+  'runs: Is a directory'
   """
-  return " ".join(str(message).split()) or type(message).__name__
+  text = str(message)
+  if isinstance(message, OSError) and isinstance(message.filename, str):
+    # A file that is renamed has a name that nobody knows of.
+    name = message.filename2 or message.filename
+    text = f"{name}: {message.strerror}"
+  return " ".join(text.split()) or type(message).__name__
 
 
 def first_line(error: BaseException) -> str:
