@@ -1,13 +1,13 @@
-"""Tests of the command as a user starts it: real processes, real signals.
+"""Tests of the command as a user starts it: real processes.
 
-Kills, full disks and damage are in kills_test, exit codes in exit_codes_test.
+Signals, kills, full disks and damage are in kills_test, exit codes in
+exit_codes_test.
 """
 
 import json
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -70,16 +70,6 @@ def finished(start, tmp_path_factory):
   out, err = process.communicate(timeout=500)
   assert process.returncode == 0, err
   return workdir, out, err
-
-
-def _final_arrays(workdir, stage="multi_precision"):
-  """All bytes of the last checkpoint of a stage, by Orbax's own manifest."""
-  steps = [
-    int(p.name) for p in (workdir / stage / "checkpoints").glob("[0-9]*")
-  ]
-  last = workdir / stage / "checkpoints" / str(max(steps))
-  (manifest,) = last.glob("manifest/*.json")
-  return max(steps), manifest.read_text()
 
 
 def test_the_job_prints_a_table_and_writes_what_it_showed(finished):
@@ -152,25 +142,6 @@ def test_a_second_process_in_the_same_directory_ends_with_an_error(
   assert second.returncode == 2
   assert "is in use by another process" in err
   assert len(err.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_resumes(finished, start, tmp_path):
-  workdir = tmp_path / "stopped"
-  # Without the flag it is 0: see kills_test.
-  process = start(workdir, "--preempted_exit_code=75")
-  while _steps(workdir, "multi_precision") < 10:
-    assert process.poll() is None, process.communicate()[1]
-    time.sleep(0.01)
-  process.send_signal(signal.SIGTERM)
-  process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=60)
-  assert process.returncode == 75
-  assert "SIGTERM after step" in err and "Traceback" not in err
-  process = start(workdir)
-  _, err = process.communicate(timeout=500)
-  assert process.returncode == 0, err
-  assert _final_arrays(workdir) == _final_arrays(finished[0])
 
 
 @pytest.mark.parametrize(

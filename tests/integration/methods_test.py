@@ -1,5 +1,6 @@
 """Every method's own training, through the pipeline, shortly."""
 
+import functools
 import json
 
 import pytest
@@ -22,20 +23,38 @@ def values(method, **train):
   }
 
 
-@pytest.mark.slow
+# Several seconds of training each.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """Finished runs, when asked for: method -> workdir, results of stages."""
+  place = tmp_path_factory.mktemp("methods")
+
+  @functools.cache
+  def run(method):
+    workdir = place / method
+    return workdir, pipeline.run(from_dict(values(method)), workdir)["stages"]
+
+  return run
+
+
+def records(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
 @pytest.mark.parametrize("method", RECIPES)
-def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
+def test_every_method_trains_and_its_artifact_scores_the_same(method, finished):
   """The export stage itself fails unless scores are equal."""
   config = from_dict(values(method))
-  stages = pipeline.run(config, tmp_path)["stages"]
+  workdir, stages = finished(method)
   bits = [str(b) for b in config.quant.bits]
   assert list(stages["export"]["scores"]) == bits
   trained = config.train.curriculum != "post_training"
-  records = [
-    json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
-  ]
-  assert any(r["name"] == "loss" for r in records) == trained
-  artifact = deploy.open(tmp_path / "export" / "model")
+  assert any(r["name"] == "loss" for r in records(workdir)) == trained
+  artifact = deploy.open(workdir / "export" / "model")
   sizes = [artifact.bytes_at(b) for b in artifact.bits]
   assert sizes == sorted(sizes, reverse=True)
   network = artifact.load()
@@ -51,13 +70,10 @@ def test_every_method_trains_and_its_artifact_scores_the_same(method, tmp_path):
     assert least <= found <= least + 600
 
 
-@pytest.mark.slow
-def test_the_phases_of_bit_mixer_train_in_order(tmp_path):
-  pipeline.run(from_dict(values("bit_mixer")), tmp_path)
-  records = [
-    json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
-  ]
-  losses = [(r["stage"], r["bits"]) for r in records if r["name"] == "loss"]
+def test_the_phases_of_bit_mixer_train_in_order(finished):
+  workdir, _ = finished("bit_mixer")
+  logged = [r for r in records(workdir) if r["name"] == "loss"]
+  losses = [(r["stage"], r["bits"]) for r in logged]
   phases = ["float_weights", "quantized_weights", "mixed"]
   assert [p.name for p in CURRICULA["bit_mixer"].phases] == phases
   labels = ["random", "random", "mixed"]
@@ -67,24 +83,25 @@ def test_the_phases_of_bit_mixer_train_in_order(tmp_path):
   ]
   assert list(dict.fromkeys(losses)) == expected
   # A third of three epochs of 1,257 images in batches of 256 each.
-  last = {r["stage"]: r["step"] for r in records if r["name"] == "loss"}
+  last = {r["stage"]: r["step"] for r in logged}
   assert set(last.values()) == {4}
-  manifest = deploy.open(tmp_path / "export" / "model").manifest
+  manifest = deploy.open(workdir / "export" / "model").manifest
   assert manifest["method"]["name"] == "bit_mixer"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 6, 10])
-def test_a_curriculum_resumes_in_the_phase_where_it_was_stopped(stop, tmp_path):
+def test_a_curriculum_resumes_in_the_phase_where_it_was_stopped(
+  stop, finished, tmp_path
+):
   config = from_dict(values("bit_mixer"))
-  whole = pipeline.run(config, tmp_path / "whole")["stages"]
+  _, whole = finished("bit_mixer")
   steps = iter(range(1, 100))
 
   def interrupted():
     return "SIGTERM" if next(steps) == stop else None
 
   with pytest.raises(InterruptedRun, match="SIGTERM after step"):
-    pipeline.run(config, tmp_path / "parts", interrupted=interrupted)
-  parts = pipeline.run(config, tmp_path / "parts")["stages"]
+    pipeline.run(config, tmp_path, interrupted=interrupted)
+  parts = pipeline.run(config, tmp_path)["stages"]
   scores = [s["multi_precision"]["scores"] for s in (whole, parts)]
   assert scores[0] == scores[1]

@@ -103,17 +103,26 @@ SEEN_BY_ONE = {
   "cut": (DATA.format(1), truncate),
   "bits": (DATA.format(0), overwrite),
 }
+# Damage of the files that all read.
+SEEN_BY_ALL = {
+  "all: manifest": ("manifest/data.json", overwrite),
+  "all: cut": (DATA.format(1), truncate),
+  "all: bits": (DATA.format(0), overwrite),
+  "all: index": ("state/d/*", overwrite),
+}
 
 
 @pytest.fixture(scope="module")
 def read(together, tmp_path_factory):
   """Directory of arrays, and lines by directory, that two processes read."""
   out = tmp_path_factory.mktemp("read")
-  copies = [
-    damaged(together, out / name, *how) for name, how in SEEN_BY_ONE.items()
-  ]
+  one, both = (
+    [damaged(together, out / name, *how) for name, how in seen.items()]
+    for seen in (SEEN_BY_ONE, SEEN_BY_ALL)
+  )
   program = (loopback.__file__, out, together)
-  commands = [(*program, *[together] * len(copies)), (*program, *copies)]
+  commands = [(*program, *[together] * len(one), *both)]
+  commands.append((*program, *one, *both))
   with loopback.started(commands) as running:
     codes, said = loopback.finish(running, timeout=120)
   assert codes == [0, 0], said
@@ -121,7 +130,7 @@ def read(together, tmp_path_factory):
     [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     for text in said
   ]
-  names = ["whole", *SEEN_BY_ONE]
+  names = ["whole", *SEEN_BY_ONE, *SEEN_BY_ALL]
   return out, {
     name: [each[2 * n : 2 * n + 2] for each in lines]
     for n, name in enumerate(names)
@@ -148,8 +157,8 @@ def test_any_number_of_processes_reads_what_two_have_written(together, read):
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize("name", SEEN_BY_ONE)
-def test_damage_that_one_process_sees_makes_all_take_the_one_before(read, name):
+@pytest.mark.parametrize("name", [*SEEN_BY_ONE, *SEEN_BY_ALL])
+def test_damage_that_one_or_all_see_makes_all_take_the_one_before(read, name):
   _, lines = read
   for process in lines[name]:
     assert len(process) == 2
@@ -160,20 +169,10 @@ def test_damage_that_one_process_sees_makes_all_take_the_one_before(read, name):
       assert warning.endswith(f"taking step {BEFORE}")
 
 
-@pytest.mark.parametrize(
-  ("pattern", "damage"),
-  [
-    (DATA.format(1), overwrite),
-    pytest.param(DATA.format(0), overwrite, marks=pytest.mark.slow),
-    pytest.param(DATA.format(1), truncate, marks=pytest.mark.slow),
-    pytest.param("manifest/data.json", overwrite, marks=pytest.mark.slow),
-    pytest.param("state/d/*", overwrite, marks=pytest.mark.slow),
-  ],
-)
 def test_a_damaged_shard_is_replaced_by_the_previous_checkpoint(
-  together, tmp_path, pattern, damage
+  together, tmp_path
 ):
-  workdir = damaged(together, tmp_path / "run", pattern, damage)
+  workdir = damaged(together, tmp_path / "run", DATA.format(1), overwrite)
   said = trained(2, workdir)
   for text in said:
     (warning,) = [x for x in text.splitlines() if x.startswith("warning: ")]
