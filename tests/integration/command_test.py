@@ -22,10 +22,11 @@ from dr_jax import deploy, nn
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHORT = (
+  "--config.model.options.depth=8",
   "--config.model.options.widths=(4,6,8)",
   "--config.quant.bits=(8,2)",
   "--config.pretrain.epochs=2",
-  "--config.train.epochs=6",
+  "--config.train.epochs=2",
   "--config.train.vectorize=sequential",
   "--config.checkpoint_every=10",
 )
@@ -63,12 +64,11 @@ def forked(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(start, tmp_path_factory):
+def finished(forked, tmp_path_factory):
   """A directory in which the short job ran to its end, and what it printed."""
   workdir = tmp_path_factory.mktemp("run") / "whole"
-  process = start(workdir)
-  out, err = process.communicate(timeout=500)
-  assert process.returncode == 0, err
+  code, out, err = forked(workdir)
+  assert code == 0, err
   return workdir, out, err
 
 
@@ -128,18 +128,17 @@ def _steps(workdir, stage):
 
 
 def test_a_second_process_in_the_same_directory_ends_with_an_error(
-  start, finished, tmp_path
+  start, forked, finished, tmp_path
 ):
   workdir = tmp_path / "shared"
   first = start(workdir)
   while _steps(workdir, "pretrain") < 1:
     assert first.poll() is None, first.communicate()[1]
     time.sleep(0.01)
-  second = start(workdir)
-  _, err = second.communicate(timeout=100)
+  code, _, err = forked(workdir)
   first.kill()
   first.communicate()
-  assert second.returncode == 2
+  assert code == 2
   assert "is in use by another process" in err
   assert len(err.strip().splitlines()) == 1
 

@@ -67,6 +67,7 @@ def test_a_program_of_an_allocation_gives_the_logits_of_the_artifact(
   )
 
 
+@pytest.mark.slow
 def test_a_program_of_a_language_model_takes_tokens(command, folder, tmp_path):
   small_language_model.save(folder / "language")
   ended = command(
@@ -95,7 +96,7 @@ def test_flags_say_batch_and_platforms_of_a_program_of_all_bits(
 @pytest.mark.parametrize(
   ("bits", "flags", "note"),
   [
-    ("all", {}, ""),
+    pytest.param("all", {}, "", marks=pytest.mark.slow),
     (
       4,
       {"arithmetic": "fused", "weight_type": "int4"},

@@ -17,7 +17,7 @@ FLAGS = (
   "--config.quant.bits=(8,4,2)",
   "--config.pretrain.epochs=2",
   "--config.train.epochs=2",
-  "--config.supernet.epochs=6",
+  "--config.supernet.epochs=4",
   "--config.checkpoint_every=10",
   "--config.hessian.max_probes=8",
   '--config.search.strategies=("hessian_ilp","genetic","edmips","uniform")',
@@ -81,7 +81,7 @@ def _essence(workdir):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_supernet_and_in_searches_ends_the_same(
+def test_a_run_killed_in_the_supernet_and_in_a_search_ends_the_same(
   start, tmp_path
 ):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -91,13 +91,11 @@ def test_a_run_killed_in_the_supernet_and_in_searches_ends_the_same(
   for strategy in ("hessian_ilp", "genetic", "edmips", "uniform"):
     assert strategy in out
 
-  found = killed / "search" / "found"
   saved = killed / "supernet" / "checkpoints" / "20"
   _kill_when(start(killed), saved.exists)
+  # One search has ended, and another one is on its way.
   _kill_when(start(killed), lambda: _lines(killed) >= 40)
-  _kill_when(
-    start(killed), lambda: found.exists() and len(list(found.iterdir())) >= 5
-  )
+  assert list((killed / "search" / "found").iterdir())
   process = start(killed)
   _, err = process.communicate(timeout=500)
   assert process.returncode == 0, err

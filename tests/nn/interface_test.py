@@ -121,14 +121,24 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=nn.NORMS)
-def norm(request):
-  return request.param
+# All with one kind of norm, and each other kind with some.
+NETWORKS = [
+  *(("switchable", name) for name in CASES),
+  ("shared", "shifted_inputs"),
+  ("shared", "one_bit_width"),
+  ("transitional", "shifted_inputs"),
+  ("transitional", "one_bit_width_float_inputs"),
+]
 
 
-@pytest.fixture(scope="module", params=CASES)
-def model(request, norm):
-  bits, activation = CASES[request.param]
+def test_every_kind_of_norm_is_in_a_network():
+  assert {norm for norm, _ in NETWORKS} == {*nn.NORMS}
+
+
+@pytest.fixture(scope="module", params=NETWORKS, ids="-".join)
+def model(request):
+  norm, name = request.param
+  bits, activation = CASES[name]
   return nn.quantize(
     Net(nnx.Rngs(0)),
     weight=fixed_weight(bits),

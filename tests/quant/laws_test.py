@@ -572,7 +572,13 @@ def test_shard_map_runs_one_bit_width_per_device(case):
   assert_close(summed, jax.tree.map(lambda *a: sum(a), *alone))
 
 
-@pytest.mark.parametrize("optimizer, rate", [("sgd", 10.0), ("adam", 0.05)])
+@pytest.mark.parametrize(
+  ("optimizer", "rate"),
+  [
+    pytest.param("sgd", 10.0, marks=pytest.mark.slow),
+    ("adam", 0.05),
+  ],
+)
 # The scale of one is not driven below zero by any learning rate here.
 @each(case for case in SCALED if case.name != "multi_resolution_activation")
 def test_learning_rates_100_times_too_large_keep_everything_finite(

@@ -65,6 +65,12 @@ def stepped(layout, *, steps=STEPS, bits=BITS, **options):
   return state, np.array(losses), trainer
 
 
+@functools.cache
+def alone(**options):
+  """The step of one device."""
+  return stepped(None, **options)
+
+
 def assert_same(found, expected, bits=BITS):
   for a, b in zip(found[1], expected[1], strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4)
@@ -112,7 +118,7 @@ def test_a_batch_over_four_devices_trains_as_on_one(
   options = {"schedule": schedule, "vectorize": vectorize}
   layout = sharding.layout(data=4, parameters=parameters)._replace(smallest=16)
   found = stepped(layout, **options)
-  assert_same(found, stepped(None, **options))
+  assert_same(found, alone(**options))
   kernel = found[0].params["conv1"]["kernel"]
   assert kernel.sharding.is_fully_replicated == (parameters == "replicated")
   for leaf in jax.tree.leaves(found[0]):
@@ -156,7 +162,7 @@ def test_what_one_pass_returns_stays_where_the_next_one_takes_it(
     found = stepped(layout, **options)
   names = ("Compiling jit(run_pass)", "Compiling jit(accumulate)")
   assert sum(text.startswith(names) for text in caplog.messages) == 1
-  assert_same(found, stepped(None, **options))
+  assert_same(found, alone(**options))
 
 
 def test_sums_and_what_passes_hand_on_are_donated():
@@ -178,7 +184,7 @@ def test_bit_widths_over_devices_train_as_on_one(shape, parameters):
   options = {"schedule": "accumulate", "vectorize": "vmap", "bits": FOUR}
   layout = sharding.layout(**shape, parameters=parameters)
   found = stepped(layout._replace(smallest=16), **options)
-  assert_same(found, stepped(None, **options), FOUR)
+  assert_same(found, alone(**options), FOUR)
 
 
 @pytest.mark.parametrize(
@@ -197,10 +203,10 @@ def test_teachers_reach_students_on_other_devices(distillation):
     "bits": FOUR,
   }
   layout = sharding.layout(bits=4)
-  taught = stepped(None, **options)
+  taught = alone(**options)
   assert_same(stepped(layout, **options), taught, FOUR)
-  alone = stepped(None, **{**options, "distillation": "none"})
-  assert np.abs(taught[1] - alone[1]).max() > 1e-3
+  plain = alone(**{**options, "distillation": "none"})
+  assert np.abs(taught[1] - plain[1]).max() > 1e-3
 
 
 def test_every_device_group_computes_its_own_bit_widths_only():
@@ -284,7 +290,7 @@ def test_per_device_gradients_are_means_over_shards_of_the_batch():
     )
 
 
-@pytest.mark.parametrize("parameters", sharding.PARAMETERS)
+@pytest.mark.parametrize("parameters", PARAMETERS)
 @pytest.mark.parametrize(
   "shape", [{"data": 4}, {"data": 2, "bits": 2}], ids=str
 )

@@ -128,6 +128,7 @@ def test_an_error_of_one_process_alone_ends_all(tmp_path):
   assert codes[0] not in (0, None)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_process_reaches_all(tmp_path):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "mine").write_text("")
