@@ -406,6 +406,7 @@ def test_bad_arguments_end_with_one_line(arguments, message):
   assert len(ended.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_sizes_fall_with_bits_only_where_planes_are_left_out():
   found = on_disk.measure(SMALL, ["floor", "half_even"])
   floor, even = found["floor"], found["half_even"]

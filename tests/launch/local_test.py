@@ -215,6 +215,7 @@ def test_ctrl_c_in_a_terminal_reaches_every_process_once(stand_in, tmp_path):
   assert [x["signals"] for x in stand_in(2)] == [["SIGINT"]] * 2
 
 
+@pytest.mark.slow
 def test_the_usage_of_the_local_script_is_what_the_command_takes(
   usage, parsed, run, stand_in, tmp_path
 ):

@@ -329,10 +329,7 @@ def built(name, seed=1):
 
 @pytest.mark.parametrize(
   "name",
-  [
-    pytest.param(name, marks=[] if name in ("scan, norms", "jit") else [SLOW])
-    for name in CASES
-  ],
+  [pytest.param(name, marks=[] if name == "jit" else [SLOW]) for name in CASES],
 )
 def test_layers_in_transformations_are_found_quantized_and_stored(
   name, tmp_path

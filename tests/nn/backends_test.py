@@ -406,7 +406,6 @@ def test_a_float_network_has_no_backend():
   "model, options",
   [
     ("resnet18", {"width": 8}),
-    ("resnet50", {"width": 8}),
     ("mobilenetv2", {}),
   ],
 )

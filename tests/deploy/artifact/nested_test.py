@@ -25,6 +25,8 @@ METHODS = {
   "adabits": quant.adabits((8, 4, 2), rescale=True),
   "matquant": quant.truncation((8, 4, 2), scheme="matquant"),
 }
+# Their planes are those of another method above.
+OTHERS = ("five", "bit_mixer", "truncquant")
 NESTED = [name for name in METHODS if METHODS[name].storage.planes]
 
 
@@ -104,7 +106,13 @@ def kernels(network):
   }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in OTHERS))
+    for name in METHODS
+  ],
+)
 def test_opened_at_some_bits_it_has_the_kernels_of_these_bits(paths, name):
   whole = deploy.load(paths(name))
   for bits in METHODS[name].bits:

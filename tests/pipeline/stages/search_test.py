@@ -158,6 +158,7 @@ def latencies(layers, fast):
   )
 
 
+@pytest.mark.slow
 def test_another_latency_table_in_the_same_file_is_another_search(
   copied, tmp_path
 ):
@@ -207,6 +208,7 @@ def test_a_measured_table_of_a_network_is_a_cost(copied, tmp_path):
   assert row["allocation"][layers[-1]] == 8
 
 
+@pytest.mark.slow
 def test_a_search_stopped_by_a_signal_resumes_to_the_same_result(
   finished, copied
 ):
@@ -233,6 +235,7 @@ def test_a_search_stopped_by_a_signal_resumes_to_the_same_result(
   assert len(indices) == len({tuple(i) for i in indices})
 
 
+@pytest.mark.slow
 def test_another_supernet_in_the_same_directory_is_searched_again(
   finished, copied
 ):
