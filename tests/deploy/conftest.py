@@ -1,4 +1,4 @@
-"""Artifacts of a small network, for tests of serving."""
+"""Artifacts of a small network, for tests of serving; they only read them."""
 
 import gc
 import itertools
@@ -10,14 +10,14 @@ from small_artifact import SERVED, save
 from dr_jax import allocate, deploy, quant
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def path(tmp_path_factory):
   path = tmp_path_factory.mktemp("switchable") / "model"
   save(path, quant.double_rounding(SERVED), "switchable")
   return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def nested(tmp_path_factory):
   """Where codes are stored as planes."""
   path = tmp_path_factory.mktemp("nested") / "model"
