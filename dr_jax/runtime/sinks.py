@@ -141,7 +141,8 @@ class WandB:
         config=self._config,
         dir=self._workdir,
       )
-    except wandb.Error as error:
+    # What its variables say can be wrong in many ways.
+    except (wandb.Error, ValueError) as error:
       raise ValueError(f"log_to=wandb: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import struct
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -95,6 +97,20 @@ def test_weights_and_biases_gets_numbers_offline(tmp_path, monkeypatch):
       if key in file.read_bytes()
     }
   assert len(written) == 3
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_what_weights_and_biases_refuses_names_the_flag(
+  tmp_path, monkeypatch, kind
+):
+  def init(**_):
+    raise kind("mode must be online or offline")
+
+  wandb = types.SimpleNamespace(Error=RuntimeError, init=init)
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  sink = sinks.WandB(tmp_path, {})
+  with pytest.raises(ValueError, match="^log_to=wandb: mode must be online"):
+    sink.write("joint", 1, {"loss": 0.5}, bits=8)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
