@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import codecs
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -82,9 +83,9 @@ def _main():
 def _text() -> Iterator[int]:
   """Opens what the flags say; returns the bytes, the prompt first."""
   artifact, bits, prompt = command.required(_ARTIFACT, _BITS, _PROMPT)
-  if not prompt:
-    raise ValueError("--prompt must not be empty, got ''")
   schedule = parse_bits(bits)
+  if math.isnan(_TEMPERATURE.value):  # It is within any bounds.
+    raise ValueError("--temperature must be a number >= 0, got nan")
   decoder = deploy.Decoder(
     artifact,
     bits=max(bits for bits, _ in schedule),

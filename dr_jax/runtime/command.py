@@ -107,10 +107,12 @@ def reporting(
 
 
 def required(*flags: Any) -> list[Any]:
-  """Returns the values of flags; raises ValueError if one is not set."""
+  """Returns the values of flags; raises ValueError for none or an empty one."""
   for flag in flags:
     if flag.value is None:
       raise ValueError(f"--{flag.name} must be set; see --help")
+    if flag.value == "":
+      raise ValueError(f"--{flag.name} must not be empty, got ''")
   return [flag.value for flag in flags]
 
 

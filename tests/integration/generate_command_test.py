@@ -58,6 +58,7 @@ def test_the_number_of_the_last_bit_width_is_the_end(command):
     ({"bits": None}, "--bits must be set; see --help"),
     ({"prompt": None}, "--prompt must be set; see --help"),
     ({"prompt": ""}, "--prompt must not be empty, got ''"),
+    ({"temperature": "nan"}, "--temperature must be a number >= 0, got nan"),
     ({"bits": 3}, "bits must be one of (8, 4, 2), got 3"),
     ({"bits": "8:2,3"}, "--bits must be of (8, 4, 2), got 3"),
     ({"bits": "8,4"}, "--bits must be a bit-width, or several, each but the"),

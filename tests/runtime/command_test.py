@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -52,3 +53,14 @@ def test_it_loads_no_array_library():
     "assert not {'jax', 'numpy', 'absl'} & {*sys.modules}"
   )
   subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [(None, "--bits must be set"), ("", "--bits must not be empty, got ''")],
+)
+def test_a_flag_that_is_required_needs_a_value(value, message):
+  given = types.SimpleNamespace(name="artifact", value="model")
+  flag = types.SimpleNamespace(name="bits", value=value)
+  with pytest.raises(ValueError, match=message):
+    command.required(given, flag)
