@@ -25,6 +25,7 @@ def test_the_page_has_all_charts_and_can_be_made_again(finished):
   names = re.findall('<div class="chart" id="([^"]+)">', text)
   assert names == [
     *("accuracy", "loss-pretrain", "loss-multi-precision", "loss-supernet"),
+    *("scale-gradients-multi-precision", "scale-gradients-supernet"),
     *("scale-gradients", "weights"),
     *("traces", "pareto-stored-bits", "pareto-bops", "sizes", "seconds"),
   ]
