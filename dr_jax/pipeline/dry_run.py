@@ -37,7 +37,12 @@ from dr_jax.runtime import files, sharding, tree
 
 _COLUMNS = ("name", "kind", "shape", "stride", "parameters", "macs")
 _MEMORY = (
-  *("phase", "parameters", "optimizer", "other", "activations", "checkpoints"),
+  "phase",
+  "parameters",
+  "optimizer",
+  "other",
+  "activations",
+  "checkpoints",
 )
 
 
