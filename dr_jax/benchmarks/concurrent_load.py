@@ -64,7 +64,7 @@ class Trained:
     """
     recipe = TrainConfig(alrs="eta")
     trainer, self._first = network.trainer(setting.quantized(), recipe)
-    self.step = trainer.step
+    self.step = trainer.logged_step
     self._bits, self._batch = setting.bits, setting.batch(batch_size)
     self._size, self._workers = setting.size, workers
 
@@ -72,11 +72,11 @@ class Trained:
     """Seconds of a step, one called after the other."""
     state, batch = self._start(), jax.device_put(self._batch)
     for _ in range(_WARMUP):
-      state, _ = self.step(state, batch)
+      state, *_ = self.step(state, batch)
     jax.block_until_ready(state)
     started = time.perf_counter()
     for _ in range(steps):
-      state, _ = self.step(state, batch)
+      state, *_ = self.step(state, batch)
     jax.block_until_ready(state)
     return (time.perf_counter() - started) / steps
 

@@ -128,7 +128,7 @@ def measure(setting, layout, batch_size, steps) -> Speed:
       stage="scaling",
       steps=until,
       labels=setting.bits,
-      step=trainer.step,
+      step=trainer.logged_step,
       batches=[batch] * until,
       interrupted=interrupted,
       put=layout.shard_batch,

@@ -14,6 +14,7 @@ from dr_jax.pipeline import validation
 from dr_jax.pipeline.context import RunContext
 from dr_jax.runtime import processes
 from dr_jax.runtime.metrics import MetricsWriter
+from dr_jax.train import loop
 
 Scores = dict[str, dict[str, float]]
 
@@ -104,8 +105,7 @@ def _log_scores(run, stage, found, steps):
   """Writes scores to the metrics; returns the seconds of training."""
   with MetricsWriter(run.workdir.metrics, run.sinks) as metrics:
     # A process that was killed here has written some of them already.
-    names = ("loss", "scale_gradient_norm", "examples_per_second")
-    metrics.resume(stage, steps, names=(*names, *validation.NAMES))
+    metrics.resume(stage, steps, names=(*loop.NAMES, *validation.NAMES))
     for key, score in found.items():
       named = {f"test_{name}": value for name, value in score.items()}
       bits_or_none = None if key == "float" else int(key)

@@ -250,7 +250,7 @@ def search_by_gradient(
       stage=name,
       steps=options.steps,
       labels=("mixed",),
-      step=lambda state, batch: step(state, batch, hyperparams),
+      step=lambda state, batch: (*step(state, batch, hyperparams), {}),
       batches=supernet.batches,
       checkpoints=checkpoints,
       checkpoint_every=options.checkpoint_every,

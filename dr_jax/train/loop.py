@@ -26,8 +26,12 @@ from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.checkpoint.snapshot import Snapshot
 from dr_jax.runtime.metrics import MetricsWriter
 from dr_jax.runtime.progress import Progress
-from dr_jax.train.schedules import LoggedStep, Step
+from dr_jax.train.measured import LOGGED
+from dr_jax.train.schedules import LoggedStep
 from dr_jax.train.state import TrainState
+
+# Names of numbers that it writes of a step that is logged.
+NAMES = ("loss", *LOGGED, "examples_per_second")
 
 # How many steps the loop may be ahead of the oldest loss that it has seen.
 _AHEAD = 4
@@ -78,8 +82,8 @@ class Loop:
     steps: step number at which the run ends.
     labels: bit-width of each loss, or a word (see `train.sampling`); None for
       the float network.
-    step: that of `train.make_trainer`, or its `logged_step`, whose further
-      numbers go to `metrics`, those of the steps that are logged.
+    step: as `logged_step` of `train.make_trainer`; what it logs goes to
+      `metrics`, every `log_every` steps.
     batches: `[step]` -> batch of numpy arrays; where it has `stream(step)`, an
       iterator from that step on, the loop takes and closes that.
     checkpoints: where states go, or None.
@@ -95,7 +99,7 @@ class Loop:
   stage: str
   steps: int
   labels: tuple[int | str | None, ...]
-  step: Step | LoggedStep
+  step: LoggedStep
   batches: Any
   checkpoints: Checkpoints | None = None
   metrics: MetricsWriter | None = None
@@ -139,7 +143,7 @@ class Loop:
       wanted = itertools.islice(stream, self.steps - start)
       try:
         for number, batch in enumerate(_ahead(wanted, self.put), start):
-          state, losses, *logged = self.step(state, batch)
+          state, losses, logged = self.step(state, batch)
           if number == start:
             # Compiles what copies need, while steps are compiled anyway.
             _Copy.of(number + 1, state, saves=self.checkpoints is not None)
@@ -149,10 +153,8 @@ class Loop:
           ends = last or bool(stopped) or due
           if ends or (number + 1) % self.checkpoint_every == 0:
             watch.copy(number + 1, state, progress)
-          watch.add(
-            *(number + 1, losses, logged[0] if logged else {}),
-            *(len(batch["label"]), progress),
-          )
+          examples = len(batch["label"])
+          watch.add(number + 1, losses, logged, examples, progress)
           if ends:
             watch.drain(progress)
             if self.checkpoints is not None:

@@ -18,6 +18,9 @@ import optax
 
 from dr_jax.nn import Functional
 
+# What `logged_of` may return.
+LOGGED = ("scale_gradient_norm",)
+
 
 class Measured(NamedTuple):
   """Of one pass; of the passes of a step, [passes] instead of [].

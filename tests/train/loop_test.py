@@ -44,7 +44,7 @@ def _step(nan_at=None, poison=None, spoil=None, skew=None):
     state = state._replace(
       params=params, opt_state=opt_state, batch_stats=stats
     )
-    return state._replace(step=state.step + 1), losses
+    return state._replace(step=state.step + 1), losses, {}
 
   return step
 
@@ -116,7 +116,7 @@ def test_what_a_step_logs_is_written_of_the_steps_that_are_logged(tmp_path):
   plain = _step()
 
   def step(state, batch):
-    state, losses = plain(state, batch)
+    state, losses, _ = plain(state, batch)
     norm = jnp.array([0.5, jnp.inf]) * float(state.step)
     return state, losses, {"norm": norm}
 
@@ -342,10 +342,10 @@ def test_logging_every_step_waits_for_no_step_that_was_just_started(tmp_path):
   plain = _step()
 
   def step(state, batch):
-    state, _ = plain(state, batch)
+    state, *_ = plain(state, batch)
     number = int(state.step)
     events.append(("started", number))
-    return state, _Pending(number, events)
+    return state, _Pending(number, events), {}
 
   with MetricsWriter(tmp_path / "m.jsonl") as metrics:
     _loop(
@@ -362,9 +362,9 @@ def test_a_checkpoint_waits_for_no_step_that_was_just_started():
   events, plain = [], _step()
 
   def step(state, batch):
-    state, losses = plain(state, batch)
+    state, losses, _ = plain(state, batch)
     events.append(("started", int(state.step)))
-    return state, losses
+    return state, losses, {}
 
   recorded = _Recorded(events)
   _loop(None, recorded, step=step, checkpoint_every=5).run(_state())
@@ -378,9 +378,9 @@ def test_what_copies_need_is_compiled_at_the_first_step(monkeypatch):
   events, plain = [], _step()
 
   def step(state, batch):
-    state, losses = plain(state, batch)
+    state, losses, _ = plain(state, batch)
     events.append(("started", int(state.step)))
-    return state, losses
+    return state, losses, {}
 
   def snapshot(state):
     events.append(("copied", int(state.step)))
@@ -395,9 +395,9 @@ def test_there_is_one_copy_of_a_state_at_a_time():
   events, plain = [], _step()
 
   def step(state, batch):
-    state, losses = plain(state, batch)
+    state, losses, _ = plain(state, batch)
     events.append(int(state.step))
-    return state, losses
+    return state, losses, {}
 
   recorded = _Recorded(events)
   loop = _loop(None, recorded, step=step, checkpoint_every=1, steps=3)
@@ -458,7 +458,7 @@ def test_a_resumed_run_logs_the_losses_of_one_that_was_not_stopped(tmp_path):
   def step(state, batch):
     number = batch["label"][0] + 1
     losses = jnp.array([0.1, 0.7], jnp.float32) / number.astype(jnp.float32)
-    return state._replace(step=state.step + 1), losses
+    return state._replace(step=state.step + 1), losses, {}
 
   def _after(count):
     asked = itertools.count(1)
