@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import gc
 import os
 import pathlib
 import shutil
@@ -384,6 +385,23 @@ def test_a_damaged_latest_checkpoint_is_replaced_by_the_previous_one(tmp_path):
     # The resumed run comes to step 2 again and replaces what is damaged.
     checkpoints.save(2, training_state(22))
     assert_same_bits(checkpoints.restore(like=like), training_state(22))
+
+
+def test_reads_that_an_error_leaves_behind_print_nothing(tmp_path, monkeypatch):
+  """Orbax reads many arrays at once, and abandons all at the first error."""
+  noise = np.random.default_rng(0).random((100, 100, 100), np.float32)
+  state = {f"w{n}": jnp.asarray(each) for n, each in enumerate(noise)}
+  printed = []
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, state)
+  truncate(max(files(tmp_path / "2"), key=lambda file: file.stat().st_size))
+  monkeypatch.setattr(sys, "unraisablehook", printed.append)
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.warns(UserWarning, match="taking step 1"):
+      checkpoints.restore(like=state)
+  gc.collect()
+  assert not printed
 
 
 def test_a_changed_manifest_of_valid_json_is_damage(
