@@ -202,6 +202,8 @@ def one_line(message: Any) -> str:
   ('a b', 'ValueError')
   >>> one_line(OSError(errno.EISDIR, "Is a directory", "runs"))
   'runs: Is a directory'
+  >>> one_line(OSError(errno.EISDIR, "Is a directory", "new", None, "runs"))
+  'runs: Is a directory'
   """
   text = str(message)
   if isinstance(message, OSError) and isinstance(message.filename, str):

@@ -103,6 +103,8 @@ def passes_at_once(schedule: str, vectorize: str, passes: int) -> int:
   1
   >>> passes_at_once("accumulate", "unroll", 4)
   4
+  >>> passes_at_once("accumulate", "sequential", 4)
+  1
   """
   vectorize = resolve_vectorize(vectorize, schedule)
   alone = schedule == "alternate" or vectorize == "sequential"

@@ -277,6 +277,19 @@ def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   assert essence(killed) == essence(whole)
 
 
+def test_a_run_that_was_hung_up_ends_as_one_left_alone(job, whole, tmp_path):
+  process = job.start(tmp_path)
+  wait_until(process, lambda: last_logged(tmp_path, "multi_precision") >= 12)
+  process.send_signal(signal.SIGHUP)
+  _, err = process.communicate(timeout=100)
+  assert process.returncode == 0, err
+  step = max(steps_of(tmp_path, "multi_precision"))
+  assert f"stopped by SIGHUP after step {step} of 58; saved" in err
+  _, err = job.finish(tmp_path)
+  assert resumed_from(err) == {"multi_precision": step}
+  assert essence(tmp_path) == essence(whole)
+
+
 def flip_a_bit(checkpoint):
   file = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
   data = bytearray(file.read_bytes())

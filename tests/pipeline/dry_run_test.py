@@ -42,6 +42,11 @@ def empty(tmp_path_factory):
     yield pathlib.Path.cwd()
 
 
+def macs_of(text):
+  (found,) = re.findall(r"([\d,]+) multiply-accumulates an", text)
+  return int(found.replace(",", ""))
+
+
 def cells(text, first):
   """The cells of the lines of tables that begin so."""
   lines = [line for line in text.splitlines() if line.startswith(f"{first}  ")]
@@ -90,9 +95,7 @@ def test_steps_passes_operations_and_time_follow_from_the_recipes(text, mixed):
 
 
 def test_work_besides_training_is_counted(text):
-  macs = int(
-    re.search(r"([\d,]+) multiply-accumulates an", text)[1].replace(",", "")
-  )
+  macs = macs_of(text)
   # At 2 bits the seven smallest of eight layers have the budget of 4.
   greedy = 1 + sum(range(2, 9))
   for first, what, least, most, examples, cost in (
@@ -130,6 +133,9 @@ def test_activations_are_those_of_the_passes_that_are_at_once(text, mixed):
   assert row[4] == decimal(both // 2)
   # More than the inputs of a convolution.
   assert both // 2 > 100 * 8 * 8 * 4 * 4
+  devices = dataclasses.replace(mixed.devices, data=2)
+  halved = RunContext(dataclasses.replace(mixed, devices=devices), "run")
+  assert phases.memory(halved, phase).activations == -(-both // 4)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "multi_precision", "supernet"])
@@ -240,7 +246,10 @@ def test_a_comparison_lists_its_methods_and_all_seeds(tmp_path):
     "lsq": [str(3 * EXAMPLES // 100), "2"],
     "half": [str(6 * EXAMPLES // 100), "2"],
   }
-  assert "for 2 seeds" in text
+  macs = macs_of(text)
+  passes = sum(int(n) * int(passes) for n, passes in steps.values())
+  total = times.duration(2 * 3 * macs * 100 * passes / 1e6)
+  assert f"\nabout {total} for 2 seeds: " in text
   other = tmp_path / "run" / "seed1" / "half"
   other.mkdir(parents=True)
   (other / "file").write_text("mine")

@@ -99,6 +99,12 @@ def test_genetic_search_counts_its_children(options, most):
   assert evaluations("genetic", made, budgets, **options) == most
 
 
+@pytest.mark.parametrize("name", ["genetic", "reinforce"])
+def test_no_search_scores_an_assignment_twice(name):
+  made = problem(1)
+  assert counted(name, made, problems.budgets(made)).evaluations == 4
+
+
 def test_reinforcement_scores_its_reference_too():
   made = problem()
   budgets = problems.budgets(made)
