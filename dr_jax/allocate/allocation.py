@@ -210,6 +210,9 @@ def read_assignment(
 
   >>> read_assignment("4")
   4
+  >>> read_assignment("")
+  Traceback (most recent call last):
+  ValueError: --bits must be a bit-width or a file of an allocation, got ''
   """
   if given.isdecimal():
     return int(given)

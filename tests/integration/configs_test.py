@@ -15,6 +15,7 @@ from dr_jax import models
 from dr_jax.config import from_dict
 from dr_jax.pipeline import comparison, dry_run
 from dr_jax.runtime.tasks import TASKS
+from dr_jax.train import alrs
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGENET = ("resnet18", "resnet50", "mobilenetv2")
@@ -129,8 +130,9 @@ def test_fashion_mnist_compares_methods_at_equal_updates(arg, bits, entries):
   )
   assert len(compared.entries) == entries
   assert len(compared.seeds) == 3
-  alone, joint = [], set()
+  alone, joint, modes = [], set(), set()
   for row, run in compared.entries.values():
+    modes.add(run.train.alrs)
     if row == "separate lsq":
       alone += run.quant.bits
     else:
@@ -139,6 +141,7 @@ def test_fashion_mnist_compares_methods_at_equal_updates(arg, bits, entries):
     assert run.train.learning_rate == compared.base.train.learning_rate
   assert not alone or sorted(alone, reverse=True) == list(bits)
   assert joint <= {bits}
+  assert modes == set(alrs.MODES) or arg == "separate"
   # Groups of one table share a directory; other networks and bits do not.
   shown = [word for word in ("432", "resnet20") if word in (arg or "")]
   assert compared.base.name == "_".join(["fashion_mnist", *shown])

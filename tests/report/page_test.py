@@ -108,9 +108,16 @@ def test_words_of_a_run_are_no_markup(tmp_path):
   # In a chart, and so in a script, and where plotly.js reads tags.
   parsed = Parsed(report.runs_page({name: run}))
   (line,) = parsed.charts[0]["figure"]["data"]
-  assert line["name"] == (
-    "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;"
+  escaped = "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;"
+  assert line["name"] == escaped
+  # And of the methods of a comparison.
+  compared = report.read_comparison(
+    report_files.write_comparison(tmp_path / "compared")
   )
+  compared["rows"] = {name: compared["rows"]["double rounding"]}
+  methods, seconds = Parsed(report.comparison_page("x", compared)).charts
+  assert [line["name"] for line in methods["figure"]["data"]] == [escaped]
+  assert seconds["figure"]["data"][0]["y"] == [escaped]
 
 
 def test_a_line_of_a_search_goes_from_low_to_high_cost(tmp_path):

@@ -18,6 +18,7 @@ from dr_jax.train import (
   cross_entropy,
   distill,
   gradients,
+  loop,
   make_optimizer,
   make_trainer,
   sampling,
@@ -168,7 +169,9 @@ def test_the_norm_of_scale_gradients_is_that_of_each_pass(
     expected.append(np.sqrt(sum(np.sum(np.square(s)) for s in scales)))
   state = trainer.init(jax.random.key(0))
   _, losses, logged = trainer.logged_step(state, batch)
+  # Under names that a resumed run knows to drop.
   assert list(logged) == ["scale_gradient_norm"]
+  assert set(logged) < set(loop.NAMES)
   norms = logged["scale_gradient_norm"]
   assert norms.shape == losses.shape and norms.dtype == jnp.float32
   np.testing.assert_allclose(norms, expected, rtol=2e-3)
