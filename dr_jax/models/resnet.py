@@ -55,12 +55,13 @@ class ResNet(nnx.Module):
     num_classes: size of the logits.
     widths: channels of the three stages.
     channels: channels of the images.
+    stem_stride: 1, or 2 for maps of a quarter of the pixels from the start.
     dtype: of the computation; parameters and statistics are float32.
     rngs: source of initial weights.
 
   Raises:
-    ValueError: if depth is not 6 n + 2 in 8..1202, or widths are not three
-      in 1..16384.
+    ValueError: if depth is not 6 n + 2 in 8..1202, widths are not three in
+      1..16384, or stem_stride not in 1..2.
   """
 
   def __init__(
@@ -70,6 +71,7 @@ class ResNet(nnx.Module):
     num_classes: int,
     widths: Sequence[int] = (16, 32, 64),
     channels: int = 3,
+    stem_stride: int = 1,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -82,7 +84,8 @@ class ResNet(nnx.Module):
       raise ValueError(f"widths must be three, as 16, 32, 64, got {widths!r}")
     for width in widths:
       check_integer("widths", width, 1, 2**14)
-    self.stem = _conv(channels, widths[0], 3, 1, dtype, rngs)
+    check_integer("stem_stride", stem_stride, 1, 2)
+    self.stem = _conv(channels, widths[0], 3, stem_stride, dtype, rngs)
     c_in = widths[0]
     stages = []
     for number, width in enumerate(widths):

@@ -79,6 +79,26 @@ def test_a_width_that_is_no_number_of_channels_raises_an_error(widths):
     models.build("resnet20", widths=3, num_classes=2, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+  ("stride", "sizes"), [(1, (9, 9, 5, 3)), (2, (5, 5, 3, 2))]
+)
+def test_the_stride_of_the_stem_decides_the_size_of_every_map(stride, sizes):
+
+  def maps(x):
+    model = small(stem_stride=stride)
+    stages = (model.stem, model.stage1, model.stage2, model.stage3)
+    return [x := stage(x) for stage in stages]
+
+  found = nnx.eval_shape(maps, jnp.ones((2, 9, 9, 3)))
+  assert [x.shape[1:3] for x in found] == [(size, size) for size in sizes]
+
+
+@pytest.mark.parametrize("stride", [0, 3, 2.0, True])
+def test_a_stride_of_the_stem_that_is_not_1_or_2_raises_an_error(stride):
+  with pytest.raises(ValueError, match=r"stem_stride must be an integer in 1"):
+    small(stem_stride=stride)
+
+
 def test_costs_of_resnet20_are_those_counted_by_hand():
   graph, state = nnx.split(nnx.eval_shape(lambda: make(20)))
   state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
