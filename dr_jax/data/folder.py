@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dr_jax.data.decoding import UnreadableImage
 from dr_jax.data.sources import MissingData
-from dr_jax.data.transforms import UnreadableImage
 from dr_jax.runtime import files as files_lib
 
 # Of the formats that Pillow reads, those that data sets come in.

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from dr_jax.data import transforms
+from dr_jax.data.decoding import OpenImage, UnreadableImage
 from dr_jax.data.sources import Batch, Example, Source
 
 
@@ -32,7 +32,7 @@ class Examples(Protocol):
     """Returns an encoded image (or uint8 [H, W, C]) and its label.
 
     Raises:
-      transforms.UnreadableImage: if it cannot be read.
+      UnreadableImage: if it cannot be read.
     """
     ...
 
@@ -148,25 +148,25 @@ class ImageSource(Source):
     return dataclasses.replace(self, image_shape=(height, width, channels))
 
   def _example(
-    self, index: int, transform: Callable[[Image.Image], np.ndarray]
+    self, index: int, transform: Callable[[OpenImage], np.ndarray]
   ) -> tuple[np.ndarray, int, bool]:
     """(uint8 [H, W, C], label, whether another example was taken instead)."""
     for moved in range(len(self)):
       taken = (index + moved) % len(self)
       try:
         encoded, label = self.examples.read(taken)
-        image = transforms.decode(
-          encoded, self.image_shape[-1], orient=self.orient
-        )
-      except transforms.UnreadableImage as error:
+        channels = self.image_shape[-1]
+        image = OpenImage(encoded, channels, orient=self.orient)
+        pixels = transform(image)
+      except UnreadableImage as error:
         if self.on_decode_error == "raise":
-          raise transforms.UnreadableImage(
+          raise UnreadableImage(
             f"{self.examples.name(taken)} cannot be read ({error}); repair it, "
             "or set on_decode_error='skip'"
           ) from None
         continue
-      return self._checked(transform(image), label, taken), label, moved > 0
-    raise transforms.UnreadableImage(
+      return self._checked(pixels, label, taken), label, moved > 0
+    raise UnreadableImage(
       f"{self.examples.name(index)} cannot be read, nor can any other example"
     )
 
@@ -186,7 +186,7 @@ class ImageSource(Source):
   def _batch(
     self,
     indices: np.ndarray,
-    transforms: Sequence[Callable[[Image.Image], np.ndarray]],
+    transforms: Sequence[Callable[[OpenImage], np.ndarray]],
   ) -> Batch:
     size = len(indices)
     batch = {

@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import logging
 
+from dr_jax.data.decoding import UnreadableImage
 from dr_jax.data.sources import MissingData
-from dr_jax.data.transforms import UnreadableImage
 
 
 @dataclasses.dataclass(frozen=True)

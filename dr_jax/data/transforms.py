@@ -1,4 +1,4 @@
-"""Encoded images to arrays: decoding, cropping, flipping, normalization.
+"""Images to arrays: cropping, resizing, flipping, normalization.
 
 Nothing here draws random numbers. Augmentation is a function of 64-bit words
 that the caller passes, so that an example looks the same in whatever process it
@@ -11,16 +11,14 @@ padding and cropping those of He et al., arXiv 1512.03385 (section 4.2).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from dr_jax.data.decoding import OpenImage
 
 AUGMENT = ("none", "pad_and_crop", "random_resized_crop")
 # How many words `Transform.train` takes.
@@ -32,79 +30,11 @@ _AREA = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 # Tests resize the shorter side to 256 where 224 pixels are cropped.
 _MARGIN = 256 / 224
-_MODES = {1: "L", 3: "RGB"}
-_ORIENTATION = 0x0112
-# Of the EXIF orientations, those whose inverse is another one.
-_INVERSE = {6: 8, 8: 6}
-# How Pillow calls bytes in memory.
-_BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
-
-
-class UnreadableImage(ValueError):
-  """An image that cannot be decoded."""
-
-
-def decode(
-  encoded: bytes | np.ndarray, channels: int, *, orient: bool = True
-) -> Image.Image:
-  """Decodes an image file.
-
-  Args:
-    encoded: the bytes of a file in a format that Pillow reads, or uint8
-      [H, W, C], which is decoded already.
-    channels: 1 for gray, 3 for RGB; other images are converted.
-    orient: turn and flip the image as its EXIF orientation says, as viewers
-      show it.
-
-  Raises:
-    UnreadableImage: if it is truncated, damaged, not an image, or has more than
-      8 bits per channel.
-
-  >>> decode(np.zeros((2, 3, 1), np.uint8), channels=1).size
-  (3, 2)
-  """
-  if isinstance(encoded, np.ndarray):
-    return Image.fromarray(encoded[..., 0] if channels == 1 else encoded)
-  try:
-    # Pillow warns of transparent palettes and of damaged EXIF data, which
-    # change nothing here.
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      image = Image.open(io.BytesIO(encoded))
-      orientation = _orientation(image)
-      image.load()
-      # Pillow would clip these at 255.
-      if image.mode[0] in "IF":
-        raise ValueError("has more than 8 bits per channel")
-      if orient:
-        _orient(image)
-      elif image.format == "TIFF":
-        # Pillow has turned it.
-        image.getexif()[_ORIENTATION] = _INVERSE.get(orientation, orientation)
-        _orient(image)
-      return image.convert(_MODES[channels])
-  # Pillow's decoders raise a dozen types: OSError, SyntaxError, struct.error.
-  except Exception as error:
-    reason = _BUFFER.sub("", str(error)) or type(error).__name__
-    raise UnreadableImage(reason) from None
-
-
-def _orientation(image: Image.Image) -> int:
-  """The EXIF orientation of an image that is not loaded, 1 if it has none."""
-  with contextlib.suppress(Exception):
-    return image.getexif().get(_ORIENTATION, 1)
-  return 1
-
-
-def _orient(image: Image.Image) -> None:
-  # Damaged EXIF data are as none.
-  with contextlib.suppress(Exception):
-    ImageOps.exif_transpose(image, in_place=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """From a PIL image to what a network sees.
+  """From an image to what a network sees.
 
   Attributes:
     augment: of training images: "none"; "pad_and_crop" (4 zeros on each side,
@@ -121,36 +51,39 @@ class Transform:
   mean: tuple[float, ...] = ()
   std: tuple[float, ...] = ()
 
-  def train(self, image: Image.Image, words: np.ndarray) -> np.ndarray:
+  def train(self, source: OpenImage, words: np.ndarray) -> np.ndarray:
     """Returns uint8 [H, W, C]; random choices are taken from `words`.
 
     Args:
-      image: a PIL image.
+      source: an image; a random resized crop decodes it no larger than it must.
       words: uint64 [WORDS], uniform.
+
+    Raises:
+      UnreadableImage: if it cannot be decoded.
     """
     # The top 53 bits, as every double in [0, 1) that is a multiple of 2^-53.
     chances = ((words >> np.uint64(11)) * 2.0**-53).tolist()
     if self.augment == "none":
-      return self.test(image)
+      return self.test(source)
     if self.augment == "pad_and_crop":
-      across, down = chances[1:3]
-      image = _crop_after_padding(self._fitted(image, 1), across, down)
+      image = self._fitted(source.decode(), 1)
+      image = _crop_after_padding(image, *chances[1:3])
     else:
-      box = random_box(image.width, image.height, chances[1:])
-      size = (self.size, self.size)
-      image = image.crop(box).resize(size, Image.Resampling.BILINEAR)
+      box = random_box(*source.size, chances[1:])
+      image = source.crop(box, (self.size, self.size))
     if chances[0] < 0.5:
       image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return _pixels(image)
 
-  def test(self, image: Image.Image) -> np.ndarray:
-    """Returns uint8 [H, W, C]; nothing is random.
+  def test(self, source: OpenImage) -> np.ndarray:
+    """Returns uint8 [H, W, C]; nothing is random, the image decoded in full.
 
-    >>> Transform(size=4).test(Image.new("L", (8, 5))).shape
+    >>> image = OpenImage(np.zeros((5, 8, 1), np.uint8), channels=1)
+    >>> Transform(size=4).test(image).shape
     (4, 4, 1)
     """
-    crops = self.augment == "random_resized_crop"
-    return _pixels(self._fitted(image, _MARGIN if crops else 1))
+    margin = _MARGIN if self.augment == "random_resized_crop" else 1
+    return _pixels(self._fitted(source.decode(), margin))
 
   def normalize(self, pixels: np.ndarray, out: np.ndarray) -> None:
     """Writes (pixels / 255 - mean) / std.

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dr_jax import data
-from dr_jax.data import folder, transforms
+from dr_jax.data import decoding, folder
 
 
 def test_images_are_sorted_by_class_and_name(make_folder):
@@ -374,7 +374,7 @@ def test_tiff_images_are_turned_only_if_asked(
   exif[0x0112] = orientation
   shown = ImageOps.exif_transpose(stored)
   for orient, want in ((True, shown), (False, stored)):
-    got = transforms.decode(file.getvalue(), 3, orient=orient)
+    got = decoding.decode(file.getvalue(), 3, orient=orient)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
@@ -401,7 +401,7 @@ def test_palettes_with_transparency_and_damaged_exif_data_warn_of_nothing():
   for encoded in (file, turned):
     with warnings.catch_warnings():
       warnings.simplefilter("error")
-      image = transforms.decode(encoded.getvalue(), 3)
+      image = decoding.decode(encoded.getvalue(), 3)
     assert image.getpixel((0, 0)) == (10, 20, 30)
 
 
