@@ -216,11 +216,15 @@ def _accumulate_sequential(parts):
 
   teacher_of = _initial_teacher_logits(parts)
 
-  def step(state, batch):
-    summed, passes = zeros(state), []
-    teacher = teacher_of(state, batch)
+  def begin(state, batch):
+    """What the first pass takes; statistics and memory are in the carry."""
+    summed, teacher = zeros(state), teacher_of(state, batch)
     carry = Carry(state.batch_stats, state.memory, teacher)
-    state = state._replace(batch_stats={}, memory={})
+    return state._replace(batch_stats={}, memory={}), carry, summed
+
+  def step(state, batch):
+    passes = []
+    state, carry, summed = begin(state, batch)
     for number in range(parts.passes):
       carry, summed, measured = accumulate(
         state, carry, summed, batch, np.int32(number)
@@ -229,8 +233,7 @@ def _accumulate_sequential(parts):
     return finish(state, summed, carry), *_stack(passes)
 
   def lower(state, batch):
-    carry = Carry(state.batch_stats, state.memory, teacher_of(state, batch))
-    return accumulate.lower(state, carry, zeros(state), batch, np.int32(0))
+    return accumulate.lower(*begin(state, batch), batch, np.int32(0))
 
   return Compiled(step, accumulate, lower)
 

@@ -802,6 +802,33 @@ def test_auto_is_the_mode_measured_fastest_on_the_backend(
   assert schedules.resolve_vectorize("sequential", schedule) == "sequential"
 
 
+@pytest.mark.parametrize(
+  ("schedule", "vectorize", "traces"),
+  [
+    ("alternate", "unroll", 2),
+    ("alternate", "sequential", 1),
+    ("accumulate", "sequential", 1),
+  ],
+)
+def test_every_pass_that_is_compiled_traces_the_network_once(
+  monkeypatch, schedule, vectorize, traces
+):
+  """And lowering is of the program that steps run, not of one more."""
+  trainer = _trainer(schedule=schedule, vectorize=vectorize)
+  calls, call = [], net.Net.__call__
+
+  def counted(self, x):
+    calls.append(x)
+    return call(self, x)
+
+  monkeypatch.setattr(net.Net, "__call__", counted)
+  state, batch = trainer.init(jax.random.key(0)), net.batch()
+  trainer.lower(state, batch)
+  assert len(calls) == traces
+  trainer.step(state, batch)
+  assert len(calls) == traces
+
+
 def test_progress_makes_the_target_softer_along_the_run():
   options = dict(network=_four(), distillation="progressive")
   _, losses = _run(**options, steps=1, rate=0.0, steps_in_run=10)
