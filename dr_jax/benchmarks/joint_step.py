@@ -293,8 +293,6 @@ def _report(rows, bits):
     theirs = median["torch joint alternate"]
     print(f"joint, ours / torch: {ours / theirs:.2f}")
     print(f"float, ours / torch: {median['float'] / median['torch float']:.2f}")
-  default = train.resolve_vectorize("auto", "alternate")
-  print(f"default on {jax.default_backend()}: vectorize={default!r}")
   print(environment())
 
 

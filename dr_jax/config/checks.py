@@ -223,7 +223,7 @@ def _check_training(config):
     if not recipe.epochs and (name != "pretrain" or not config.model.weights):
       raise ConfigError(f"{name}.epochs must be >= 1, got {recipe.epochs}")
     try:
-      train.resolve_vectorize(recipe.vectorize, recipe.schedule)
+      train.check_vectorize(recipe.vectorize, recipe.schedule)
     except ValueError as error:
       raise ConfigError(f"{name}.{error}") from None
     _check_validation(name, recipe, config.data.holdout)

@@ -114,9 +114,11 @@ def memory(run: RunContext, phase: Phase) -> Memory:
   inputs = jax.ShapeDtypeStruct(
     (batch, *run.sample.shape[1:]), run.sample.dtype
   )
-  passes = train.passes_at_once(
-    recipe.schedule, recipe.vectorize, pass_count(phase)
+  count = pass_count(phase)
+  vectorize = train.resolve_vectorize(
+    recipe.vectorize, recipe.schedule, layers=network.layers, passes=count
   )
+  passes = train.passes_at_once(recipe.schedule, vectorize, count)
   # Devices share the batch, or the passes, or both.
   kept = passes * train.residual_bytes(network, inputs)
   return Memory(

@@ -163,9 +163,11 @@ def _trainer(run, model, phase, steps):
   sampling = train.SAMPLINGS[recipe.sampling]
   if phase.sampling is not None:
     sampling = phase.sampling(steps)
-  vectorize = train.resolve_vectorize(recipe.vectorize, recipe.schedule)
-  # Bit-widths spread over devices only if one program trains them at once.
   passes = len(train.pass_labels(network.bits, sampling))
+  vectorize = train.resolve_vectorize(
+    recipe.vectorize, recipe.schedule, layers=network.layers, passes=passes
+  )
+  # Bit-widths spread over devices only if one program trains them at once.
   at_once = vectorize == "vmap" and passes % run.layout.bits == 0
   layout = run.layout if at_once else run.layout.flat()
   optimizer = train.make_optimizer(

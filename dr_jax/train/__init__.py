@@ -13,6 +13,7 @@ from dr_jax.train.sampling import SAMPLINGS, Sampling
 from dr_jax.train.schedules import (
   SCHEDULES,
   VECTORIZE,
+  check_vectorize,
   passes_at_once,
   resolve_vectorize,
 )
@@ -35,6 +36,7 @@ __all__ = [
   "Score",
   "TrainState",
   "Trainer",
+  "check_vectorize",
   "gather",
   "cosine_schedule",
   "cross_entropy",

@@ -39,9 +39,11 @@ from dr_jax.train.state import TrainState
 SCHEDULES = ("alternate", "accumulate")
 VECTORIZE = ("auto", "unroll", "sequential", "vmap")
 
-# From `python -m dr_jax.benchmarks.joint_step`. Unrolled gradients that are
-# only summed need four times the memory on CPU and gain little or nothing.
-_FASTEST = {("cpu", "alternate"): "unroll", ("cpu", "accumulate"): "sequential"}
+# Quantized layers times passes of a step up to which "auto" unrolls. Each is
+# compiled apart, in a third of a second of a CPU core and more for a GPU
+# (`python -m dr_jax.benchmarks.compile_time`). At four bit-widths ResNet20 has
+# 80, ResNet50 208.
+MOST_UNROLLED = 128
 
 Batch = dict[str, Any]
 Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
@@ -66,16 +68,14 @@ class Compiled(NamedTuple):
   lower: Callable[[TrainState, Batch], jax.stages.Lowered]
 
 
-def resolve_vectorize(vectorize: str, schedule: str) -> str:
-  """Returns the mode that "auto" stands for on this backend.
+def check_vectorize(vectorize: str, schedule: str) -> None:
+  """Checks names of a mode and of a schedule.
 
   Raises:
     ValueError: for unknown names, or "vmap" with the alternate schedule, whose
       updates depend on each other.
 
-  >>> resolve_vectorize("sequential", "alternate")
-  'sequential'
-  >>> resolve_vectorize("vmap", "alternate")
+  >>> check_vectorize("vmap", "alternate")
   Traceback (most recent call last):
   ValueError: vectorize must not be 'vmap' with schedule='alternate': ...
   """
@@ -88,16 +88,47 @@ def resolve_vectorize(vectorize: str, schedule: str) -> str:
       "vectorize must not be 'vmap' with schedule='alternate': bit-widths that "
       "update one after the other cannot be a batch dimension"
     )
-  if vectorize == "auto":
-    return _FASTEST.get((jax.default_backend(), schedule), "unroll")
-  return vectorize
+
+
+def resolve_vectorize(
+  vectorize: str, schedule: str, *, layers: int, passes: int
+) -> str:
+  """Returns the mode that "auto" stands for on this backend.
+
+  Small networks unroll, which saves launches and folds constants. Large ones
+  would compile for minutes: their passes take turns in one program. So do
+  gradients that are only summed on CPU, where unrolled ones need four times the
+  memory and gain little or nothing.
+
+  Args:
+    vectorize: "auto", or a mode, which stands for itself.
+    schedule: "alternate" or "accumulate".
+    layers: quantized layers of the network; 0 for a float one.
+    passes: of a step.
+
+  Raises:
+    ValueError: as `check_vectorize`.
+
+  >>> resolve_vectorize("auto", "alternate", layers=20, passes=4)
+  'unroll'
+  >>> resolve_vectorize("auto", "alternate", layers=52, passes=4)
+  'sequential'
+  >>> resolve_vectorize("unroll", "alternate", layers=52, passes=4)
+  'unroll'
+  """
+  check_vectorize(vectorize, schedule)
+  if vectorize != "auto":
+    return vectorize
+  summed_on_cpu = schedule == "accumulate" and jax.default_backend() == "cpu"
+  large = layers * passes > MOST_UNROLLED
+  return "sequential" if large or summed_on_cpu else "unroll"
 
 
 def passes_at_once(schedule: str, vectorize: str, passes: int) -> int:
   """Returns of how many passes a step keeps activations at the same time.
 
   Unrolled gradients that are only summed need not wait for each other, and XLA
-  computes all of them before the first sum.
+  computes all of them before the first sum. The mode is not "auto".
 
   >>> passes_at_once("alternate", "unroll", 4)
   1
@@ -106,7 +137,6 @@ def passes_at_once(schedule: str, vectorize: str, passes: int) -> int:
   >>> passes_at_once("accumulate", "sequential", 4)
   1
   """
-  vectorize = resolve_vectorize(vectorize, schedule)
   alone = schedule == "alternate" or vectorize == "sequential"
   return 1 if alone else passes
 

@@ -81,7 +81,8 @@ def make_trainer(
     optimizer: from `make_optimizer`.
     learning_rate: step -> learning rate.
     schedule: "alternate" or "accumulate".
-    vectorize: "unroll", "sequential", "vmap" or "auto".
+    vectorize: "unroll", "sequential", "vmap", or "auto", which goes by the size
+      of the network; see `resolve_vectorize`.
     alrs: how scales learn at each bit-width; see `train.alrs`.
     sampling: the bit-widths of a step's passes; see `train.sampling`.
     distillation: what each pass learns from; see `train.distill`.
@@ -123,7 +124,6 @@ def make_trainer(
   >>> trainer.labels, losses.shape, bool((losses < 0.1).all())
   ((8, 4), (2,), True)
   """
-  vectorize = resolve_vectorize(vectorize, schedule)
   if alrs not in alrs_lib.MODES:
     raise ValueError(f"alrs must be one of {alrs_lib.MODES}, got {alrs!r}")
   # A float network makes one pass, at no bit-width.
@@ -145,6 +145,9 @@ def make_trainer(
     weights=np.asarray(loss_weights or (1.0,) * len(bits), np.float32),
     steps=steps,
     layout=layout,
+  )
+  vectorize = resolve_vectorize(
+    vectorize, schedule, layers=network.layers, passes=parts.passes
   )
   if layout is not None:
     _check_layout(parts, layout, vectorize)

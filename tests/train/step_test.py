@@ -10,7 +10,7 @@ import pytest
 import training_network as net
 from flax import nnx
 
-from dr_jax import nn, quant
+from dr_jax import models, nn, quant
 from dr_jax.quant import SCALE_MAX, SCALE_MIN
 from dr_jax.runtime.compilation import jit
 from dr_jax.train import (
@@ -785,6 +785,14 @@ def test_layers_of_several_bit_widths_weigh_the_mean_of_theirs():
   assert gradients._mean_entry(weights, jnp.array([0, 1, 2], jnp.int32)) == 4.0
 
 
+@functools.cache
+def _layers(build):
+  """Quantized layers of a network: all but the first and the last."""
+  model = nnx.eval_shape(lambda: build(num_classes=10, rngs=nnx.Rngs(0)))
+  layers = (nnx.Conv, nnx.Linear)
+  return sum(isinstance(m, layers) for _, m in nnx.iter_modules(model)) - 2
+
+
 @pytest.mark.parametrize(
   ("backend", "schedule", "mode"),
   [
@@ -794,12 +802,26 @@ def test_layers_of_several_bit_widths_weigh_the_mean_of_theirs():
     ("gpu", "accumulate", "unroll"),
   ],
 )
-def test_auto_is_the_mode_measured_fastest_on_the_backend(
+def test_auto_unrolls_small_networks_where_that_is_faster(
   monkeypatch, backend, schedule, mode
 ):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  assert schedules.resolve_vectorize("auto", schedule) == mode
-  assert schedules.resolve_vectorize("sequential", schedule) == "sequential"
+  size = {"layers": _layers(models.resnet20), "passes": 4}
+  assert size["layers"] == 20
+  assert schedules.resolve_vectorize("auto", schedule, **size) == mode
+  assert schedules.resolve_vectorize("vmap", "accumulate", **size) == "vmap"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("schedule", schedules.SCHEDULES)
+def test_auto_never_unrolls_a_network_that_would_compile_for_minutes(
+  monkeypatch, backend, schedule
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  size = {"layers": _layers(models.resnet50), "passes": 4}
+  assert size["layers"] == 52
+  mode = schedules.resolve_vectorize("auto", schedule, **size)
+  assert mode == "sequential"
 
 
 @pytest.mark.parametrize(
