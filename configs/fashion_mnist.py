@@ -14,12 +14,14 @@ are expected, and has the command that fetches them.
   rivals    AdaBits, Any-Precision, Bit-Mixer, MultiQuant, MatQuant, TruncQuant
   432       bits {4, 3, 2} instead of {8, 6, 4, 2}
   resnet20  the paper's network for CIFAR-10, instead of a pre-activation
-            ResNet8 of 8, 16 and 32 channels; for a GPU
+            ResNet8 whose stem has stride 2; for a GPU
 
 All start from the same float network and see the same batches; a joint network
 takes as many updates at each bit-width as the one that is trained for it alone.
 Each method trains with what belongs to it (`quant.RECIPES`) and shares the
-rest: Adam and its learning rate. Nothing was tuned for a method.
+rest: Adam with the paper's learning rate, scales that start where they have the
+least squared error, and, but for the rows that compare it, alrs="proportional".
+Nothing was tuned for a method.
 """
 
 from ml_collections import ConfigDict
@@ -83,20 +85,18 @@ def get_config(arg=None):
   config.data = files.fashion_mnist(batch_size=128)
   config.devices = files.group(DevicesConfig)
   config.model = files.group(ModelConfig, name="resnet20")
-  config.quant = ConfigDict({"bits": bits})
+  config.quant = ConfigDict({"bits": bits, "init": "mse"})
   config.pretrain = files.group(
     TrainConfig, epochs=6, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4
   )
   # What a flag sets here holds for every method; else each has its own.
-  config.train = files.train_group(
-    epochs=2, learning_rate=2e-3, vectorize="sequential"
-  )
+  config.train = files.train_group(epochs=3, learning_rate=5e-4)
+  config.train.alrs = "proportional"
   if large:
     config.pretrain.epochs, config.train.epochs = 40, 20
   else:
-    config.model = files.group(
-      ModelConfig, name="resnet", options={"depth": 8, "widths": (8, 16, 32)}
-    )
+    options = {"depth": 8, "widths": (16, 32, 64), "stem_stride": 2}
+    config.model = files.group(ModelConfig, name="resnet", options=options)
   config.methods = ConfigDict()
   for group in groups or GROUPS:
     config.methods.update(_entries(group, bits))

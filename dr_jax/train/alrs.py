@@ -3,15 +3,20 @@
 With lambda the learning rate, D = h - b, and m_b the mean over learned scales
 of min(max|grad|, 1) at bit-width b, the scales' learning rate at b is
 
-  relative   eta_b * lambda * (1 - m_b)
-  paper      eta_b * max(lambda - m_b, 0)
-  eta        eta_b * lambda
-  none       lambda
-  eta_b      10^(-D/2) for even D, 5 * 10^(-(D+1)/2) for odd D
+  relative      eta_b * lambda * (1 - m_b)
+  paper         eta_b * max(lambda - m_b, 0)
+  eta           eta_b * lambda
+  none          lambda
+  proportional  lambda * s, of each scale s
+  eta_b         10^(-D/2) for even D, 5 * 10^(-(D+1)/2) for odd D
 
-arXiv 2502.01199, section 3.2. As printed there, without the max, "paper" goes
-negative: m_b lies between 1e-2 and 1, lambda near 5e-4. The factor multiplies
-the update and not the gradient, whose size Adam would cancel.
+arXiv 2502.01199, section 3.2, but "proportional". As printed there, without the
+max, "paper" goes negative: m_b lies between 1e-2 and 1, lambda near 5e-4. The
+factor multiplies the update and not the gradient, whose size Adam would cancel.
+
+Adam's updates are about as large as the learning rate, whatever they update. A
+scale that is shared with 8 bits is near 2e-3: updates of 5e-4 move all of its
+grids by a quarter. With "proportional" they are that fraction of the scale.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-MODES = ("relative", "paper", "eta", "none")
+MODES = ("relative", "paper", "eta", "none", "proportional")
 
 
 def eta(bits: tuple[int, ...]) -> tuple[float, ...]:
@@ -49,7 +54,7 @@ def factor(
   size: jax.Array,
   learning_rate: jax.Array,
 ) -> jax.Array:
-  """What multiplies the update of the scales at one bit-width.
+  """What multiplies the update of the scales at one bit-width, see `unit`.
 
   Args:
     mode: one of MODES.
@@ -72,6 +77,11 @@ def factor(
       return eta_b * room / jnp.maximum(learning_rate, 1e-30)
     case "eta":
       return jnp.float32(eta_b)
-    case "none":
+    case "none" | "proportional":
       return jnp.float32(1)
   raise ValueError(f"alrs must be one of {MODES}, got {mode!r}")
+
+
+def unit(mode: str, scale: jax.Array) -> jax.Array | float:
+  """What the factor of a scale counts in: the scale itself, or 1."""
+  return scale if mode == "proportional" else 1.0

@@ -148,9 +148,14 @@ def _weighted_by_alrs(parts, state, gradients, index):
   # A scale learns at the pace of its own layer's bit-width.
   factors = jnp.broadcast_to(factor, (parts.network.layers,))
   total = jax.tree.map(jnp.abs, scales)
+  units = [
+    alrs_lib.unit(parts.alrs, scale) for scale in scales_of(parts, state.params)
+  ]
   weighted = [
-    _per_layer(factors[layers], size) * size
-    for layers, size in zip(parts.network.scale_layers, total, strict=True)
+    _per_layer(factors[layers], size) * unit * size
+    for layers, unit, size in zip(
+      parts.network.scale_layers, units, total, strict=True
+    )
   ]
   return Gradients(gradients, weighted, total)
 

@@ -118,10 +118,10 @@ def test_a_comparison_of_language_models_trains_three_bit_widths_of_five():
 @pytest.mark.parametrize(
   ("arg", "bits", "entries"),
   [
-    (None, (8, 6, 4, 2), 4 + 4 + 6),
-    ("432", (4, 3, 2), 3 + 4 + 6),
+    (None, (8, 6, 4, 2), 4 + 5 + 6),
+    ("432", (4, 3, 2), 3 + 5 + 6),
     ("separate", (8, 6, 4, 2), 4),
-    ("resnet20,432,alrs,rivals", (4, 3, 2), 4 + 6),
+    ("resnet20,432,alrs,rivals", (4, 3, 2), 5 + 6),
   ],
 )
 def test_fashion_mnist_compares_methods_at_equal_updates(arg, bits, entries):
@@ -132,7 +132,11 @@ def test_fashion_mnist_compares_methods_at_equal_updates(arg, bits, entries):
   assert len(compared.seeds) == 3
   alone, joint, modes = [], set(), set()
   for row, run in compared.entries.values():
-    modes.add(run.train.alrs)
+    if "alrs=" in row:
+      modes.add(run.train.alrs)
+    else:
+      assert run.train.alrs == "proportional"
+    assert run.quant.init == "mse"
     if row == "separate lsq":
       alone += run.quant.bits
     else:

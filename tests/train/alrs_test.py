@@ -32,6 +32,7 @@ def test_gradient_size_is_the_mean_of_clipped_largest_entries():
     ("relative", 0.25, 0.1 * 0.75),
     ("eta", 0.25, 0.1),
     ("none", 0.25, 1.0),
+    ("proportional", 0.25, 1.0),
     ("paper", 0.25, 0.0),  # 5e-4 - 0.25 < 0: the guard
     ("paper", 1e-4, 0.1 * 4e-4 / 5e-4),
   ],
@@ -39,6 +40,12 @@ def test_gradient_size_is_the_mean_of_clipped_largest_entries():
 def test_factor_follows_the_formula_of_its_mode(mode, size, expected):
   factor = alrs.factor(mode, 0.1, jnp.float32(size), jnp.float32(5e-4))
   np.testing.assert_allclose(factor, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_only_a_proportional_update_counts_in_scales():
+  scale = jnp.array([0.5, 0.001])
+  assert alrs.unit("proportional", scale) is scale
+  assert {alrs.unit(m, scale) for m in alrs.MODES if m != "proportional"} == {1}
 
 
 def test_an_unknown_mode_is_an_error_that_lists_the_known():

@@ -263,7 +263,7 @@ def test_statistics_of_vectorized_passes_are_means_of_those_that_changed():
 @pytest.mark.parametrize(
   "optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("mode", ["eta", "paper", "relative"])
+@pytest.mark.parametrize("mode", ["eta", "paper", "relative", "proportional"])
 def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
   """One update at 4 of (8, 4) bits, whose eta is 0.01, against plain."""
   network, rate = _network(), 1e-4
@@ -311,14 +311,24 @@ def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
       if kind == "scale"
     ]
   )
-  factor = {
-    "eta": 0.01,
-    "relative": 0.01 * (1 - m),
-    "paper": 0.01 * max(rate - m, 0) / rate,
+  before = [
+    np.asarray(leaf)
+    for leaf, kind in zip(
+      jax.tree.leaves(network.params),
+      jax.tree.leaves(network.param_labels),
+      strict=True,
+    )
+    if kind == "scale"
+  ]
+  factors = {
+    "eta": [0.01] * len(before),
+    "relative": [0.01 * (1 - m)] * len(before),
+    "paper": [0.01 * max(rate - m, 0) / rate] * len(before),
+    "proportional": before,
   }[mode]
   plain, scaled = moved("none"), moved(mode)
   assert any(np.abs(p).max() > 0 for p in plain)
-  for p, s in zip(plain, scaled, strict=True):
+  for p, s, factor in zip(plain, scaled, factors, strict=True):
     np.testing.assert_allclose(s, factor * p, rtol=0.05, atol=2e-9)
 
 
@@ -647,13 +657,16 @@ def test_one_bit_width_for_all_layers_gives_all_scales_one_factor(mode):
       alrs.gradient_size(scales),
       jnp.float32(rate),
     )
-    for scale, weighted, total in zip(
-      scales, got.weighted, got.total, strict=True
+    for parameter, scale, weighted, total in zip(
+      gradients.scales_of(parts, state.params),
+      *(scales, got.weighted, got.total),
+      strict=True,
     ):
       assert (jnp.abs(scale) > 0).any()
       np.testing.assert_array_equal(total, jnp.abs(scale))
+      expected = factor * alrs.unit(mode, parameter) * total
       # XLA may compute a quotient of constants in another order.
-      np.testing.assert_allclose(weighted, factor * total, rtol=2.5e-7)
+      np.testing.assert_allclose(weighted, expected, rtol=2.5e-7)
 
 
 # One scheme for every way in which passes depend on each other.
