@@ -81,9 +81,18 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
   """Collects garbage less often: over what JAX keeps, it takes a tenth."""
+  gc.set_threshold(50_000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_by_earlier_files():
+  """Leaves out of collections of garbage what files before this one keep.
+
+  Some tests, and the library where Orbax or a worker fails, collect all; with
+  what JAX keeps of hundreds of tests, that takes more than a second each time.
+  """
   gc.collect()
   gc.freeze()
-  gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session", autouse=True)

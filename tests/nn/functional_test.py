@@ -257,9 +257,11 @@ def test_params_are_plain_dicts_of_arrays_with_string_keys(model):
   assert all(isinstance(value, jax.Array) for value in stats.values())
 
 
-@pytest.mark.parametrize("model", [Scanned(), Scanned(ConvBlock, features=4)])
-def test_biases_and_norms_with_several_axes_are_vectors(model):
-  labels = dict(leaves(nn.functional(model).param_labels))
+@pytest.mark.parametrize(
+  "make", [Scanned, functools.partial(Scanned, ConvBlock, features=4)]
+)
+def test_biases_and_norms_with_several_axes_are_vectors(make):
+  labels = dict(leaves(nn.functional(make()).param_labels))
   names = {path.split("/")[-1]: label for path, label in labels.items()}
   assert names == {"bias": "vector", "kernel": "weight", "scale": "vector"}
 

@@ -19,43 +19,51 @@ class Tied(nnx.Module):
     return self.embed.attend(x)
 
 
-def layers(rngs):
-  """{name: (layer, shape of its input, axes that one sum runs over)}."""
-  return {
-    "linear": (nnx.Linear(5, 3, rngs=rngs), (2, 4, 5), (2,)),
-    "conv": (nnx.Conv(3, 4, (3, 3), rngs=rngs), (2, 6, 5, 3), (1, 2, 3)),
-    "batched conv": (nnx.Conv(3, 4, (3,), rngs=rngs), (2, 4, 6, 3), (2, 3)),
-    "transposed conv": (
-      nnx.ConvTranspose(3, 4, (3,), rngs=rngs),
-      (2, 6, 3),
-      (1, 2),
-    ),
-    "heads": (
-      nnx.LinearGeneral((2, 3), 4, axis=(-2, -1), rngs=rngs),
-      (2, 5, 2, 3),
-      (2, 3),
-    ),
-    "other axes": (
-      nnx.LinearGeneral((5, 3), 4, axis=(1, 3), rngs=rngs),
-      (2, 5, 2, 3),
-      (1, 3),
-    ),
-    "einsum": (
-      nnx.Einsum("btd,dhf->bthf", (5, 2, 3), rngs=rngs),
-      (2, 4, 5),
-      (2,),
-    ),
-    "einsum with an ellipsis": (
-      nnx.Einsum("d...h,hdf->...f", (3, 5, 2), rngs=rngs),
-      (5, 2, 4, 3),
-      (0, 3),
-    ),
-    "tied": (Tied(rngs), (2, 4, 5), (2,)),
-    "lora": (nnx.LoRALinear(5, 3, lora_rank=2, rngs=rngs), (2, 5), (1,)),
-  }
-
-
-CASES = layers(nnx.Rngs(0))
+# What makes a layer, the shape of its input, and axes that one sum runs over.
+CASES = {
+  "linear": (lambda rngs: nnx.Linear(5, 3, rngs=rngs), (2, 4, 5), (2,)),
+  "conv": (
+    lambda rngs: nnx.Conv(3, 4, (3, 3), rngs=rngs),
+    (2, 6, 5, 3),
+    (1, 2, 3),
+  ),
+  "batched conv": (
+    lambda rngs: nnx.Conv(3, 4, (3,), rngs=rngs),
+    (2, 4, 6, 3),
+    (2, 3),
+  ),
+  "transposed conv": (
+    lambda rngs: nnx.ConvTranspose(3, 4, (3,), rngs=rngs),
+    (2, 6, 3),
+    (1, 2),
+  ),
+  "heads": (
+    lambda rngs: nnx.LinearGeneral((2, 3), 4, axis=(-2, -1), rngs=rngs),
+    (2, 5, 2, 3),
+    (2, 3),
+  ),
+  "other axes": (
+    lambda rngs: nnx.LinearGeneral((5, 3), 4, axis=(1, 3), rngs=rngs),
+    (2, 5, 2, 3),
+    (1, 3),
+  ),
+  "einsum": (
+    lambda rngs: nnx.Einsum("btd,dhf->bthf", (5, 2, 3), rngs=rngs),
+    (2, 4, 5),
+    (2,),
+  ),
+  "einsum with an ellipsis": (
+    lambda rngs: nnx.Einsum("d...h,hdf->...f", (3, 5, 2), rngs=rngs),
+    (5, 2, 4, 3),
+    (0, 3),
+  ),
+  "tied": (Tied, (2, 4, 5), (2,)),
+  "lora": (
+    lambda rngs: nnx.LoRALinear(5, 3, lora_rank=2, rngs=rngs),
+    (2, 5),
+    (1,),
+  ),
+}
 
 
 def quantized(model, sample):
@@ -69,9 +77,9 @@ def quantized(model, sample):
 
 
 def converted(name):
-  layer, shape, axes = CASES[name]
+  make, shape, axes = CASES[name]
   x = jax.random.normal(jax.random.key(1), shape)
-  network = quantized(layer, x)
+  network = quantized(make(nnx.Rngs(0)), x)
   (found,) = nn.quantized.quantized_layers(network).values()
   return network, found, x, axes
 

@@ -4,6 +4,7 @@ XLA:CPU takes a third of the time with some options. To make a context of MLIR
 takes half of the time in which JAX lowers a small program: many share one.
 """
 
+import contextlib
 import itertools
 import os
 
@@ -28,6 +29,17 @@ def use(quick):
     jax.clear_caches()
   jax.config.update("jax_disable_most_optimizations", quick)
   _state["quick"] = quick
+
+
+@contextlib.contextmanager
+def used():
+  """Programs of these lines are compiled quickly, whatever others are."""
+  before = _state["quick"]
+  use(True)
+  try:
+    yield
+  finally:
+    use(before)
 
 
 def install(monkeypatch):
