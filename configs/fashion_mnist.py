@@ -11,6 +11,7 @@ are expected, and has the command that fetches them.
 
   separate  LSQ trained at each bit-width alone
   alrs      joint Double Rounding, with every mode of learning rates of scales
+  distilled joint Double Rounding, the highest bit-width teaching the others
   rivals    AdaBits, Any-Precision, Bit-Mixer, MultiQuant, MatQuant, TruncQuant
   432       bits {4, 3, 2} instead of {8, 6, 4, 2}
   resnet20  the paper's network for CIFAR-10, instead of a pre-activation
@@ -37,7 +38,7 @@ RIVALS = (
   "matquant",
   "truncquant",
 )
-GROUPS = ("separate", "alrs", "rivals")
+GROUPS = ("separate", "alrs", "distilled", "rivals")
 
 
 def _entries(group, bits):
@@ -58,6 +59,13 @@ def _entries(group, bits):
         "train": {"alrs": mode},
       }
       for mode in alrs.MODES
+    }
+  if group == "distilled":
+    return {
+      "double rounding, distillation=highest": {
+        "method": "double_rounding",
+        "train": {"distillation": "highest"},
+      }
     }
   return {
     name: {"method": name, "row": name.replace("_", " ")} for name in RIVALS
