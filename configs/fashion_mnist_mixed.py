@@ -7,7 +7,8 @@ held out to score assignments, and 10,000 to test on: float training, joint
 training at {8, 6, 4, 2} bits, Hessian traces, a SuperNet trained by
 Hessian-aware stochastic bit-switching, searches at budgets of 2.5 to 6 mean
 bits, and an artifact with the allocations found. The network, a pre-activation
-ResNet14 of 8, 16 and 32 channels, has 14 quantized layers.
+ResNet14 whose stem has stride 2, has 14 quantized layers. Scales are updated in
+proportion to their size, as in configs/fashion_mnist.py.
 
 configs/README.md says where the files are expected, and has the command that
 fetches them. arXiv 2502.01199, section 3.3; searches in dr_jax/search.
@@ -48,23 +49,22 @@ def get_config(arg=None):
   config.method = "double_rounding"
   config.data = files.fashion_mnist(batch_size=128, holdout=0.05)
   config.devices = files.group(DevicesConfig)
-  config.model = files.group(
-    ModelConfig, name="resnet", options={"depth": 14, "widths": (8, 16, 32)}
-  )
+  options = {"depth": 14, "widths": (16, 32, 64), "stem_stride": 2}
+  config.model = files.group(ModelConfig, name="resnet", options=options)
   config.quant = files.quant_group(map(int, digits or "8642"))
+  config.quant.init = "mse"
   config.pretrain = files.group(
     TrainConfig, epochs=6, optimizer="sgd", learning_rate=0.1, weight_decay=5e-4
   )
-  config.train = files.train_group(
-    epochs=2, learning_rate=2e-3, vectorize="sequential"
-  )
+  config.train = files.train_group(epochs=3, learning_rate=5e-4)
+  config.train.alrs = "proportional"
   config.hessian = files.group(HessianConfig)
   config.supernet = files.group(
     TrainConfig,
-    epochs=2,
-    learning_rate=1e-3,
+    epochs=3,
+    learning_rate=5e-4,
     vectorize="sequential",
-    alrs="eta",
+    alrs="proportional",
   )
   config.hasb = files.group(HasbConfig)
   config.search = files.group(
