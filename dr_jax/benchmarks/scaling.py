@@ -1,6 +1,6 @@
 """Weak scaling of joint training: as many images per device on more devices.
 
-  python -m dr_jax.benchmarks.scaling [--processes=1,2,4] [--steps=20]
+  python -m dr_jax.benchmarks.scaling [--processes=1,2,4] [--norm=per_device]
   python -m dr_jax.benchmarks.scaling --devices=1,2,4,8 [--model=resnet50]
 
 On a CPU, real processes on loopback, each with its own core
@@ -36,6 +36,7 @@ from dr_jax.benchmarks.rows import Rows
 from dr_jax.config import TrainConfig
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation, processes, sharding
+from dr_jax.train.gradients import mean_over_devices
 
 _PROCESSES = flags.DEFINE_list("processes", [], "Numbers of processes, on CPU.")
 _DEVICES = flags.DEFINE_list("devices", [], "Numbers of devices instead.")
@@ -49,6 +50,9 @@ _SIZE = flags.DEFINE_integer(
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ("float32", "bfloat16"), "Type of computation."
+)
+_NORM = flags.DEFINE_enum(
+  "norm", "global", sharding.NORMS, "Where batch norms take statistics."
 )
 _MEASURE = flags.DEFINE_bool(
   "measure", False, "Measure all devices of all processes; print JSON."
@@ -83,7 +87,8 @@ def main():
   compilation.cache_on_disk()
   if _MEASURE.value:
     processes.initialize()
-    speed = measure(setting, sharding.layout(), _BATCH.value, _STEPS.value)
+    layout = sharding.layout(norm=_NORM.value)
+    speed = measure(setting, layout, _BATCH.value, _STEPS.value)
     if processes.is_first():
       print(json.dumps(speed._asdict()))
     return
@@ -155,9 +160,13 @@ def _sum_seconds(layout, params) -> float:
     return jax.make_array_from_callback(shape, spread, local)
 
   arrays = jax.tree.map(stacked, params)
+  # As the step does: one by one, or together.
+  together = layout.norm == "per_device"
+  sums = (
+    mean_over_devices if together else lambda tree: jax.lax.psum(tree, "data")
+  )
   add = jax.jit(
-    lambda tree: jax.tree.map(lambda leaf: leaf.sum(0), tree),
-    out_shardings=layout.replicated,
+    jax.shard_map(sums, mesh=layout.mesh, in_specs=P("data"), out_specs=P())
   )
   jax.block_until_ready(add(arrays))
   seconds = []
@@ -202,7 +211,7 @@ def _in_processes(count) -> Speed:
   arguments = [
     "--measure",
     *(f"--{flag.name}={flag.value}" for flag in (_STEPS, _MODEL, _BATCH)),
-    *(f"--{flag.name}={flag.value}" for flag in (_SIZE, _DTYPE)),
+    *(f"--{flag.name}={flag.value}" for flag in (_SIZE, _DTYPE, _NORM)),
   ]
   said = loopback.run("dr_jax.benchmarks.scaling", arguments, count)
   return Speed(**json.loads(said.strip().splitlines()[-1]))
@@ -212,7 +221,7 @@ def _on_devices(setting) -> Callable[[int], Speed]:
   """Returns what measures so many of this process's devices."""
 
   def run(count):
-    layout = sharding.layout(devices=jax.devices()[:count])
+    layout = sharding.layout(devices=jax.devices()[:count], norm=_NORM.value)
     return measure(setting, layout, _BATCH.value, _STEPS.value)
 
   return run

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 from dr_jax.nn import Functional
@@ -183,11 +184,8 @@ def _per_device(layout, of_batch):
     (loss, (carry, value)), gradients = of_batch(
       params, carry, batch, index, number, progress
     )
-    loss, stats, value, gradients = jax.tree.map(
-      lambda x: (
-        jax.lax.pmean(x, "data") if jnp.issubdtype(x.dtype, jnp.floating) else x
-      ),
-      (loss, carry.batch_stats, value, gradients),
+    loss, stats, value, gradients = mean_over_devices(
+      (loss, carry.batch_stats, value, gradients)
     )
     return (loss, (carry._replace(batch_stats=stats), value)), gradients
 
@@ -200,6 +198,27 @@ def _per_device(layout, of_batch):
     out_specs=((P(), (carries, P())), P()),
     axis_names={"data"},
   )
+
+
+def mean_over_devices(tree: Any) -> Any:
+  """Means over the axis "data" of a `jax.shard_map`; integers stay as they are.
+
+  On CPUs all arrays of a type are added up as one: processes send each array on
+  its own, even of one operation, and that takes milliseconds however small it
+  is. Elsewhere the compiler joins sums, and can start before it has them all.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  groups: dict[Any, list[int]] = {}
+  for number, leaf in enumerate(leaves):
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+      joined = jax.default_backend() == "cpu"
+      groups.setdefault(leaf.dtype if joined else number, []).append(number)
+  for numbers in groups.values():
+    flat, split = ravel_pytree([leaves[number] for number in numbers])
+    means = split(jax.lax.pmean(flat, "data"))
+    for number, mean in zip(numbers, means, strict=True):
+      leaves[number] = mean
+  return treedef.unflatten(leaves)
 
 
 def _teacher_logits(parts, carry, batch, logits, number, axis):

@@ -6,6 +6,7 @@ this small network stay below 1e-3 of the largest change.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import training_network as net
+from jax.sharding import PartitionSpec as P
 
 from dr_jax import nn, train
 from dr_jax.runtime import sharding
@@ -288,6 +290,43 @@ def test_per_device_gradients_are_means_over_shards_of_the_batch():
     np.testing.assert_allclose(
       at(state.params) - before, -0.05 * total, rtol=2e-3, atol=2e-5
     )
+
+
+def test_per_device_sums_of_all_kinds_are_one_array_on_a_cpu():
+  """Each array of each sum would be a message of its own."""
+  layout = sharding.layout(data=2, norm="per_device")
+  options = {"schedule": "alternate", "vectorize": "sequential"}
+  state, _, trainer = stepped(layout, steps=0, **options)
+  batch = layout.shard_batch(net.batch(0, size=16))
+  text = trainer.lower(state, batch).compile().as_text()
+  (operation,) = re.findall(r"= (.*) all-reduce\(", text)
+  floats = jax.tree.leaves((state.params, state.batch_stats))
+  size = sum(leaf.size for leaf in floats if leaf.dtype == jnp.float32)
+  # And the loss, weighted and plain.
+  assert operation.startswith(f"f32[{size + 2}]")
+
+
+def test_means_over_devices_keep_types_and_leave_integers():
+  layout = sharding.layout(data=2)
+  tree = {
+    "kernel": jnp.arange(12, dtype=jnp.float32).reshape(2, 6),
+    "half": jnp.array([[1.0, 2.0], [3.0, 8.0]], jnp.bfloat16),
+    "bias": jnp.array([[1.0], [4.0]], jnp.float32),
+  }
+  count = jnp.int32(7)
+  found, kept = jax.jit(
+    jax.shard_map(
+      gradients.mean_over_devices,
+      mesh=layout.mesh,
+      in_specs=((P("data"), P()),),
+      out_specs=(P(), P()),
+    )
+  )((tree, count))
+  assert kept == 7 and kept.dtype == jnp.int32
+  for name, leaf in tree.items():
+    assert found[name].dtype == leaf.dtype
+    want = np.asarray(leaf, np.float32).mean(0, keepdims=True)
+    np.testing.assert_array_equal(np.asarray(found[name], np.float32), want)
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
