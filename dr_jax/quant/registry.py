@@ -96,7 +96,8 @@ def method(
   that resolves a default returns what it resolved to in `options`). Its
   functions get the checks that all methods share: finite arrays outside of a
   trace, an index among the candidates, a sign that is decided. An activation
-  quantizer gets `with_sign`: the same call with another `signed`.
+  quantizer gets `with_sign`: the same call with another `signed`. Equal calls
+  return the same quantizer, so that its programs are traced and compiled once.
 
   Args:
     **recipes: recipes by name; none for a quantizer that only others use.
@@ -106,6 +107,7 @@ def method(
   def decorate(factory: Any) -> Any:
     name = factory.__name__
     signature = inspect.signature(factory)
+    built: dict[str, Any] = {}
 
     @functools.wraps(factory)
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -113,8 +115,15 @@ def method(
       bound.apply_defaults()
       given = {key: _plain(value) for key, value in bound.arguments.items()}
       _check_switches(signature, given)
+      # As text: 1, 1.0 and True are equal, and an array has no hash.
+      call = repr(given)
+      if call not in built:
+        built[call] = made(given)
+      return built[call]
+
+    def made(given: dict[str, Any]) -> Any:
       quantizer = factory(**given)
-      given |= {"bits": quantizer.bits, **dict(quantizer.options)}
+      given = given | {"bits": quantizer.bits, **dict(quantizer.options)}
       named = {"name": name, "options": tuple(given.items())}
       if isinstance(quantizer, WeightQuantizer):
         return _checked_weight(quantizer)._replace(**named)

@@ -54,6 +54,22 @@ def added(tmp_path, monkeypatch):
   vars(methods).pop("halves", None)
 
 
+def test_equal_calls_return_the_same_quantizer():
+  made = quant.lsq((8, 4))
+  assert quant.get("lsq", bits=[np.int64(8), 4], per_channel=True) is made
+  assert quant.lsq((8, 4), per_channel=False) is not made
+  activation = quant.lsq_activation((8, 4), signed=None)
+  assert activation.with_sign(True) is quant.lsq_activation((8, 4), signed=True)
+
+
+def test_a_call_with_equal_arguments_of_wrong_types_is_still_an_error():
+  quant.lsq((8, 4), per_channel=True)
+  with pytest.raises(ValueError, match="per_channel must be"):
+    quant.lsq((8, 4), per_channel=1)
+  with pytest.raises(ValueError, match="bits"):
+    quant.lsq((8.0, 4))
+
+
 def test_new_file_enters_names_recipes_options_and_attributes(added):
   methods.discover()
   assert added in quant.NAMES
