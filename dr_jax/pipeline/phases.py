@@ -118,7 +118,7 @@ def memory(run: RunContext, phase: Phase) -> Memory:
   vectorize = train.resolve_vectorize(
     recipe.vectorize, recipe.schedule, layers=network.layers, passes=count
   )
-  passes = train.passes_at_once(recipe.schedule, vectorize, count)
+  passes = train.passes_at_once(vectorize, count)
   # Devices share the batch, or the passes, or both.
   kept = passes * train.residual_bytes(network, inputs)
   return Memory(

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import PartitionSpec as P
 
 from dr_jax.runtime.compilation import jit
+from dr_jax.runtime.order import after
 from dr_jax.train.gradients import (
   Carry,
   Gradients,
@@ -97,8 +99,8 @@ def resolve_vectorize(
 
   Small networks unroll, which saves launches and folds constants. Large ones
   would compile for minutes: their passes take turns in one program. So do
-  gradients that are only summed on CPU, where unrolled ones need four times the
-  memory and gain little or nothing.
+  gradients that are only summed on CPU, where unrolled ones gain little or
+  nothing.
 
   Args:
     vectorize: "auto", or a mode, which stands for itself.
@@ -124,21 +126,15 @@ def resolve_vectorize(
   return "sequential" if large or summed_on_cpu else "unroll"
 
 
-def passes_at_once(schedule: str, vectorize: str, passes: int) -> int:
+def passes_at_once(vectorize: str, passes: int) -> int:
   """Returns of how many passes a step keeps activations at the same time.
 
-  Unrolled gradients that are only summed need not wait for each other, and XLA
-  computes all of them before the first sum. The mode is not "auto".
-
-  >>> passes_at_once("alternate", "unroll", 4)
+  >>> passes_at_once("unroll", 4)
   1
-  >>> passes_at_once("accumulate", "unroll", 4)
+  >>> passes_at_once("vmap", 4)
   4
-  >>> passes_at_once("accumulate", "sequential", 4)
-  1
   """
-  alone = schedule == "alternate" or vectorize == "sequential"
-  return 1 if alone else passes
+  return passes if vectorize == "vmap" else 1
 
 
 def compile_step(parts: Parts, schedule: str, vectorize: str) -> Compiled:
@@ -214,7 +210,7 @@ def _accumulate_unrolled(parts):
     passes, carry = [], Carry(state.batch_stats, state.memory, ())
     for number, index in enumerate(parts.indices(state)):
       gradients, carry, measured = gradients_of(
-        parts, state, carry, batch, index, number
+        parts, state, carry, _after(batch, summed), index, number
       )
       summed = _add(summed, gradients)
       passes.append(measured)
@@ -388,6 +384,17 @@ def _merge_statistics(old, new):
   count = jnp.maximum(changed.sum(0), 1).astype(old.dtype)
   mean = jnp.where(changed, new, 0).sum(0) / count
   return jnp.where(changed.any(0), mean, old)
+
+
+def _after(batch, summed):
+  """The batch, for a pass that comes after those whose gradients are summed.
+
+  Else XLA runs all forward passes before the first way back.
+  """
+  if summed is None:
+    return batch
+  total = jnp.asarray(optax.tree.sum(summed.params))
+  return batch | {"image": after(batch["image"], total)}
 
 
 def _add(summed, gradients):

@@ -58,6 +58,6 @@ def test_compiled_steps_take_half_of_it_to_all(schedule, vectorize):
   )
   state = trainer.init(jax.random.key(0))
   compiled = trainer.lower(state, net.batch(size=BATCH)).compile()
-  passes = passes_at_once(schedule, vectorize, len(net.BITS))
+  passes = passes_at_once(vectorize, len(net.BITS))
   ratio = compiled.memory_analysis().temp_size_in_bytes / kept(network)
   assert 0.4 < ratio / passes < 1.1
