@@ -226,6 +226,11 @@ def _check_training(config):
       train.check_vectorize(recipe.vectorize, recipe.schedule)
     except ValueError as error:
       raise ConfigError(f"{name}.{error}") from None
+    if recipe.vectorize == "sequential" and recipe.steps_per_call > 1:
+      raise ConfigError(
+        f"{name}.steps_per_call must be 1 with {name}.vectorize='sequential', "
+        f"which has no program of a whole step, got {recipe.steps_per_call}"
+      )
     _check_validation(name, recipe, config.data.holdout)
   count = len(config.quant.bits)
   for name in ("train", "supernet"):

@@ -194,6 +194,10 @@ class TrainConfig:
     validation_every: epochs between scores at every bit-width of the examples
       that `data.holdout` keeps out; 0 for never.
     keep_best: end with the state of the best such scores, not the last one.
+    steps_per_call: steps that an accelerator makes in one call of a program, so
+      that it need not wait for the host; the last bits of numbers may change.
+      Checkpoints and validations keep their steps. On a CPU convolutions are
+      some twenty times slower with more than 1.
   """
 
   epochs: int = field(10, at_least=0, at_most=10**6)
@@ -213,6 +217,7 @@ class TrainConfig:
   curriculum: str = field("none", one_of="dr_jax.train:CURRICULA")
   validation_every: int = field(0, at_least=0, at_most=10**6)
   keep_best: bool = False
+  steps_per_call: int = field(1, at_least=1, at_most=1024)
 
 
 @dataclasses.dataclass(frozen=True)

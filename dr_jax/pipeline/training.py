@@ -126,6 +126,7 @@ def train_phase(run: RunContext, model: nnx.Module, phase: Phase) -> int:
 def _run_loop(run, phase, steps, layout, trainer, checkpoints, scorer, state):
   """Returns the state after the last step."""
   shard, shards = layout.shard
+  at_once = phase.recipe.steps_per_call
   with (
     _metrics(run) as metrics,
     _count_unreadable(run, phase.stage, shard),
@@ -134,7 +135,7 @@ def _run_loop(run, phase, steps, layout, trainer, checkpoints, scorer, state):
       run.profile,
       run.workdir.path / "profile" / phase.stage,
       name=phase.stage,
-      remaining=steps - int(state.step),
+      remaining=-(-(steps - int(state.step)) // at_once),
     ) as step,
   ):
     if metrics is not None:
@@ -145,6 +146,7 @@ def _run_loop(run, phase, steps, layout, trainer, checkpoints, scorer, state):
       labels=trainer.labels,
       step=step,
       batches=run.batches(shard, shards),
+      steps_per_call=at_once,
       checkpoints=checkpoints,
       metrics=metrics,
       checkpoint_every=run.config.checkpoint_every,

@@ -4,6 +4,10 @@ The loop runs a few steps ahead of the device and looks at losses only when
 they are there, so that neither logging nor checking makes a step wait. Nor does
 a checkpoint: the device copies the state and continues, and the copy is written
 once every loss up to it was found finite.
+
+A call makes one step, or `steps_per_call` of them where none but the last is
+followed by a checkpoint, a validation, or the end: which calls follow a step
+does not depend on how the run came there.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from dr_jax.checkpoint.checkpoints import Checkpoints
 from dr_jax.checkpoint.snapshot import Snapshot
 from dr_jax.runtime.metrics import MetricsWriter
 from dr_jax.runtime.progress import Progress
+from dr_jax.train.calls import grouped
 from dr_jax.train.measured import LOGGED
 from dr_jax.train.schedules import LoggedStep
 from dr_jax.train.state import TrainState
@@ -33,7 +38,7 @@ from dr_jax.train.state import TrainState
 # Names of numbers that it writes of a step that is logged.
 NAMES = ("loss", *LOGGED, "examples_per_second")
 
-# How many steps the loop may be ahead of the oldest loss that it has seen.
+# How many calls the loop may be ahead of the oldest loss that it has seen.
 _AHEAD = 4
 
 
@@ -84,6 +89,8 @@ class Loop:
       the float network.
     step: as `logged_step` of `train.make_trainer`; what it logs goes to
       `metrics`, every `log_every` steps.
+    steps_per_call: how many steps it makes in a call at most; with 1 it gets no
+      tuples of batches.
     batches: `[step]` -> batch of numpy arrays; where it has `stream(step)`, an
       iterator from that step on, the loop takes and closes that.
     checkpoints: where states go, or None.
@@ -101,6 +108,7 @@ class Loop:
   labels: tuple[int | str | None, ...]
   step: LoggedStep
   batches: Any
+  steps_per_call: int = 1
   checkpoints: Checkpoints | None = None
   metrics: MetricsWriter | None = None
   checkpoint_every: int = 100
@@ -141,33 +149,39 @@ class Loop:
         # The run was stopped between the checkpoint and the score.
         progress.note(scorer.score(start, state, self.metrics))
       wanted = itertools.islice(stream, self.steps - start)
+      ready = _ahead(wanted, self.put, self.steps_per_call)
+      step = start
       try:
-        for number, batch in enumerate(_ahead(wanted, self.put), start):
+        for group in grouped(ready, self._call_size, start):
+          batch: Any = group if len(group) > 1 else group[0]
           state, losses, logged = self.step(state, batch)
-          if number == start:
+          if step == start:
             # Compiles what copies need, while steps are compiled anyway.
-            _Copy.of(number + 1, state, saves=self.checkpoints is not None)
+            _Copy.of(
+              step + len(group), state, saves=self.checkpoints is not None
+            )
+          step += len(group)
           stopped = self.interrupted()
-          last = number + 1 == self.steps
-          due = scorer is not None and scorer.is_due(number + 1)
+          last = step == self.steps
+          due = scorer is not None and scorer.is_due(step)
           ends = last or bool(stopped) or due
-          if ends or (number + 1) % self.checkpoint_every == 0:
-            watch.copy(number + 1, state, progress)
-          examples = len(batch["label"])
-          watch.add(number + 1, losses, logged, examples, progress)
+          if ends or step % self.checkpoint_every == 0:
+            watch.copy(step, state, progress)
+          examples = [len(batch["label"]) for batch in group]
+          watch.add(_Call(step, losses, logged, examples), progress)
           if ends:
             watch.drain(progress)
             if self.checkpoints is not None:
               self.checkpoints.wait()
           if stopped and not last:
             raise InterruptedRun(
-              f"{self.stage}: stopped by {stopped} after step {number + 1} of "
+              f"{self.stage}: stopped by {stopped} after step {step} of "
               f"{self.steps}; saved",
               stopped,
             )
           if due and scorer is not None:
             with watch.paused():
-              progress.note(scorer.score(number + 1, state, self.metrics))
+              progress.note(scorer.score(step, state, self.metrics))
       except NonFiniteError:
         raise
       except Exception:
@@ -177,6 +191,17 @@ class Loop:
             watch.drain(progress)
         raise
     return state
+
+  def _call_size(self, step):
+    """How many steps the call makes that begins after `step` steps."""
+    count, scorer = self.steps_per_call, self.validation
+    within = range(step + 1, step + count)
+    undisturbed = step + count <= self.steps and not any(
+      s % self.checkpoint_every == 0
+      or (scorer is not None and scorer.is_due(s))
+      for s in within
+    )
+    return count if undisturbed else 1
 
   def _kept(self):
     if self.checkpoints is None:
@@ -194,12 +219,12 @@ def _stream(batches, start):
   return (batches[step] for step in itertools.count(start))
 
 
-def _ahead(batches, put):
-  """Yields batches on the device, the next one being on its way."""
+def _ahead(batches, put, count):
+  """Yields batches on the device, `count` further ones being on their way."""
   waiting = collections.deque()
   for batch in batches:
     waiting.append(put(batch))
-    if len(waiting) > 1:
+    if len(waiting) > count:
       yield waiting.popleft()
   yield from waiting
 
@@ -222,6 +247,34 @@ class _Copy(NamedTuple):
     """Has a state examined, and copied if it is to be saved."""
     finite = _all_finite(state.params, state.batch_stats, state.opt_state)
     return cls(step, finite, Snapshot(state) if saves else None)
+
+
+class _Call(NamedTuple):
+  """What the steps of a call return.
+
+  Attributes:
+    step: how many steps there have been after it.
+    losses: [passes], or [steps, passes] of several.
+    logged: {name: as losses}.
+    examples: of each step.
+  """
+
+  step: int
+  losses: jax.Array
+  logged: dict[str, jax.Array]
+  examples: list[int]
+
+  def rows(self):
+    """Yields step, losses [passes], logged, examples; waits for them."""
+    if len(self.examples) == 1:
+      # What is not logged stays on the device.
+      yield self.step, np.asarray(self.losses), self.logged, self.examples[0]
+      return
+    columns = {k: np.asarray(v) for k, v in self.logged.items()}
+    first = self.step - len(self.examples) + 1
+    for row, losses in enumerate(np.asarray(self.losses)):
+      logged = {name: column[row] for name, column in columns.items()}
+      yield first + row, losses, logged, self.examples[row]
 
 
 class _Losses:
@@ -247,8 +300,8 @@ class _Losses:
         self._count = int(count)
         self._sum[:] = [sums[label] for label in loop.labels]
 
-  def add(self, step, losses, logged, examples, progress):
-    self._pending.append((step, losses, logged, examples))
+  def add(self, call, progress):
+    self._pending.append(call)
     if len(self._pending) > _AHEAD:
       self._take(progress)
 
@@ -272,8 +325,10 @@ class _Losses:
       self._take(progress)
 
   def _take(self, progress):
-    step, losses, logged, examples = self._pending.popleft()
-    losses = np.asarray(losses)
+    for step, losses, logged, examples in self._pending.popleft().rows():
+      self._see(step, losses, logged, examples, progress)
+
+  def _see(self, step, losses, logged, examples, progress):
     for label, loss in zip(self._loop.labels, losses, strict=True):
       if not np.isfinite(loss):
         at = "float" if label is None else f"{label} bits"

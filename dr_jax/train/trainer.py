@@ -8,6 +8,7 @@ same arguments, so that they cannot disagree. A step makes several passes
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import optax
 from dr_jax.nn import Functional
 from dr_jax.runtime.sharding import Layout
 from dr_jax.train import alrs as alrs_lib
+from dr_jax.train import calls
 from dr_jax.train import distill as distill_lib
 from dr_jax.train import sampling as sampling_lib
 from dr_jax.train.gradients import Parts
@@ -45,7 +47,9 @@ class Trainer(NamedTuple):
       The state's buffers are donated. `batch` has "image" [n, ...] and "label"
       [n].
     logged_step: the same, `-> (state, losses, logged)`, with numbers of every
-      pass by their names in metrics.jsonl; see `train.measured`.
+      pass by their names in metrics.jsonl; see `train.measured`. With a tuple
+      of batches it makes as many steps, and returns [steps, passes] of each;
+      in one call of a program, but where vectorize is "sequential".
     labels: what each pass trains: a bit-width, a word where it is drawn, None
       for a float network.
     program, lower: see `schedules.Compiled`.
@@ -166,7 +170,16 @@ def make_trainer(
     )
     return state if layout is None else shard_state(layout, state)
 
-  logged_step, program, lower = compile_step(parts, schedule, vectorize)
+  one_step, program, lower = compile_step(parts, schedule, vectorize)
+  if vectorize == "sequential":
+    several_steps = calls.one_by_one(one_step)
+  else:
+    # The function itself: a compiler's options are for the outermost program.
+    several_steps = calls.in_one_call(inspect.unwrap(program))
+
+  def logged_step(state, batch):
+    steps = several_steps if isinstance(batch, tuple) else one_step
+    return steps(state, batch)
 
   def step(state, batch):
     state, losses, _ = logged_step(state, batch)

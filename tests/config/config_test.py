@@ -135,6 +135,15 @@ def test_one_bit_width_allows_a_distillation_without_effect():
       "quant.weight must name .* WeightQuantizer, got 'lsq_activation' of type",
     ),
     (
+      {"train": {"vectorize": "sequential", "steps_per_call": 4}},
+      "train.steps_per_call must be 1 with train.vectorize='sequential'"
+      ".* got 4",
+    ),
+    (
+      {"train": {"steps_per_call": 0}},
+      "train.steps_per_call must be >= 1, got 0",
+    ),
+    (
       {"train": {"vectorize": "vmap"}},
       "train.vectorize must not be 'vmap' with",
     ),
