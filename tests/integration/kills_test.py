@@ -259,17 +259,18 @@ def test_kills_at_random_moments_and_in_saves_change_nothing(job, tmp_path):
   job.finish(whole, *VALIDATED)
   seed = random.SystemRandom().randrange(2**32)
   hit = torn = resumed = 0
-  for number in range(6):
+  # Of three kills, one while it trains, one while it saves, one in its start.
+  for number in range(12):
     counts = kill_again_and_again(
-      job, killed, VALIDATED, kills=6, seed=seed + number
+      job, killed, VALIDATED, kills=3, seed=seed + number
     )
     hit, torn, resumed = np.add((hit, torn, resumed), counts)
     # On a slow machine many end before their first checkpoint.
-    if hit >= 9 and torn >= 1 and resumed >= 4:
+    if hit >= 6 and torn >= 1 and resumed >= 3:
       break
-  assert hit >= 9, "the run was over too soon"
+  assert hit >= 6, "the run was over too soon"
   assert torn >= 1, "hardly any kill hit a save"
-  assert resumed >= 4, "hardly any process came to train"
+  assert resumed >= 3, "hardly any process came to train"
   before = {stage: steps_of(killed, stage) for stage in STAGES}
   _, err = job.finish(killed, *VALIDATED)
   for stage, step in resumed_from(err).items():
