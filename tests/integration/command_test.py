@@ -127,6 +127,7 @@ def _steps(workdir, stage):
   return max((r["step"] for r in records if r["stage"] == stage), default=0)
 
 
+@pytest.mark.slow
 def test_a_second_process_in_the_same_directory_ends_with_an_error(
   start, forked, finished, tmp_path
 ):

@@ -58,6 +58,7 @@ def test_two_processes_train_together_and_one_prints(run, tmp_path):
   assert "accuracy" not in (tmp_path / "run.logs" / "1.txt").read_text()
 
 
+@pytest.mark.slow
 def test_errors_reach_the_user_and_no_process_is_left(run, tmp_path):
   workdir = tmp_path / "run"
   workdir.mkdir()

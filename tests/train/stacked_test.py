@@ -38,7 +38,15 @@ def networks(axes):
 # Which axes are scanned over and how rates are scaled do not meet.
 @pytest.mark.parametrize(
   ("axes", "mode"),
-  [*(("all", mode) for mode in alrs.MODES), ("parameters", "paper")],
+  [
+    ("all", "paper"),
+    ("parameters", "paper"),
+    *(
+      pytest.param("all", mode, marks=pytest.mark.slow)
+      for mode in alrs.MODES
+      if mode != "paper"
+    ),
+  ],
 )
 def test_a_stack_is_updated_as_a_list(axes, mode):
   batch, *splits = networks(axes)

@@ -37,6 +37,7 @@ def test_an_artifact_with_other_scores_than_the_search_raises_an_error(copied):
     pipeline.run(config(), copied)
 
 
+@pytest.mark.slow
 def test_the_export_is_repeated_after_another_search_at_the_same_budget(copied):
   layers = list(found(copied)[0]["allocation"])
   search = {"strategies": ("uniform",), "budgets": (8,)}

@@ -81,6 +81,7 @@ def test_searches_keep_every_budget_and_name_every_layer(finished):
   assert [set(r["allocation"].values()) for r in uniform] == [{2}, {4}]
 
 
+@pytest.mark.slow
 def test_other_searches_in_the_same_directory_train_nothing(
   finished, copied, monkeypatch
 ):
@@ -99,6 +100,7 @@ def test_other_searches_in_the_same_directory_train_nothing(
   assert found(copied) == found(finished[0])
 
 
+@pytest.mark.slow
 def test_every_split_gives_a_search_its_own_scores(copied):
   loss = {}
   for split in ("held_out", "train", "both"):
@@ -116,6 +118,7 @@ def test_every_split_gives_a_search_its_own_scores(copied):
   assert loss["train"] != pytest.approx(loss["held_out"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_options_and_metric_give_a_search_its_own_result(copied):
   greedy = {"strategies": ("greedy",), "budgets": (5,)}
   files = set()
