@@ -30,6 +30,7 @@ from flax import nnx
 
 from dr_jax import models, nn, quant, train
 from dr_jax.benchmarks import network, throughput
+from dr_jax.benchmarks.compilations import recorded
 from dr_jax.benchmarks.rows import Rows, prepared, turns
 from dr_jax.benchmarks.throughput import MODES
 from dr_jax.config import TrainConfig, from_dict, quantizers
@@ -215,22 +216,15 @@ def _timed(name, model, recipe: TrainConfig) -> Timed:
     state[0], losses = trainer.step(state[0], batch)
     jax.block_until_ready((state[0], losses))
 
-  compilations = []
-
-  def listen(event: str, duration_secs: float, **_: str | int) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-      compilations.append(duration_secs)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  started = time.perf_counter()
-  compiled = prepared(name, trainer.lower(state[0], batch).compile)
-  analysis = compiled.memory_analysis()
-  memory = analysis.temp_size_in_bytes if analysis else 0
-  first = time.perf_counter() - started
-  run()
-  run()
-  jax.monitoring.unregister_event_duration_listener(listen)
-  return Timed(name, run, [], first, len(compilations), memory)
+  with recorded() as compilations:
+    started = time.perf_counter()
+    compiled = prepared(name, trainer.lower(state[0], batch).compile)
+    analysis = compiled.memory_analysis()
+    memory = analysis.temp_size_in_bytes if analysis else 0
+    first = time.perf_counter() - started
+    run()
+    run()
+  return Timed(name, run, [], first, len(compilations.compile), memory)
 
 
 def _torch(bits) -> list[Timed]:

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 import pytest
 import quick_compilation
+import training_network
 from tables import cells, printed
 
 from dr_jax.benchmarks import (
+  compilations,
+  compile_time,
   concurrent_load,
   images,
   inference,
@@ -357,6 +360,38 @@ def test_products_with_planes_are_compared_with_float_products():
   shown = printed(planes.print_table, rows, "title")
   assert cells(shown, names[0]) == ["1.0000", "1.00", "1.0", "1.00", "0.50"]
   assert cells(shown, names[2]) == ["0.5000", "1.00", "2.0", "0.50", "0.25"]
+
+
+def test_compilation_is_measured_of_all_programs_of_a_first_step():
+  model, batch = training_network.quantized(), training_network.batch()
+  first = compile_time.measure(model, batch, "accumulate", "sequential")
+  assert (first.layers, first.passes, first.auto) == (2, 2, True)
+  # Zeros, one pass, the update, and the stack of losses if it was not yet.
+  for seconds in first.compilations:
+    assert len(seconds) in (3, 4) and min(seconds) > 0
+  assert first.cpu_seconds > sum(map(sum, first.compilations))
+  assert first.seconds > 0
+
+
+def test_a_row_has_the_sums_of_all_programs():
+  programs = compilations.Compilations([1.0, 2.0], [0.2, 0.3], [3.5, 0.0])
+  first = compile_time.FirstStep(52, 4, programs, 8.0, 40.0, False)
+  expected = ["52", "4", "2", "3.0", "0.5", "3.5", "8.0", "40.0"]
+  assert compile_time.cells(first) == [*expected, ""]
+  assert compile_time.cells(first._replace(auto=True)) == [*expected, "yes"]
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("8x", "bits must be like 8642, got '8x'"),
+    ("48", r"bits must be .* highest first, got \[4, 8\]"),
+  ],
+)
+def test_sets_of_bits_are_digits_from_high_to_low(text, message):
+  assert compile_time.numbers("842") == (8, 4, 2)
+  with pytest.raises(ValueError, match=message):
+    compile_time.numbers(text)
 
 
 def command(name, *arguments):
