@@ -8,6 +8,7 @@ and parameter names are untouched, and whatever Flax adds works here too.
 
 from __future__ import annotations
 
+import functools
 import math
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from dr_jax.nn.bits import (
 from dr_jax.nn.contraction import contraction_of
 from dr_jax.nn.integer_call import TrainedCall
 from dr_jax.nn.partitioning import annotate, columns_spec, spec_of
+from dr_jax.nn.recomputed import recomputed
 from dr_jax.nn.substitute import copy_attributes
 from dr_jax.quant import ActivationQuantizer, Integers, WeightQuantizer
 
@@ -128,9 +130,22 @@ class Quantized:
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     flax_call: Any = super().__call__  # pyrefly: ignore[missing-attribute]
     if self.backend is None or is_mixture(self.index):
+      if self._recomputes(*args):
+        call = functools.partial(flax_call.__func__, **kwargs)
+        return recomputed(call, self, *args)
       return flax_call(*args, **kwargs)
     seen = self._calls[type(self.backend)](self)
     return flax_call.__func__(seen, *args, **kwargs)
+
+  def _recomputes(self, x=None, *others):
+    """Whether a call has one input, which is quantized at one bit-width."""
+    return (
+      self.input_quantizer is not None
+      and not is_mixture(self.index)
+      and isinstance(x, jax.Array)
+      and jnp.issubdtype(x.dtype, jnp.inexact)
+      and not others
+    )
 
   def index_at(self, position: tuple[int, ...]) -> int:
     """The bits of one of its stack, as a position in the candidates."""

@@ -5,9 +5,9 @@ for it: their shapes take a trace. XLA keeps less, since it computes cheap ones
 again. All temporary memory of compiled passes, that of gradients included
 (`memory_analysis` on a CPU, float32), over these bytes:
 
-  0.52 to 0.76  ResNet8 on digits, float and at {8, 6, 4, 2} bits; ResNet20 at
-                CIFAR's shape, at these bits
-  0.80, 0.81    a transformer of width 64, float and at {8, 4} bits
+  0.36, 0.49    ResNet20 at CIFAR's shape, at {8, 6, 4, 2} bits and float
+  0.64, 0.53    ResNet8 there, at {8, 4} bits and float
+  0.88, 0.77    a transformer of width 64, at {8, 4} bits and float
   0.95          a vision transformer of width 64, float
 """
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from flax import nnx
 
 from dr_jax import nn, quant
@@ -54,6 +55,15 @@ def temporary_bytes(bits=(), schedule="alternate", vectorize="unroll"):
   batch = {"image": jnp.ones(SHAPE), "label": jnp.zeros(SHAPE[0], jnp.int32)}
   compiled = trainer.lower(trainer.init(jax.random.key(0)), batch).compile()
   return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(
+  ("bits", "vectorize"), [(BITS[:1], "unroll"), (BITS, "sequential")]
+)
+def test_quantized_step_takes_less_memory_than_float_step(bits, vectorize):
+  # 1.0 times as much where quantized inputs are kept from the forward pass.
+  quantized = temporary_bytes(bits, vectorize=vectorize)
+  assert quantized < 0.85 * temporary_bytes()
 
 
 def test_summed_passes_take_little_more_memory_than_one():
