@@ -1,11 +1,17 @@
 """Times of a training step: float, one bit-width, and all jointly.
 
   python -m dr_jax.benchmarks.joint_step [--torch] [--batch=32] [...]
+  python -m dr_jax.benchmarks.joint_step --torch --torch_compile
+      --steps_per_call=16
   python -m dr_jax.benchmarks.joint_step --method=adabits,lsq [...]
   python -m dr_jax.benchmarks.joint_step --model=resnet50 [--dtype=bfloat16]
       [--batch-size=256] [--image-size=224] [--modes=alternate/unroll,...]
 
-The second form times the steps of methods (`quant.RECIPES`, "all" for every
+The second form is for a GPU: it adds the alternate joint step several times in
+one call, as `train.steps_per_call`, and the same program of PyTorch compiled
+(`torch.compile`, mode "reduce-overhead").
+
+The third form times the steps of methods (`quant.RECIPES`, "all" for every
 one) compared with Double Rounding's: the passes that a step of the method
 makes, with its schedule and distillation.
 
@@ -31,7 +37,7 @@ from flax import nnx
 from dr_jax import models, nn, quant, train
 from dr_jax.benchmarks import network, throughput
 from dr_jax.benchmarks.compilations import recorded
-from dr_jax.benchmarks.rows import Rows, prepared, turns
+from dr_jax.benchmarks.rows import Rows, note, prepared, turns
 from dr_jax.benchmarks.throughput import MODES
 from dr_jax.config import TrainConfig, from_dict, quantizers
 from dr_jax.pipeline.summary import environment
@@ -48,6 +54,15 @@ _DEPTH = flags.DEFINE_integer("depth", 20, "Depth of the ResNet, 6 n + 2.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each program.")
 _BITS = flags.DEFINE_list("bits", ["8", "6", "4", "2"], "Bit-widths.")
 _TORCH = flags.DEFINE_bool("torch", False, "Also PyTorch, if installed.")
+_TORCH_COMPILE = flags.DEFINE_bool(
+  "torch_compile", False, "With --torch: also its steps compiled."
+)
+_STEPS_PER_CALL = flags.DEFINE_integer(
+  "steps_per_call",
+  1,
+  "Also the alternate joint step, as many times in one call.",
+  lower_bound=1,
+)
 _METHODS = flags.DEFINE_list("method", [], "Methods to time instead.")
 _VMAP = flags.DEFINE_bool("vmap", True, "Also vectorize='vmap'.")
 _MODEL = flags.DEFINE_enum(
@@ -82,9 +97,12 @@ class Timed(NamedTuple):
   compile_seconds: float
   compilations: int
   temporary_bytes: int | None
+  steps: int = 1  # In one call of `step`.
 
 
 def main():
+  if _TORCH_COMPILE.value and not _TORCH.value:
+    raise ValueError("torch_compile must not be set without --torch")
   if _MODEL.value:
     _network(tuple(map(int, _BITS.value)))
     return
@@ -102,6 +120,9 @@ def main():
       rows.append(
         _jax(f"joint {schedule} {vectorize}", bits, schedule, vectorize)
       )
+  if (count := _STEPS_PER_CALL.value) > 1:
+    name = f"joint alternate unroll, {count} a call"
+    rows.append(_jax(name, bits, "alternate", "unroll", count))
   if _TORCH.value:
     rows += _torch(bits)
   _time(rows)
@@ -113,12 +134,16 @@ def _time(rows):
     for row in rows:
       started = time.perf_counter()
       row.step()
-      row.seconds.append(time.perf_counter() - started)
+      row.seconds.append((time.perf_counter() - started) / row.steps)
 
 
 def _network(bits):
   """Times the steps of a named network, and prints images per second."""
-  for name, given in (("method", _METHODS.value), ("torch", _TORCH.value)):
+  for name, given in (
+    ("method", _METHODS.value),
+    ("torch", _TORCH.value),
+    ("steps_per_call", _STEPS_PER_CALL.value > 1 and _STEPS_PER_CALL.value),
+  ):
     if given:
       raise ValueError(f"{name} must not be set with --model, got {given}")
   compilation.cache_on_disk()
@@ -181,7 +206,7 @@ def _method(name, bits) -> Timed:
   return _timed(name, model, recipe)
 
 
-def _jax(name, candidates, schedule, vectorize) -> Timed:
+def _jax(name, candidates, schedule, vectorize, steps=1) -> Timed:
   """A step of Double Rounding, or of the float network."""
   model = models.ResNet(_DEPTH.value, num_classes=10, rngs=nnx.Rngs(0))
   recipe = TrainConfig(schedule=schedule, vectorize=vectorize)
@@ -193,7 +218,7 @@ def _jax(name, candidates, schedule, vectorize) -> Timed:
       sample=_batch()["image"],
     )
     recipe = dataclasses.replace(recipe, alrs="relative")
-  return _timed(name, model, recipe)
+  return _timed(name, model, recipe, steps)
 
 
 def _batch():
@@ -206,38 +231,55 @@ def _batch():
   }
 
 
-def _timed(name, model, recipe: TrainConfig) -> Timed:
+def _timed(name, model, recipe: TrainConfig, steps: int = 1) -> Timed:
   """Builds a step, and measures its compilation and its memory."""
-  batch = _batch()
+  # As PyTorch's: what the input pipeline does meanwhile is not measured here.
+  batch = jax.device_put(_batch())
   trainer, start = network.trainer(model, recipe)
   state = [start]
+  given: Any = batch if steps == 1 else (batch,) * steps
 
   def run():
-    state[0], losses = trainer.step(state[0], batch)
+    state[0], losses = trainer.step(state[0], given)
     jax.block_until_ready((state[0], losses))
 
+  memory = None
   with recorded() as compilations:
     started = time.perf_counter()
-    compiled = prepared(name, trainer.lower(state[0], batch).compile)
-    analysis = compiled.memory_analysis()
-    memory = analysis.temp_size_in_bytes if analysis else 0
+    if steps == 1:
+      compiled = prepared(name, trainer.lower(state[0], batch).compile)
+      analysis = compiled.memory_analysis()
+      memory = analysis.temp_size_in_bytes if analysis else 0
+    else:
+      prepared(name, run)
     first = time.perf_counter() - started
     run()
     run()
-  return Timed(name, run, [], first, len(compilations.compile), memory)
+  count = len(compilations.compile)
+  return Timed(name, run, [], first, count, memory, steps)
 
 
 def _torch(bits) -> list[Timed]:
   """Our own PyTorch program of the same step."""
   from dr_jax.benchmarks import torch_step
 
-  program = torch_step.build(_BATCH.value, _size(), _DEPTH.value, bits)
+  def build():
+    return torch_step.build(_BATCH.value, _size(), _DEPTH.value, bits)
+
+  program = build()
   steps: dict[str, Any] = {"torch float": program.float_step}
   for b in bits:
     steps[f"torch single {b}"] = lambda b=b: program.single_step(b)
   steps["torch joint alternate"] = program.joint_step
-  for step in steps.values():
-    step()
+  if _TORCH_COMPILE.value and (lacks := torch_step.lacks()):
+    note(f"torch compile: left out, it needs {lacks}")
+  elif _TORCH_COMPILE.value:
+    compiled = build().compiled()
+    steps["torch compile float"] = compiled.float_step
+    steps["torch compile joint alternate"] = compiled.joint_step
+  for name, step in steps.items():
+    # Twice, since CUDA graphs are recorded in the second call.
+    prepared(name, lambda step=step: (step(), step()))
   return [Timed(name, step, [], 0, 0, None) for name, step in steps.items()]
 
 
@@ -282,11 +324,14 @@ def _report(rows, bits):
   table.end()
   slowest = max(median[f"single {b}"] for b in bits)
   print(f"single / float: {slowest / median['float']:.2f}")
-  if "torch float" in median:
-    ours = median["joint alternate unroll"]
-    theirs = median["torch joint alternate"]
-    print(f"joint, ours / torch: {ours / theirs:.2f}")
-    print(f"float, ours / torch: {median['float'] / median['torch float']:.2f}")
+  for theirs in ("torch", "torch compile"):
+    if f"{theirs} float" in median:
+      for name, seconds in median.items():
+        if name.startswith("joint alternate unroll"):
+          ratio = seconds / median[f"{theirs} joint alternate"]
+          print(f"{name}, ours / {theirs}: {ratio:.2f}")
+      ratio = median["float"] / median[f"{theirs} float"]
+      print(f"float, ours / {theirs}: {ratio:.2f}")
   print(environment())
 
 

@@ -1,4 +1,4 @@
-"""The same training step in plain PyTorch, to compare with on a CPU.
+"""The same training step in PyTorch, to compare with; on a GPU if it sees one.
 
 One pre-activation CIFAR ResNet (He et al. 2016, arXiv 1603.05027) and one
 joint Double Rounding step (arXiv 2502.01199, algorithm A.2): for each
@@ -11,11 +11,14 @@ With h = 8, D = h - l and one scale s per output channel:
   q_l = clip(round(q_h / 2^D), -2^(l-1), 2^(l-1) - 1);  w_hat = q_l s 2^D.
 """
 
+import os
+import shutil
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["TorchStep", "build"]
+__all__ = ["TorchStep", "build", "lacks"]
 
 _HIGHEST = 8
 _SMALLEST_SCALE = 1e-8
@@ -38,6 +41,14 @@ def build(batch=128, image_size=32, depth=20, bits=(8, 6, 4, 2), *, seed=0):
   return TorchStep(batch, image_size, depth, tuple(bits))
 
 
+def lacks():
+  """Returns what `TorchStep.compiled` needs that is not here, or ""."""
+  names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+  if _device() == "cpu" and not any(map(shutil.which, names)):
+    return "a C++ compiler (g++, clang++ or what CXX names)"
+  return ""
+
+
 class TorchStep:
   """Training steps on one fixed random batch; each returns its loss.
 
@@ -46,12 +57,13 @@ class TorchStep:
   """
 
   def __init__(self, batch, image_size, depth, bits):
-    images = torch.randn(batch, 3, image_size, image_size)
+    images = torch.randn(batch, 3, image_size, image_size).to(_device())
     self._images = images.contiguous(memory_format=torch.channels_last)
-    self._labels = torch.randint(0, 10, (batch,))
+    self._labels = torch.randint(0, 10, (batch,)).to(_device())
     self._bits = bits
-    self._float = _ResNet(depth, ())
-    self._quantized = _ResNet(depth, bits)
+    self._float = _ResNet(depth, ()).to(_device())
+    self._quantized = _ResNet(depth, bits).to(_device())
+    self._loss = _loss
     self._quantized.set_bits(bits[0])
     with torch.no_grad():
       for b in bits:
@@ -60,25 +72,47 @@ class TorchStep:
     self._float_sgd = _sgd(self._float)
     self._quantized_sgd = _sgd(self._quantized)
 
+  def compiled(self):
+    """Compiles forward and backward from now on; on a GPU into CUDA graphs.
+
+    At each bit-width the first step compiles.
+    """
+    self._loss = torch.compile(_loss, mode="reduce-overhead", dynamic=False)
+    return self
+
   def float_step(self):
     """Trains the float network for one step."""
-    return self._update(self._float, self._float_sgd)
+    return self._update(self._float, self._float_sgd).item()
 
   def single_step(self, bits):
     """Trains the quantized network for one step at one bit-width."""
-    self._quantized.set_bits(bits)
-    return self._update(self._quantized, self._quantized_sgd)
+    return self._pass(bits).item()
 
   def joint_step(self):
     """Trains at every bit-width in turn, one update each."""
-    return [self.single_step(b) for b in self._bits]
+    # The host waits for the last pass only.
+    return [loss.item() for loss in [self._pass(b) for b in self._bits]]
+
+  def _pass(self, bits):
+    self._quantized.set_bits(bits)
+    return self._update(self._quantized, self._quantized_sgd)
 
   def _update(self, network, optimizer):
+    torch.compiler.cudagraph_mark_step_begin()
     optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(network(self._images), self._labels)
+    loss = self._loss(network, self._images, self._labels)
     loss.backward()
     optimizer.step()
-    return loss.item()
+    # The next replay of a CUDA graph writes over the loss of this one.
+    return loss.detach().clone()
+
+
+def _device():
+  return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _loss(network, images, labels):
+  return F.cross_entropy(network(images), labels)
 
 
 def _sgd(network):
@@ -151,12 +185,14 @@ class _Conv(nn.Conv2d):
       self.input_scale = nn.ParameterDict(
         {str(b): nn.Parameter(torch.tensor(0.0)) for b in bits}
       )
+    self.unset = set(bits)
 
   def forward(self, x):
     if self.bits is None:
       return super().forward(x)
     input_scale = self.input_scale[str(self.bits)]
-    if input_scale.item() == 0:  # the initial scale of LSQ
+    if self.bits in self.unset:  # the initial scale of LSQ
+      self.unset.remove(self.bits)
       high = 2**self.bits - 1
       input_scale.data.copy_(2 * x.detach().abs().mean() / high**0.5)
     # A learned scale must stay positive.

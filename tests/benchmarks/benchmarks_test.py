@@ -429,6 +429,10 @@ def test_processes_connect_and_their_speeds_are_printed():
       "error: torch must not be set with --model",
     ),
     (
+      ("joint_step", "--torch_compile"),
+      "error: torch_compile must not be set without --torch",
+    ),
+    (
       ("planes", "--shapes=64"),
       "error: shapes must be like 4096x11008, got '64'",
     ),
