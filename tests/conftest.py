@@ -60,9 +60,14 @@ def compilation_cache(tmp_path_factory):
 
 # Compilation takes most of the default run, in which XLA optimizes little,
 # but in these tests: laws of methods and exported programs hold bit for bit in
-# programs of users. The slow run has programs as users have them, but for tests
-# of whole jobs, whose processes compile quickly in both runs.
-OPTIMIZED = ("quant/laws_test.py", "deploy/export/stablehlo_test.py")
+# programs of users, as does the memory that sums take. The slow run has
+# programs as users have them, but for tests of whole jobs, whose processes
+# compile quickly in both runs.
+OPTIMIZED = (
+  "quant/core/rows_test.py",
+  "quant/laws_test.py",
+  "deploy/export/stablehlo_test.py",
+)
 JOBS = ("integration/", "pipeline/")
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from dr_jax.quant.core.rows import fewer_rows
+
 if TYPE_CHECKING:
   from jaxtyping import Array, Float
 
@@ -34,7 +36,7 @@ def mean(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
   [[3.25]]
   """
   x = jnp.asarray(x).astype(jnp.float32)
-  largest = jnp.abs(x).max(axes, keepdims=True)
+  largest = _max_magnitude(x, axes)
   unit = _power_of_two(largest) * 2.0 ** (1 - 2 * _BITS)
   terms = jnp.round(x / unit).astype(jnp.int32)
   count = math.prod(x.shape[axis] for axis in axes)
@@ -70,7 +72,7 @@ def largest_magnitude(
   >>> largest_magnitude(jnp.array([1.0, -3.0]), (0,)).tolist()
   [3.0]
   """
-  return jnp.maximum(jnp.abs(x).max(axes, keepdims=True), _SMALLEST)
+  return jnp.maximum(_max_magnitude(x, axes), _SMALLEST)
 
 
 def channel_axes(rank: int, *, per_channel: bool) -> tuple[int, ...]:
@@ -80,6 +82,11 @@ def channel_axes(rank: int, *, per_channel: bool) -> tuple[int, ...]:
   (0, 1, 2)
   """
   return tuple(range(rank - 1 if per_channel else rank))
+
+
+def _max_magnitude(x, axes):
+  # Both callers reduce leading axes, or all.
+  return fewer_rows(jnp.abs(x), jnp.max).max(axes, keepdims=True)
 
 
 def _power_of_two(x):
@@ -95,7 +102,7 @@ def _exact_sum(terms, axes):
   mask = (1 << _BITS) - 1
   limbs = [terms & mask, terms >> _BITS]
   first = tuple(axis for axis in axes if axis != last)
-  sums = [limb.sum(first, keepdims=True) for limb in limbs]
+  sums = [fewer_rows(limb).sum(first, keepdims=True) for limb in limbs]
   if last in axes:
     # Each sum is below 2^31: three limbs again, of equal weights merged.
     parts: list = [0, 0, 0, 0]

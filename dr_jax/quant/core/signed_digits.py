@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from dr_jax.quant.core import grid
 from dr_jax.quant.core.checks import Index
 from dr_jax.quant.core.interface import Encoded
-from dr_jax.quant.core.straight_through import transpose
+from dr_jax.quant.core.straight_through import gradients
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, Int
@@ -224,11 +224,10 @@ def _backward(core, residuals, g):
   inside = (size <= reach) & (terms.signed | (size >= 0))
   slope = jnp.where(inside, kept - x32 * (1 / unit), codes) * (1 / terms.steps)
 
-  def surrogate(x, scale):
-    passed = jnp.where(inside, x, 0) if terms.masked else x
-    return passed + scale * slope
+  def passed(x):
+    return jnp.where(inside, x, 0) if terms.masked else x
 
-  return *transpose(surrogate, (x, scale), g, jnp.float32), None
+  return *gradients(x, passed, [(scale, slope)], g, jnp.float32), None
 
 
 _round_terms.defvjp(_forward, _backward)

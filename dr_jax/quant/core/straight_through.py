@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from dr_jax.quant.core.grid import (
   select,
   working_floats,
 )
+from dr_jax.quant.core.rows import fewer_rows
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float
@@ -140,41 +141,52 @@ def _backward(core, residuals, g):
   elements = max(x.size // max(jnp.size(scale), 1), 1)
   slope *= numbers.step / (math.sqrt(elements) * _sqrt(numbers.high))
 
-  def surrogate(x, scale):
-    return jnp.where(inside, x, 0) + scale * slope
+  def passed(x):
+    return jnp.where(inside, x, 0)
 
-  return *transpose(surrogate, (x, scale), g, slope.dtype), None
+  return *gradients(x, passed, [(scale, slope)], g, slope.dtype), None
 
 
 _round_straight_through.defvjp(_forward, _backward)
 
 
-def transpose(
-  surrogate: Callable[..., jax.Array],
-  primals: tuple[jax.Array, ...],
+def gradients(
+  x: jax.Array,
+  passed: Callable[[jax.Array], jax.Array],
+  learned: Sequence[tuple[jax.Array, jax.Array]],
   g: jax.Array,
   dtype: Any,
 ) -> tuple[jax.Array, ...]:
-  """Cotangents of a linear function that has the gradients wanted.
+  """Cotangents where x_hat is to have the gradients of a linear function.
 
-  JAX transposes the surrogate, and with it every broadcast: shared axes, axes
-  of a mesh, and axes that only some operands vary over.
+    x_hat = passed(x) + sum of parameter * slope
+
+  JAX transposes it, and with it every broadcast: shared axes, axes of a mesh,
+  and axes that only some operands vary over.
 
   Args:
-    surrogate: linear in all of its arguments.
-    primals: its arguments, in their own dtypes.
-    g: cotangent of its result.
+    x: the input, in its own dtype.
+    passed: a linear function of x in `dtype`, element by element.
+    learned: parameters, in their own dtypes, each with its slope, shaped as x.
+    g: cotangent of x_hat.
     dtype: what is computed in.
 
   Returns:
-    One cotangent per argument, in the argument's dtype.
+    The cotangents of x and of the parameters, in their dtypes.
   """
+  g = g.astype(dtype)
+  zeros = jnp.zeros_like(g)
+  _, of_x = jax.vjp(lambda x: passed(x.astype(dtype)) + zeros, x)
+  return *of_x(g), *(_of_parameter(p, g * slope) for p, slope in learned)
 
-  def computed(*arguments):
-    return surrogate(*(a.astype(dtype) for a in arguments))
 
-  _, transposed = jax.vjp(computed, *primals)
-  return transposed(g.astype(dtype))
+def _of_parameter(parameter, terms):
+  """Sums the terms that share an entry of a parameter."""
+  if all(size == 1 for size in parameter.shape[:-1]):
+    terms = fewer_rows(terms)
+  zeros = jnp.zeros_like(terms)
+  _, transposed = jax.vjp(lambda p: p.astype(terms.dtype) + zeros, parameter)
+  return transposed(terms)[0]
 
 
 def _quantize(core, x, scale, grid):

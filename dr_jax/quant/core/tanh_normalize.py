@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dr_jax.quant.core import exact_mean
+from dr_jax.quant.core.rows import fewer_rows
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, Float32
@@ -61,7 +62,8 @@ def _backward(w, g):
   axes = tuple(range(t.ndim))
   total = exact_mean.mean(g * (t * inverse), axes) * t.size
   shared = jnp.abs(t) == largest
-  count = shared.sum(axes, keepdims=True, dtype=jnp.int32)
+  count = fewer_rows(shared.astype(jnp.int32))
+  count = count.sum(axes, keepdims=True, dtype=jnp.int32)
   share = total * (1 / jnp.maximum(count, 1).astype(t.dtype))
   # The bounds keep XLA from contracting product and difference into an FMA.
   share = jnp.clip(share, -_LARGEST, _LARGEST)
@@ -77,5 +79,6 @@ def _tanh(w):
   """tanh(w) in float32, and its largest magnitude with all axes of size 1."""
   # XLA folds constants with another tanh than it runs: the barrier stops that.
   t = jnp.tanh(jax.lax.optimization_barrier(w.astype(jnp.float32)))
-  largest = jnp.abs(t).max(tuple(range(t.ndim)), keepdims=True)
+  axes = tuple(range(t.ndim))
+  largest = fewer_rows(jnp.abs(t), jnp.max).max(axes, keepdims=True)
   return t, jnp.where(largest < _SMALLEST, 1, largest)

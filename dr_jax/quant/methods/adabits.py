@@ -29,7 +29,7 @@ from dr_jax.quant.core.interface import (
   WeightQuantizer,
 )
 from dr_jax.quant.core.packing import integer_dtype, storage
-from dr_jax.quant.core.straight_through import straight_through, transpose
+from dr_jax.quant.core.straight_through import gradients, straight_through
 from dr_jax.quant.core.tanh_normalize import normalized
 from dr_jax.quant.methods.double_rounding import shift_codes, top_planes
 from dr_jax.quant.registry import Recipe, method
@@ -302,10 +302,10 @@ def _backward(core, residuals, g):
   slope = q - jnp.where(inside, x32 * inverse, 0)
   slope = jnp.where(clip < 0, -slope, slope)
 
-  def surrogate(x, clip):
-    return jnp.where(inside, x, 0) + clip * slope
+  def passed(x):
+    return jnp.where(inside, x, 0)
 
-  return *transpose(surrogate, (x, clip), g, slope.dtype), None
+  return *gradients(x, passed, [(clip, slope)], g, slope.dtype), None
 
 
 _clipped.defvjp(_forward, _backward)

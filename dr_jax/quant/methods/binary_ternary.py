@@ -27,6 +27,7 @@ from dr_jax.quant.core.interface import (
   WeightQuantizer,
 )
 from dr_jax.quant.core.packing import storage
+from dr_jax.quant.core.rows import fewer_rows
 from dr_jax.quant.core.straight_through import straight_through
 from dr_jax.quant.registry import Recipe, method
 
@@ -182,7 +183,8 @@ def _fixed(
 def _mean_where(chosen, x, axes):
   """Mean of the chosen x >= 0, exact in any order; 0 where none is chosen."""
   total = math.prod(x.shape[axis] for axis in axes)
-  count = chosen.sum(axes, keepdims=True).astype(jnp.float32)
+  count = fewer_rows(chosen.astype(jnp.int32)).sum(axes, keepdims=True)
+  count = count.astype(jnp.float32)
   share = total * (1 / jnp.maximum(count, 1))
   mean = exact_mean.mean(jnp.where(chosen, x, 0), axes) * share
-  return jnp.minimum(mean, x.max(axes, keepdims=True))
+  return jnp.minimum(mean, fewer_rows(x, jnp.max).max(axes, keepdims=True))

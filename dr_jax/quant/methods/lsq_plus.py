@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dr_jax.quant.core import checks, grid
 from dr_jax.quant.core.interface import ActivationQuantizer, WeightQuantizer
-from dr_jax.quant.core.straight_through import transpose
+from dr_jax.quant.core.straight_through import gradients
 from dr_jax.quant.methods.double_rounding import three_sigma_scale
 from dr_jax.quant.methods.lsq import scale_per_bit_width
 from dr_jax.quant.registry import Recipe, method
@@ -149,10 +149,11 @@ def _backward(residuals, g):
   slope = (q - jnp.where(inside, shifted, 0) * (1 / scale32)) * factor
   outside = jnp.where(inside, 0, factor)
 
-  def surrogate(x, scale, offset):
-    return jnp.where(inside, x, 0) + scale * slope + offset * outside
+  def passed(x):
+    return jnp.where(inside, x, 0)
 
-  return *transpose(surrogate, (x, scale, offset), g, x32.dtype), None
+  learned = [(scale, slope), (offset, outside)]
+  return *gradients(x, passed, learned, g, x32.dtype), None
 
 
 _shifted.defvjp(_forward, _backward)
