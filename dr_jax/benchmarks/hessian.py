@@ -10,6 +10,7 @@ is the median over rounds of seconds over the gradient's of the same round.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from flax import nnx
 
 from dr_jax import hessian, models, nn
 from dr_jax.benchmarks.rows import Rows, prepared, turns
+from dr_jax.benchmarks.timing import in_turn, ratio
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation
 
@@ -36,10 +38,9 @@ class Timed(NamedTuple):
   """One program under measurement."""
 
   name: str
-  run: Callable[[], None]
+  run: Callable[[], object]
   compile_seconds: float
   temporary_bytes: int
-  seconds: list[float]
 
 
 def main():
@@ -56,12 +57,8 @@ def main():
       return hessian.hvp(loss, kernels, probe, *rest, mode=mode)
 
     rows.append(_timed(mode.replace("_", " "), product, kernels, probe, *rest))
-  for _ in turns(_ROUNDS.value):
-    for row in rows:
-      started = time.perf_counter()
-      row.run()
-      row.seconds.append(time.perf_counter() - started)
-  _report(rows)
+  calls = [row.run for row in rows]
+  _report(rows, in_turn(calls, turns(_ROUNDS.value)))
 
 
 def _network():
@@ -97,16 +94,13 @@ def _timed(name: str, function: Callable, *arguments) -> Timed:
   program = prepared(name, jit(function).lower(*arguments).compile)
   seconds = time.perf_counter() - started
 
-  def run():
-    jax.block_until_ready(program(*arguments))
-
-  run()
+  run = functools.partial(program, *arguments)
+  jax.block_until_ready(run())
   memory = program.memory_analysis().temp_size_in_bytes
-  return Timed(name, run, seconds, memory, [])
+  return Timed(name, run, seconds, memory)
 
 
-def _report(rows):
-  gradient = np.array(rows[0].seconds)
+def _report(rows, seconds):
   table = Rows(
     f"ResNet{_DEPTH.value}, batch {_BATCH.value}, "
     f"{_SIZE.value}x{_SIZE.value}x3",
@@ -120,13 +114,13 @@ def _report(rows):
       "compile s",
     ),
   )
-  for row in rows:
-    median = float(np.median(row.seconds))
+  for row, taken in zip(rows, seconds, strict=True):
+    median = float(np.median(taken))
     table.add(
       row.name,
       f"{median:.3f}",
-      f"{min(row.seconds):.3f}",
-      f"{np.median(np.array(row.seconds) / gradient):.2f}",
+      f"{min(taken):.3f}",
+      f"{ratio(taken, seconds[0]):.2f}",
       f"{1 / median:.2f}",
       f"{row.temporary_bytes / 2**20:.0f}",
       f"{row.compile_seconds:.1f}",

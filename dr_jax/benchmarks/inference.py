@@ -10,7 +10,6 @@ random, which changes no time. One program serves all bit-widths of a backend.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from dr_jax import nn
 from dr_jax.benchmarks import network
 from dr_jax.benchmarks.network import Setting
 from dr_jax.benchmarks.rows import Rows, prepared, turns
+from dr_jax.benchmarks.timing import in_turn, ratio
 from dr_jax.runtime import command
 
 FLAGS = flags.FLAGS
@@ -86,13 +86,8 @@ def measure(
     at = "" if program.bits is None else f" at {program.bits} bits"
     call = functools.partial(program.call, images)
     prepared(f"{program.name}{at}, batch {len(images)}", call)
-  seconds = np.empty((len(found), rounds))
-  for number in turns(rounds):
-    for row, program in zip(seconds, found, strict=True):
-      started = time.perf_counter()
-      jax.block_until_ready(program.call(images))
-      row[number] = time.perf_counter() - started
-  return seconds
+  calls = [functools.partial(program.call, images) for program in found]
+  return in_turn(calls, turns(rounds))
 
 
 def print_table(
@@ -115,8 +110,7 @@ def print_table(
     for batch, seconds in measured.items():
       median = float(np.median(seconds[number]))
       speed = f"{1e3 * median:.2f}" if batch == 1 else f"{batch / median:.0f}"
-      ratio = float(np.median(seconds[number] / seconds[0]))
-      cells += [speed, f"{ratio:.2f}"]
+      cells += [speed, f"{ratio(seconds[number], seconds[0]):.2f}"]
     bits = "" if program.bits is None else str(program.bits)
     rows.add(program.name, bits, *cells)
   rows.end()

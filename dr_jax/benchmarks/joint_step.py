@@ -39,6 +39,7 @@ from dr_jax.benchmarks import network, throughput
 from dr_jax.benchmarks.compilations import recorded
 from dr_jax.benchmarks.rows import Rows, note, prepared, turns
 from dr_jax.benchmarks.throughput import MODES
+from dr_jax.benchmarks.timing import ratio
 from dr_jax.config import TrainConfig, from_dict, quantizers
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation, sharding
@@ -171,14 +172,13 @@ def _methods(bits):
   table = Rows(
     _title(bits), ("method", "median s", "min s", f"of {_OURS}", "compile s")
   )
-  ours = np.array(rows[0].seconds)
   for row in rows:
     table.add(
       row.name,
       f"{np.median(row.seconds):.3f}",
       f"{min(row.seconds):.3f}",
       # Of the same round: what disturbs one row disturbs its neighbors.
-      f"{np.median(np.array(row.seconds) / ours):.2f}",
+      f"{ratio(row.seconds, rows[0].seconds):.2f}",
       f"{row.compile_seconds:.1f}",
     )
   table.end()
@@ -303,6 +303,7 @@ def _report(rows, bits):
       "step",
       "median s",
       "min s",
+      "of float",
       "of singles",
       "temporary MiB",
       "compile s",
@@ -316,6 +317,7 @@ def _report(rows, bits):
       row.name,
       f"{median[row.name]:.3f}",
       f"{min(row.seconds):.3f}",
+      f"{ratio(row.seconds, rows[0].seconds):.2f}",
       f"{median[row.name] / singles:.2f}" if joint else "",
       f"{memory / 2**20:.0f}" if memory is not None else "",
       f"{row.compile_seconds:.1f}" if row.compilations else "",
@@ -328,10 +330,10 @@ def _report(rows, bits):
     if f"{theirs} float" in median:
       for name, seconds in median.items():
         if name.startswith("joint alternate unroll"):
-          ratio = seconds / median[f"{theirs} joint alternate"]
-          print(f"{name}, ours / {theirs}: {ratio:.2f}")
-      ratio = median["float"] / median[f"{theirs} float"]
-      print(f"float, ours / {theirs}: {ratio:.2f}")
+          times = seconds / median[f"{theirs} joint alternate"]
+          print(f"{name}, ours / {theirs}: {times:.2f}")
+      times = median["float"] / median[f"{theirs} float"]
+      print(f"float, ours / {theirs}: {times:.2f}")
   print(environment())
 
 

@@ -47,6 +47,26 @@ class Rows:
     print(flush=True)
 
 
+def tables(text: str) -> list[list[dict[str, str]]]:
+  """Returns the tables that `Rows` printed: {column: cell} of each row.
+
+  >>> tables("| kernel | ms |\\n| --- | ---: |\\n| 1 x 1 | 0.5 |")
+  [[{'kernel': '1 x 1', 'ms': '0.5'}]]
+  """
+  found, header = [], None
+  for line in text.splitlines():
+    if not line.startswith("| "):
+      header = None
+      continue
+    cells = [cell.strip() for cell in line[1:-1].split(" | ")]
+    if header is None:
+      header = cells
+      found.append([])
+    elif not all(cell.strip("-:") == "" for cell in cells):
+      found[-1].append(dict(zip(header, cells, strict=True)))
+  return found
+
+
 def turns(count: int, of: str = "round") -> Iterable[int]:
   """Yields 0 to `count` - 1, and says on standard error how far it is.
 
