@@ -64,7 +64,8 @@ def test_networks_compute_what_the_float_layers_do(stored):
         rtol=1e-4,
         atol=1e-5,
       )
-  assert run._cache_size() == 2  # of two shapes; no bit-width compiles
+  # Of two shapes; no bit-width compiles. JAX may have dropped one.
+  assert run._cache_size() <= 2
 
 
 def test_a_bit_width_that_is_a_python_int_is_computed_alone(stored):

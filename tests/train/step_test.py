@@ -192,7 +192,7 @@ def test_without_scales_of_weights_nothing_is_logged(name):
     assert network.scale_layers
   trainer = _trainer(network=network, vectorize="unroll")
   state = jax.eval_shape(trainer.init, jax.random.key(0))
-  _, losses, logged = jax.eval_shape(trainer.logged_step, state, net.batch(0))
+  _, losses, logged = jax.eval_shape(trainer.program, state, net.batch(0))
   assert losses.shape == (len(network.bits) or 1,) and logged == {}
 
 
