@@ -7,6 +7,7 @@ import warnings
 
 import mixed_job
 import pytest
+import quick_compilation
 
 from dr_jax import pipeline
 
@@ -21,7 +22,8 @@ def finished(tmp_path_factory):
   # One worker trains, others find everything done.
   with (root / "mixed_job.lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with warnings.catch_warnings():
+    # As the tests that repeat parts of it, of which none is begun yet.
+    with quick_compilation.used(), warnings.catch_warnings():
       # Eight probes leave the traces uncertain.
       warnings.simplefilter("ignore")
       summary = pipeline.run(mixed_job.config(), shared)
