@@ -269,6 +269,13 @@ def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
   network, rate = _network(), 1e-4
   batch = net.batch(0)
 
+  def scales(tree):
+    kinds = jax.tree.leaves(network.param_labels)
+    leaves = zip(jax.tree.leaves(tree), kinds, strict=True)
+    return [np.asarray(leaf) for leaf, kind in leaves if kind == "scale"]
+
+  before = scales(network.params)
+
   def moved(mode):
     transform = make_optimizer(
       optimizer, param_labels=network.param_labels, momentum=0.0
@@ -283,14 +290,7 @@ def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
     state = trainer.init(jax.random.key(0))
     new, *_ = trainer.program(state, batch, np.int32(1))
     return [
-      np.asarray(after - before)
-      for after, before, kind in zip(
-        jax.tree.leaves(new.params),
-        jax.tree.leaves(network.params),
-        jax.tree.leaves(network.param_labels),
-        strict=True,
-      )
-      if kind == "scale"
+      new - old for new, old in zip(scales(new.params), before, strict=True)
     ]
 
   def loss(params):
@@ -300,26 +300,7 @@ def test_alrs_multiplies_updates_at_a_lower_bit_width(optimizer, mode):
     return cross_entropy(logits, batch["label"])
 
   gradients = jit(jax.grad(loss))(network.params)
-  m = np.mean(
-    [
-      min(float(jnp.abs(g).max()), 1.0)
-      for g, kind in zip(
-        jax.tree.leaves(gradients),
-        jax.tree.leaves(network.param_labels),
-        strict=True,
-      )
-      if kind == "scale"
-    ]
-  )
-  before = [
-    np.asarray(leaf)
-    for leaf, kind in zip(
-      jax.tree.leaves(network.params),
-      jax.tree.leaves(network.param_labels),
-      strict=True,
-    )
-    if kind == "scale"
-  ]
+  m = np.mean([min(np.abs(g).max(), 1.0) for g in scales(gradients)])
   factors = {
     "eta": [0.01] * len(before),
     "relative": [0.01 * (1 - m)] * len(before),
