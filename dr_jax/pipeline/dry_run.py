@@ -7,6 +7,7 @@ in the trace of a pass (`train.residual_bytes`); times are estimates
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -23,15 +24,8 @@ from dr_jax.nn.layer_table import aligned
 from dr_jax.pipeline import pipeline, times
 from dr_jax.pipeline.comparison import Comparison
 from dr_jax.pipeline.context import RunContext
-from dr_jax.pipeline.phases import (
-  Phase,
-  checkpoint_bytes,
-  float_phases,
-  memory,
-  phases_of,
-)
+from dr_jax.pipeline.phases import Phase, checkpoint_bytes, memory
 from dr_jax.pipeline.stages import STAGES
-from dr_jax.pipeline.stages.stage import no_phases, no_work
 from dr_jax.pipeline.workdir import Workdir
 from dr_jax.runtime import files, sharding, tree
 
@@ -74,30 +68,8 @@ def describe(config: Config, workdir: str | os.PathLike) -> str:
   paragraphs = [_configuration(config)]
   if run is not None:
     pipeline.check(run)
-    stages = [STAGES[name] for name in config.stages]
-    phases = [phase for stage in stages for phase in stage.phases(run)]
-    network = _network(run)
-    paragraphs += [
-      _layers(run, network),
-      _sizes(network.table, config.quant.bits),
-      _memory(run, phases),
-    ]
-    speed = times.measure(run, network.table, network.macs)
-    if missing is not None:
-      paragraphs.append(times.of_examples(speed))
-    else:
-      works = _work(run, network.table)
-      paragraphs += [
-        times.of_training(run, speed, phases),
-        times.of_work(run, speed, *works),
-      ]
-    disk = sum(pipeline.disk_bytes(run).values())
-    paragraphs.append(
-      f"disk: at most {decimal(disk)} in {files.expand(workdir)}; nothing was "
-      "written"
-    )
-  paragraphs += _missing(run, missing)
-  return "\n\n".join(filter(None, paragraphs))
+    paragraphs += _estimates({"": run}, missing, workdir)
+  return "\n\n".join([*paragraphs, *_missing(run, missing)])
 
 
 def describe_comparison(
@@ -115,18 +87,11 @@ def describe_comparison(
   paragraphs = [_configuration(first), _methods(comparison)]
   if run is not None:
     pipeline.check(run)
-    phases = float_phases("float", first.pretrain)
+    parts = {"float/": run}
     for name, entry in comparison.entries.items():
-      quant = entry.config.quant
-      phases += phases_of(name, entry.config.train, quant)
-    network = _network(run)
-    paragraphs.append(_layers(run, network))
-    speed = times.measure(run, network.table, network.macs)
-    if missing is not None:
-      paragraphs.append(times.of_examples(speed))
-    else:
-      seeds = len(comparison.seeds)
-      paragraphs.append(times.of_training(run, speed, phases, seeds=seeds))
+      parts[f"{name}/"] = _with_config(run, entry.config)
+    seeds = len(comparison.seeds)
+    paragraphs += _estimates(parts, missing, workdir, seeds=seeds)
   return "\n\n".join([*paragraphs, *_missing(run, missing)])
 
 
@@ -159,6 +124,59 @@ def _context(
   run = RunContext(dataclasses.replace(config, data=synthetic), workdir)
   run.config = config
   return run, missing
+
+
+def _with_config(run, config):
+  """A run like another, with its data and float network; it trains nothing."""
+  other = copy.copy(run)
+  other.config, other.bits = config, config.quant.bits
+  return other
+
+
+def _estimates(parts, missing, workdir, *, seeds=1):
+  """What runs with the same data and float network take.
+
+  Args:
+    parts: run by the prefix of its stages' names.
+    missing: the error of data that are not there, or None.
+    workdir: directory of them all.
+    seeds: how often all are repeated.
+  """
+  run = next(iter(parts.values()))
+  network = _network(run)
+  bits = sorted({b for part in parts.values() for b in part.bits}, reverse=True)
+  stages = [
+    (prefix, STAGES[name], part)
+    for prefix, part in parts.items()
+    for name in part.config.stages
+  ]
+  phases = [
+    phase._replace(stage=f"{prefix}{phase.stage}")
+    for prefix, stage, part in stages
+    for phase in stage.phases(part)
+  ]
+  yield _layers(run, network)
+  yield _sizes(network.table, bits)
+  yield _memory(run, phases)
+  speed = times.measure(run, network.table, network.macs)
+  if missing is not None:
+    yield times.of_examples(speed)
+  else:
+    works = [
+      work._replace(stage=f"{prefix}{work.stage}")
+      for prefix, stage, part in stages
+      for work in stage.work(part, network.table)
+    ]
+    yield times.of_training(run, speed, phases, seeds=seeds)
+    if works:
+      yield times.of_work(run, speed, works, seeds=seeds)
+  disk = seeds * sum(
+    sum(pipeline.disk_bytes(part).values()) for part in parts.values()
+  )
+  yield (
+    f"disk: at most {decimal(disk)} in {files.expand(workdir)}; nothing was "
+    "written"
+  )
 
 
 def _configuration(config):
@@ -244,17 +262,6 @@ def _memory(run, phases: Sequence[Phase]):
     "all; and checkpoints on disk at most:\n"
     f"{aligned([_MEMORY, *rows])}"
   )
-
-
-def _work(run, table):
-  """What the stages compute besides training, and those that do not say."""
-  works, unknown = [], []
-  for name in run.config.stages:
-    stage = STAGES[name]
-    works += stage.work(run, table)
-    if stage.phases is no_phases and stage.work is no_work:
-      unknown.append(name)
-  return works, unknown
 
 
 def _missing(run, missing):

@@ -91,16 +91,15 @@ def of_training(
     rows.append(
       (phase.stage, f"{steps:,}", str(passes), operations, duration(seconds))
     )
-  times = f" for {seeds} seeds" if seeds > 1 else ""
   return (
     f"{len(run.data.train):,} examples to train on, "
     f"{len(run.data.test):,} to test on; training:\n{aligned(rows)}\n"
-    f"about {duration(total)}{times}: {speed.assumed}"
+    f"about {duration(total)}{_for(seeds)}: {speed.assumed}"
   )
 
 
 def of_work(
-  run: RunContext, speed: Speed, works: Sequence[Work], others: Sequence[str]
+  run: RunContext, speed: Speed, works: Sequence[Work], *, seeds: int = 1
 ) -> str:
   """Says what comes besides training: how much of it, and about how long.
 
@@ -108,7 +107,7 @@ def of_work(
     run: the run; one of its processes does all of this.
     speed: of its devices.
     works: of all stages.
-    others: stages of which nothing is known.
+    seeds: how often all is repeated.
   """
   rows, least, most = [_WORK], 0.0, 0.0
   for work in works:
@@ -127,16 +126,15 @@ def of_work(
         _span(duration(low), duration(high)),
       )
     )
-  lines = []
-  if works:
-    lines = [
-      "besides training, at least to at most, operations at most:",
-      aligned(rows),
-      f"about {_span(duration(least), duration(most))}",
-    ]
-  if others:
-    lines.append(f"not estimated: {', '.join(others)}")
-  return "\n".join(lines)
+  total = _span(duration(seeds * least), duration(seeds * most))
+  return (
+    "besides training, at least to at most, operations at most:\n"
+    f"{aligned(rows)}\nabout {total}{_for(seeds)}"
+  )
+
+
+def _for(seeds):
+  return f" for {seeds} seeds" if seeds > 1 else ""
 
 
 def _operations(speed, examples, cost):

@@ -113,12 +113,11 @@ def test_work_besides_training_is_counted(text):
     spans = [(str(least), str(most)), [*map(times.duration, seconds)]]
     for got, (low, high) in zip((row[2], row[5]), spans, strict=True):
       assert got == (low if low == high else f"{low} to {high}")
-  assert "not estimated: report\n" in text
 
 
 def test_without_work_besides_training_nothing_is_said_of_it():
   text = dry_run.describe(from_dict(VALUES | {"stages": ("pretrain",)}), "run")
-  assert "besides" not in text and "not estimated" not in text
+  assert "besides" not in text
   assert "\n\n\n" not in text
 
 
@@ -231,7 +230,11 @@ def test_a_comparison_lists_its_methods_and_all_seeds(tmp_path):
     "seeds": (0, 1),
     "methods": {
       "lsq": {"method": "lsq"},
-      "half": {"method": "double_rounding", "train": {"epochs": 6}},
+      "half": {
+        "method": "double_rounding",
+        "quant": {"bits": (4,)},
+        "train": {"epochs": 6},
+      },
     },
   }
   compared = comparison.from_values(values)
@@ -239,17 +242,32 @@ def test_a_comparison_lists_its_methods_and_all_seeds(tmp_path):
   assert "methods, with seeds 0, 1:" in text
   assert re.search("\nlsq: .*quant.weight='lsq'", text)
   assert "train.epochs=6" in text
-  names = "float", "lsq", "half"
-  steps = {name: cells(text, name)[-1][1:3] for name in names}
+  steps = {
+    name: cells(text, name)[-1][1:3]
+    for name in (
+      "float/pretrain",
+      "lsq/multi_precision",
+      "half/multi_precision",
+    )
+  }
   assert steps == {
-    "float": [str(2 * EXAMPLES // 100), "1"],
-    "lsq": [str(3 * EXAMPLES // 100), "2"],
-    "half": [str(6 * EXAMPLES // 100), "2"],
+    "float/pretrain": [str(2 * EXAMPLES // 100), "1"],
+    "lsq/multi_precision": [str(3 * EXAMPLES // 100), "2"],
+    "half/multi_precision": [str(6 * EXAMPLES // 100), "1"],
   }
   macs = macs_of(text)
   passes = sum(int(n) * int(passes) for n, passes in steps.values())
   total = times.duration(2 * 3 * macs * 100 * passes / 1e6)
   assert f"\nabout {total} for 2 seeds: " in text
+  # Each method's bit-widths are tested, those of all are stored.
+  tests = [cells(text, f"{name}/export")[0][2] for name in ("lsq", "half")]
+  assert tests == ["2", "1"]
+  total = times.duration(2 * macs * 540 * 3 / 1e6)
+  assert f"\nabout {total} for 2 seeds\n" in text
+  assert [cells(text, b)[0][0] for b in ("8", "4", "2")] == ["8", "4", "2"]
+  # A float network of its own, and a state for every method.
+  assert [len(cells(text, name)) for name in steps] == [2, 2, 2]
+  assert text.endswith("in run; nothing was written")
   other = tmp_path / "run" / "seed1" / "half"
   other.mkdir(parents=True)
   (other / "file").write_text("mine")
