@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+import dr_jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "dr_jax").rglob("*.py"))
 
@@ -28,6 +30,7 @@ FLOORS = {
   )
   for name in names.split()
 }
+COMMANDS = FLOORS["main"]
 TOP_LEVEL = {
   *("pyproject.toml", "README.md", "LICENSE"),
   *("dr_jax", "configs", "launch", "tests", "colab", ".ci"),
@@ -69,6 +72,11 @@ def offending(allowed, files=FILES):
 
 def test_every_part_of_the_package_has_a_floor():
   assert {owner(module(file)) for file in FILES} - {""} <= set(FLOORS)
+
+
+def test_every_part_but_the_commands_is_an_attribute_of_the_package():
+  commands = {name for name, floor in FLOORS.items() if floor == COMMANDS}
+  assert set(dr_jax.__all__) == set(FLOORS) - commands
 
 
 def test_a_file_imports_from_its_own_part_and_from_lower_floors_only():
