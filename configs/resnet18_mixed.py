@@ -7,8 +7,9 @@ Hessian-aware stochastic bit-switching, a search by integer programming, and an
 artifact with the allocations found. Data, float and joint training are those of
 configs/resnet18.py, whose docstring says where every number comes from.
 
-  resnet18_mixed.py:8642   bits {8, 6, 4, 2}, 5 on average
-  resnet18_mixed.py:smoke  a few steps on synthetic images, on any machine
+  resnet18_mixed.py:8642         bits {8, 6, 4, 2}, 5 on average
+  resnet18_mixed.py:torchvision  starts from torchvision's float weights
+  resnet18_mixed.py:smoke        a few steps on synthetic images, on any machine
 
 Recipe, arXiv 2502.01199, section 3.3: traces from about 1,000 training images;
 sigma rises from 0 to 1/2, and is 0 for the first 10 of 90 epochs; the SuperNet

@@ -29,10 +29,11 @@ network), none of it reproduced here:
   {4, 3, 2}                           91.79  91.83  88.88
 
 Time, an estimate and not a measurement: 200 epochs are 78,000 joint steps. At
-the 1.82 s that a joint step takes on two CPU cores (README, "Speed") they are
-39 hours, and the float network takes 11 before. 9.8e15 operations (50,000
-images x 200 x 4 bit-widths x 3 passes x 2 x 41 M multiply-accumulates) at an
-assumed 5 % of an A100's 156 TFLOP/s (TensorFloat-32) are 21 minutes.
+the 1.82 s that a joint step takes on two CPU cores ("Steps" in
+dr_jax/benchmarks/README.md) they are 39 hours, and the float network takes 11
+before. 9.8e15 operations (50,000 images x 200 x 4 bit-widths x 3 passes x 2 x
+41 M multiply-accumulates) at an assumed 5 % of an A100's 156 TFLOP/s
+(TensorFloat-32) are 21 minutes.
 """
 
 from ml_collections import ConfigDict

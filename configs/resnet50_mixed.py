@@ -3,7 +3,8 @@
   python -m dr_jax.main --config=configs/resnet50_mixed.py
 
 As configs/resnet18_mixed.py in all but the network: its docstring says where
-every number of the recipe comes from, and what ":8642" and ":smoke" do.
+every number of the recipe comes from, and what ":8642", ":torchvision"
+(resnet50.safetensors) and ":smoke" do.
 
 Published top-1 accuracy in percent (arXiv 2502.01199, ImageNet), none of it
 reproduced here: 75.06 at 3 bits on average, 75.24 with distillation.

@@ -59,9 +59,9 @@ _BATCH = flags.DEFINE_integer(
   lower_bound=1,
 )
 _PLATFORMS = flags.DEFINE_list(
-  "platforms", list(PLATFORMS), "Which can run the program (stablehlo)."
+  "platforms", list(PLATFORMS), "Where the program can run (stablehlo)."
 )
-_OPSET = flags.DEFINE_integer("opset", OPSET, "Of ONNX's operators (onnx).")
+_OPSET = flags.DEFINE_integer("opset", OPSET, "ONNX operator set (onnx).")
 _ARITHMETIC = flags.DEFINE_enum(
   "arithmetic",
   ARITHMETICS[0],

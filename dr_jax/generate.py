@@ -43,7 +43,7 @@ _BITS = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
 _BYTES = flags.DEFINE_integer(
-  "bytes", 200, "How many to make at most.", lower_bound=1, upper_bound=10**9
+  "bytes", 200, "Maximum number of new bytes.", lower_bound=1, upper_bound=10**9
 )
 _TEMPERATURE = flags.DEFINE_float(
   "temperature",
@@ -53,16 +53,16 @@ _TEMPERATURE = flags.DEFINE_float(
   upper_bound=1e6,
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", 0, "Draw from so many bytes, 0 for all.", lower_bound=0
+  "top_k", 0, "Draw from that many most likely bytes; 0 for all.", lower_bound=0
 )
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the draws.", lower_bound=0, upper_bound=2**32 - 1
+  "seed", 0, "Seed of the draws.", lower_bound=0, upper_bound=2**32 - 1
 )
 _CACHE = flags.DEFINE_enum(
   "cache",
   "float32",
   ["float32", "bfloat16", "int8"],
-  "What keys and values are kept in.",
+  "Type of the cached keys and values.",
 )
 _END = flags.DEFINE_bool(
   "end", True, "Stop at a zero byte, which ends a document."

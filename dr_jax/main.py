@@ -6,16 +6,16 @@ python -m dr_jax.main --config=configs/digits.py [--workdir=DIR]
 With --help, it lists the stages and the fields of the configuration: the flag
 of each with its value, its meaning, its range. With --dry_run, it checks all
 that a run checks before it trains, and prints the configuration, the network,
-memory and about the time; nothing is written. Data that are not there are a
-line of that, and no error.
+memory and an estimate of the time; nothing is written. Missing data are then a
+line of what it prints, not an error.
 
 On several machines, or with several processes on one, start the same command
 everywhere, with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
 set, or with --distributed where the cluster is one that JAX knows; see launch/.
 
-Exit codes; whatever it was, the same command resumes from the last checkpoint:
-    0: finished, or stopped by SIGTERM or SIGHUP after saving (then another
-       one with --preempted_exit_code); also after --help and --dry_run
+Exit codes; in every case the same command resumes from the last checkpoint:
+    0: finished, or stopped by SIGTERM or SIGHUP after saving (unless
+       --preempted_exit_code says otherwise); also after --help and --dry_run
     1: training diverged, or an error that nobody expected, with its traceback
     2: bad input, or files that cannot be read or written, standard output among
        them
@@ -71,14 +71,14 @@ _WORKDIR = flags.DEFINE_string(
 _PROFILE = flags.DEFINE_integer(
   "profile",
   0,
-  "Steps to profile of each stage that trains, for https://ui.perfetto.dev, in "
-  "the directory profile of that of the run.",
+  "Steps to profile of each stage that trains; traces for "
+  "https://ui.perfetto.dev go to the directory profile of the run.",
   lower_bound=0,
 )
 _LOG_TO = flags.DEFINE_list(
   "log_to",
   [],
-  f"Where numbers go besides metrics.jsonl, of {', '.join(sinks.SINKS)}.",
+  f"Where numbers go besides metrics.jsonl: any of {', '.join(sinks.SINKS)}.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -89,7 +89,7 @@ _DRY_RUN = flags.DEFINE_bool(
   "dry_run",
   False,
   "Check all that a run checks before it trains; print the configuration, the "
-  "network, memory and about the time; write nothing.",
+  "network, memory and an estimate of the time; write nothing.",
 )
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code",

@@ -5,7 +5,7 @@
 
 An integer linear program with one 0/1 variable per layer and bit-width
 (arXiv 2011.10680, HAWQ-V3, eq. 11 to 14), solved to proven optimality:
-`allocate.exact` says how.
+`allocate.branch_and_bound` says how.
 """
 
 from __future__ import annotations

@@ -71,27 +71,28 @@ class DataConfig:
   """Which data, and how many examples a step sees; see `data.load`.
 
   Attributes:
-    name: the data set, or what kind of files it is in.
-    batch_size: examples of a step, over all devices.
-    holdout: fraction of the training examples that no training sees, and that
-      searches and validations are scored on.
+    name: the data set, or the kind of files that hold it.
+    batch_size: examples per step, over all devices together.
+    holdout: fraction of the training examples that no training sees; searches
+      and validations are scored on it.
     path: directory of the files; "" for the default of the data set.
-    dataset: name in TFDS.
+    dataset: name of the data set in TFDS.
     train_split: name of the split to train on.
     test_split: name of the split to test on.
-    augment: how training images are changed, at random.
+    augment: random augmentation of the training images.
     image_size: side of the images after augmentation, in pixels; 0 leaves them
       as they are.
-    mean: what is subtracted from images in [0, 1], per channel; () for 0.
-    std: what divides them then, per channel; () for 1.
+    mean: subtracted from images in [0, 1], per channel; () for 0.
+    std: by which images are then divided, per channel; () for 1.
     workers: processes that decode images; 0 decodes between the steps.
-    on_decode_error: at an image that cannot be read, stop, or take the next.
+    on_decode_error: whether an image that cannot be read stops the run, or the
+      next one takes its place.
     orient: turn images as their EXIF orientation says.
-    classes: of synthetic images.
-    examples: of each split of synthetic images.
-    channels: of synthetic images.
+    classes: number of classes of synthetic images.
+    examples: number of synthetic images in each split.
+    channels: channels of synthetic images.
     length: bytes of a sequence of text.
-    bytes: of each split of a text to use; 0 for all.
+    bytes: bytes of each split of a text to use; 0 for all.
   """
 
   name: str = field("digits", one_of="dr_jax.data:NAMES")
@@ -126,7 +127,7 @@ class ModelConfig:
   """A network of `models.build`; classes and sizes come from the data.
 
   Attributes:
-    name: its architecture.
+    name: architecture of the network.
     options: keyword arguments of the network, as `models.build` takes them.
     weights: path of a state dict of PyTorch in safetensors
       (`interop.torch.load_weights`), from which the float network starts. It
@@ -148,11 +149,13 @@ class QuantConfig:
   Attributes:
     bits: candidate bit-widths, highest first.
     weight: quantizer of the weights.
-    weight_options: its keyword arguments; one without a value is the method's.
+    weight_options: keyword arguments of the weight quantizer; those without a
+      value are the method's.
     activation: quantizer of the layers' inputs, "none" leaves them float.
-    activation_options: its keyword arguments, likewise.
-    norm: whether norms have parameters for every bit-width, for every pair of
-      bit-widths in a row, or one set for all.
+    activation_options: keyword arguments of the activation quantizer, likewise.
+    norm: what a batch norm has parameters for: each bit-width (switchable),
+      each pair of bit-widths of successive layers (transitional), or all
+      (shared).
     init: where scales start; see `quant.fit`.
     backend: how layers compute forward in training; see `nn.set_backend`.
   """
@@ -171,29 +174,30 @@ class QuantConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """A training recipe; the learning rate falls to zero as a cosine.
+  """A training recipe.
 
   For `Config.train`, `from_dict` takes what is not set from the method.
 
   Attributes:
     epochs: passes over the training set.
     optimizer: the optimizer.
-    learning_rate: its highest.
-    warmup: fraction of the steps in which the learning rate rises before.
+    learning_rate: peak learning rate, which falls to zero as a cosine.
+    warmup: fraction of the steps in which the learning rate rises to its peak.
     weight_decay: factor on the kernels; scales and norms have none.
-    momentum: of the optimizer.
-    schedule: one update after each bit-width, or one after all.
-    vectorize: how a step passes through the bit-widths; see
+    momentum: momentum of SGD.
+    schedule: one update after each bit-width (alternate), or one after all of
+      them (accumulate).
+    vectorize: how the passes of a step become programs; see
       `train.make_trainer`.
     alrs: how learning rates of scales depend on the bit-width; see
       `train.alrs`.
-    sampling: which bit-widths a step trains; see `train.SAMPLINGS`.
-    distillation: who teaches lower bit-widths; see `train.DISTILLATIONS`.
-    loss_weights: a factor of the loss of every bit-width; () for 1.
+    sampling: which bit-widths a step trains; see `train.sampling`.
+    distillation: what lower bit-widths learn from; see `train.distill`.
+    loss_weights: one factor for the loss of each bit-width; () for 1.
     curriculum: phases with other quantizers or norms; see `train.CURRICULA`.
-    validation_every: epochs between scores at every bit-width of the examples
-      that `data.holdout` keeps out; 0 for never.
-    keep_best: end with the state of the best such scores, not the last one.
+    validation_every: epochs between validations, which score every bit-width
+      on the examples that `data.holdout` keeps out; 0 for never.
+    keep_best: end with the state that validated best, not with the last one.
     steps_per_call: steps that an accelerator makes in one call of a program, so
       that it need not wait for the host; the last bits of numbers may change.
       Checkpoints and validations keep their steps. On a CPU convolutions are
@@ -228,8 +232,8 @@ class HessianConfig:
     images: training images that are used, or all if there are fewer.
     batch_size: images of one product with the Hessian.
     rel_stderr: relative standard error at which an estimate stops.
-    min_probes: random vectors to take at least.
-    max_probes: random vectors to take at most.
+    min_probes: minimum number of random vectors.
+    max_probes: maximum number of random vectors.
   """
 
   images: int = field(1024, at_least=1, at_most=10**7)
@@ -270,7 +274,7 @@ class SearchConfig:
       `python -m dr_jax.benchmarks.latency`, or any {layer: {bits: seconds}} in
       JSON.
     ties: groups of names of layers that share a bit-width.
-    pinned: bit-widths by name of a layer.
+    pinned: bit-widths of layers that are not searched, by name.
   """
 
   strategies: tuple = field(
@@ -318,10 +322,10 @@ class Config:
   """A run.
 
   Attributes:
-    name: of the run; its directory is runs/NAME, unless --workdir says another.
-    method: recipe of `quant.RECIPES`, from which come the fields of quant and
-      train that are not set.
-    seed: of initial parameters, order of the data, and draws.
+    name: name of the run; its directory is runs/NAME unless --workdir is given.
+    method: recipe of `quant.RECIPES`, which sets the fields of quant and train
+      that are left open.
+    seed: seed of the initial parameters, the order of the data, and all draws.
     stages: what to do, in this order.
     data: the data.
     model: the network.

@@ -53,7 +53,7 @@ def field_help(kind: type = Config, prefix: str = "") -> Iterator[FieldHelp]:
 
   >>> found = {field.name: field for field in field_help()}
   >>> found["train.warmup"].meaning
-  'Fraction of the steps in which the learning rate rises before.'
+  'Fraction of the steps in which the learning rate rises to its peak.'
   >>> found["train.warmup"].allowed
   'a number >= 0 and < 1'
   """

@@ -90,6 +90,9 @@ def quantize(
   Returns:
     An nnx.Module, for everything that takes what `nn.quantize` returns; `split`
     has the Linen view.
+
+  Raises:
+    ValueError: as `from_linen` and `nn.quantize`.
   """
   inputs = nn.Inputs.of(sample)
   network = from_linen(

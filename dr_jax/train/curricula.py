@@ -1,5 +1,9 @@
 """Curricula: phases of training that follow each other.
 
+  none           one phase
+  bit_mixer      float weights, quantized ones, then bits per layer (ICCV 2021)
+  post_training  no phase: the network is quantized and calibrated
+
 What else belongs to a method is its recipe, `quant.RECIPES`.
 """
 

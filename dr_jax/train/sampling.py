@@ -4,6 +4,14 @@ A sampling is a list of passes. Each is a position in the candidate
 bit-widths: fixed (a Python int, whose constants fold), drawn for the whole
 network (an int32 scalar), or drawn for every layer (int32 [layers]). The first
 pass is always the highest of the step, so that it can teach the others.
+Those that have a name:
+
+  all       every bit-width, high to low (Double Rounding, AdaBits, ...)
+  sandwich  highest, one between, lowest (MultiQuant)
+  pair      highest and one lower (multi-resolution term quantization)
+  random    one for the whole network (Bit-Mixer, stages 1 and 2)
+  mixed     one for every layer (Bit-Mixer, stage 3)
+
 Sensitivity-aware sampling is in `train.hasb`; there some layers of a pass have
 other bits than its own.
 """
@@ -81,11 +89,6 @@ def _mixed(
   return [jax.random.randint(key, (layers,), 0, candidates)]
 
 
-# all       every bit-width, high to low (Double Rounding, AdaBits, ...)
-# sandwich  highest, one between, lowest (MultiQuant)
-# pair      highest and one lower (multi-resolution term quantization)
-# random    one for the whole network (Bit-Mixer, stages 1 and 2)
-# mixed     one for every layer (Bit-Mixer, stage 3)
 SAMPLINGS = {
   "all": Sampling(tuple, _all),
   "sandwich": Sampling(_sandwich_labels, _sandwich),

@@ -229,8 +229,8 @@ def pact_activation(
 
   Raises:
     ValueError: for bits outside 1..8 or not descending, an unknown scheme, an
-      initial level that is not positive, and when used with the sign still
-      open.
+      initial level that is not positive, and when used while the sign is
+      undecided.
 
   References:
     arXiv 1805.06085, eq. 1 to 3; arXiv 1912.09666 (a clip level per

@@ -160,8 +160,8 @@ def multi_resolution_activation(
       calibration input is negative.
 
   Raises:
-    ValueError: for a value outside what is said above, and when used with the
-      sign is undecided.
+    ValueError: for a value outside what is said above, and when used while
+      the sign is undecided.
 
   References:
     Zhang et al., ASPLOS 2021.

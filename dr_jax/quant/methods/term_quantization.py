@@ -159,8 +159,8 @@ def term_activation(
       calibration: signed where a calibration input is negative.
 
   Raises:
-    ValueError: for a value outside what is said above, and when used with the
-      sign is undecided.
+    ValueError: for a value outside what is said above, and when used while
+      the sign is undecided.
 
   References:
     Kung, McDanel, Zhang, SC 2020.
