@@ -9,13 +9,12 @@ from the calibration batch, and once by `dynamic_activation`, a scale computed
 from each row. Qwix's PTQ: int8 weights per output channel, int8 inputs with a
 scale computed from each row, its default. The ratio is that of rows.
 
-A share is one of multiply-accumulates. Those of layers are the products with
-parameters; all are these and products of two inputs, as attention has. Of
-Qwix, products with an 8-bit operand in its program count, of either kind.
-An asterisk: it stops at an einsum of more than two operands, and einsums
-therefore stay float. "fails": the model calls what Qwix's arrays do not have.
-The error is |quantized - float| / |float| of the
-output, for a batch that calibration did not see.
+A share is one of multiply-accumulates: "layers" counts products with
+parameters, "all" those and products of two inputs, as attention has. For Qwix,
+any product with an 8-bit operand in its program counts. An asterisk: it stops
+at an einsum of more than two operands, and einsums therefore stay float.
+"fails": the model calls what Qwix's arrays do not have. The error is |quantized
+- float| / |float| of the output, for a batch that calibration did not see.
 """
 
 from __future__ import annotations
