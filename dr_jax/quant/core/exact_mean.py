@@ -85,8 +85,7 @@ def channel_axes(rank: int, *, per_channel: bool) -> tuple[int, ...]:
 
 
 def _max_magnitude(x, axes):
-  # Both callers reduce leading axes, or all.
-  return fewer_rows(jnp.abs(x), jnp.max).max(axes, keepdims=True)
+  return fewer_rows(jnp.abs(x), axes, jnp.max).max(axes, keepdims=True)
 
 
 def _power_of_two(x):
@@ -102,7 +101,7 @@ def _exact_sum(terms, axes):
   mask = (1 << _BITS) - 1
   limbs = [terms & mask, terms >> _BITS]
   first = tuple(axis for axis in axes if axis != last)
-  sums = [fewer_rows(limb).sum(first, keepdims=True) for limb in limbs]
+  sums = [fewer_rows(limb, axes).sum(first, keepdims=True) for limb in limbs]
   if last in axes:
     # Each sum is below 2^31: three limbs again, of equal weights merged.
     parts: list = [0, 0, 0, 0]

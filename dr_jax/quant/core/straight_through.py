@@ -183,7 +183,7 @@ def gradients(
 def _of_parameter(parameter, terms):
   """Sums the terms that share an entry of a parameter."""
   if all(size == 1 for size in parameter.shape[:-1]):
-    terms = fewer_rows(terms)
+    terms = fewer_rows(terms, range(terms.ndim - 1))
   zeros = jnp.zeros_like(terms)
   _, transposed = jax.vjp(lambda p: p.astype(terms.dtype) + zeros, parameter)
   return transposed(terms)[0]

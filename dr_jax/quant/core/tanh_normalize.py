@@ -62,7 +62,7 @@ def _backward(w, g):
   axes = tuple(range(t.ndim))
   total = exact_mean.mean(g * (t * inverse), axes) * t.size
   shared = jnp.abs(t) == largest
-  count = fewer_rows(shared.astype(jnp.int32))
+  count = fewer_rows(shared.astype(jnp.int32), axes)
   count = count.sum(axes, keepdims=True, dtype=jnp.int32)
   share = total * (1 / jnp.maximum(count, 1).astype(t.dtype))
   # The bounds keep XLA from contracting product and difference into an FMA.
@@ -80,5 +80,5 @@ def _tanh(w):
   # XLA folds constants with another tanh than it runs: the barrier stops that.
   t = jnp.tanh(jax.lax.optimization_barrier(w.astype(jnp.float32)))
   axes = tuple(range(t.ndim))
-  largest = fewer_rows(jnp.abs(t), jnp.max).max(axes, keepdims=True)
+  largest = fewer_rows(jnp.abs(t), axes, jnp.max).max(axes, keepdims=True)
   return t, jnp.where(largest < _SMALLEST, 1, largest)

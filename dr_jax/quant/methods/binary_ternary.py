@@ -183,8 +183,9 @@ def _fixed(
 def _mean_where(chosen, x, axes):
   """Mean of the chosen x >= 0, exact in any order; 0 where none is chosen."""
   total = math.prod(x.shape[axis] for axis in axes)
-  count = fewer_rows(chosen.astype(jnp.int32)).sum(axes, keepdims=True)
-  count = count.astype(jnp.float32)
+  count = fewer_rows(chosen.astype(jnp.int32), axes)
+  count = count.sum(axes, keepdims=True).astype(jnp.float32)
   share = total * (1 / jnp.maximum(count, 1))
   mean = exact_mean.mean(jnp.where(chosen, x, 0), axes) * share
-  return jnp.minimum(mean, fewer_rows(x, jnp.max).max(axes, keepdims=True))
+  largest = fewer_rows(x, axes, jnp.max).max(axes, keepdims=True)
+  return jnp.minimum(mean, largest)

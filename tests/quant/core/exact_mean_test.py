@@ -38,6 +38,15 @@ def test_mean_and_std_are_within_their_bounds(shape, per_channel):
     np.testing.assert_allclose(found[1], std, rtol=1e-5)
 
 
+def test_each_of_several_large_arrays_has_its_own_mean_and_std():
+  x = np.stack([values((64, 1024)), 100 * values((64, 1024), seed=1)])
+  found = exact_mean.mean_and_std(x, (1, 2))
+  for number, one in enumerate(x):
+    expected = exact_mean.mean_and_std(one, (0, 1))
+    for each, wanted in zip(found, expected, strict=True):
+      np.testing.assert_array_equal(each[number], wanted)
+
+
 def test_the_mean_does_not_depend_on_order_program_or_sharding():
   x = values((64, 4, 128), seed=1)
   axes = (0, 1, 2)

@@ -17,7 +17,7 @@ X = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int32)
 
 @pytest.mark.parametrize("reduce", [jnp.sum, jnp.max])
 def test_fewer_rows_reduce_to_the_same_integers(reduce):
-  fewer = jax.jit(fewer_rows, static_argnums=1)(X, reduce)
+  fewer = jax.jit(fewer_rows, static_argnums=(1, 2))(X, (0, 1), reduce)
   assert fewer.shape == (1, 16, 1024)
   for axes in ((0, 1), (0, 1, 2)):
     np.testing.assert_array_equal(reduce(fewer, axes), reduce(X, axes))
@@ -26,7 +26,12 @@ def test_fewer_rows_reduce_to_the_same_integers(reduce):
 @pytest.mark.parametrize("shape", [(), (2**18,), (1, 2**18), (64, 64)])
 def test_small_arrays_and_rows_that_eight_does_not_divide_stay(shape):
   x = jnp.ones(shape)
-  assert fewer_rows(x) is x
+  assert fewer_rows(x, range(x.ndim)) is x
+
+
+@pytest.mark.parametrize("axes", [(1,), (1, 2), (0, 2), ()])
+def test_rows_that_do_not_all_share_a_result_stay(axes):
+  assert fewer_rows(X, axes) is X
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, None, "x")])
@@ -34,7 +39,7 @@ def test_an_array_that_is_explicitly_sharded_stays(spec):
   mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
   with jax.set_mesh(mesh):
     x = jax.device_put(X, jax.NamedSharding(mesh, spec))
-    assert jax.eval_shape(fewer_rows, x).shape == SHAPE
+    assert jax.eval_shape(lambda x: fewer_rows(x, (0, 1)), x).shape == SHAPE
 
 
 def test_learned_scales_get_their_gradients_without_an_array_of_terms():

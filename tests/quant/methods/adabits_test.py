@@ -140,6 +140,17 @@ def test_rescaled_weights_have_the_requested_spread(scheme, rescale, spread):
 
 
 @pytest.mark.parametrize("rescale", [True, "stddev"])
+def test_a_large_kernel_is_deployed_with_the_gains_of_training(rescale):
+  w = np.random.default_rng(0).normal(size=(64, 1024)).astype(np.float32)
+  quantizer = quant.adabits((8, 2), rescale=rescale)
+  encoded = quantizer.encode({}, w)
+  for i in range(2):
+    np.testing.assert_array_equal(
+      quantizer.decode(encoded, i), quantizer.fake_quantize({}, w, i)
+    )
+
+
+@pytest.mark.parametrize("rescale", [True, "stddev"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("value", [0.0, 0.7, -3e38])
 def test_a_constant_tensor_is_not_rescaled(value, scheme, rescale):
