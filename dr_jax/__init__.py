@@ -1,7 +1,9 @@
 """One network, many bit-widths: Double Rounding and its rivals in JAX and Flax.
 
     network = dr_jax.nn.quantize(
-      network, weight=dr_jax.quant.double_rounding((8, 6, 4, 2)), sample=images
+      float_network,
+      weight=dr_jax.quant.double_rounding((8, 6, 4, 2)),
+      sample=images,
     )
     dr_jax.nn.set_bits(network, 4)  # everywhere, or {layer: bits}
     logits = network(images)

@@ -110,7 +110,7 @@ def quantize(
       "PATH/attention_fn/outputs".
     rules: quantizers of single layers with the same bits, pairs of a glob
       pattern and what it changes: `("head/*", {"activation": None})` leaves
-      inputs float, `("stem", {"weight": quant.lsq(bits)})` takes another
+      inputs float, `("stage1/*", {"weight": quant.lsq(bits)})` takes another
       method. Later rules win. (An artifact has one method for all weights.)
     skip: layers that stay float: names, glob patterns ("head/*"), functions
       from the layer names in call order to names, or a sequence of these. A
