@@ -38,7 +38,8 @@ from dr_jax.train.state import TrainState
 # Names of numbers that it writes of a step that is logged.
 NAMES = ("loss", *LOGGED, "examples_per_second")
 
-# How many calls the loop may be ahead of the oldest loss that it has seen.
+# How many steps the loop may be ahead of the oldest loss that it has seen; of
+# calls that make more, one. Batches of all these are on the device.
 _AHEAD = 4
 
 
@@ -288,7 +289,8 @@ class _Losses:
     self._pending: collections.deque = collections.deque()
     self._copy: _Copy | None = None
     self._sum = np.zeros(len(loop.labels))
-    self._count, self._examples, self._since = 0, 0, time.monotonic()
+    self._count, self._examples, self._seconds = 0, 0, 0.0
+    self._since = time.monotonic()
     if loop.metrics is not None:
       # A checkpoint between two entries: the next one is the mean of all steps
       # since the last, also of those before the checkpoint.
@@ -302,7 +304,7 @@ class _Losses:
 
   def add(self, call, progress):
     self._pending.append(call)
-    if len(self._pending) > _AHEAD:
+    if len(self._pending) > max(_AHEAD // self._loop.steps_per_call, 1):
       self._take(progress)
 
   def copy(self, step, state, progress):
@@ -325,10 +327,19 @@ class _Losses:
       self._take(progress)
 
   def _take(self, progress):
-    for step, losses, logged, examples in self._pending.popleft().rows():
-      self._see(step, losses, logged, examples, progress)
+    call = self._pending.popleft()
+    rows = list(call.rows())
+    now = time.monotonic()
+    # Losses of a call are there at once, however long each step took.
+    seconds, self._since = (now - self._since) / len(rows), now
+    for step, losses, logged, examples in rows:
+      self._seconds += seconds
+      self._examples += examples
+      self._see(step, losses, logged)
+    examples, losses = sum(call.examples), rows[-1][1]
+    progress.update(call.step, examples=examples, losses=losses)
 
-  def _see(self, step, losses, logged, examples, progress):
+  def _see(self, step, losses, logged):
     for label, loss in zip(self._loop.labels, losses, strict=True):
       if not np.isfinite(loss):
         at = "float" if label is None else f"{label} bits"
@@ -338,8 +349,6 @@ class _Losses:
         )
     self._sum += losses
     self._count += 1
-    self._examples += examples
-    progress.update(step, examples=examples, losses=losses)
     if step % self._loop.log_every == 0 or step == self._loop.steps:
       self._log(step, logged)
     if self._copy is not None and self._copy.step == step:
@@ -372,14 +381,12 @@ class _Losses:
       for row, label in enumerate(self._loop.labels):
         values = {name: column[row] for name, column in columns.items()}
         self._loop.metrics.write(self._loop.stage, step, values, bits=label)
-      seconds = max(time.monotonic() - self._since, 1e-9)
+      speed = self._examples / max(self._seconds, 1e-9)
       self._loop.metrics.write(
-        self._loop.stage,
-        step,
-        {"examples_per_second": self._examples / seconds},
+        self._loop.stage, step, {"examples_per_second": speed}
       )
     self._sum[:] = 0
-    self._count, self._examples, self._since = 0, 0, time.monotonic()
+    self._count, self._examples, self._seconds = 0, 0, 0.0
 
 
 @jax.jit

@@ -218,6 +218,60 @@ def test_examples_per_second_counts_the_examples_since_the_last_entry(
   assert rates == [20 / 1e-9, 8 / 1e-9]
 
 
+class _FourSteps:
+  """Losses of a call, which come when it has taken four seconds."""
+
+  def __init__(self, clock, on_arrival=lambda: None):
+    self._clock, self._on_arrival = clock, on_arrival
+
+  def __array__(self, dtype=None, copy=None):
+    self._clock[0] += 4.0
+    self._on_arrival()
+    return np.ones((4, 2))
+
+
+def test_steps_of_a_call_are_taken_to_be_equally_long(tmp_path, monkeypatch):
+  clock, updates = [0.0], []
+  monkeypatch.setattr(loop_module.time, "monotonic", lambda: clock[0])
+
+  def update(self, step, *, examples, losses):
+    updates.append((step, examples))
+
+  def step(state, batches):
+    return state._replace(step=state.step + 4), _FourSteps(clock), {}
+
+  monkeypatch.setattr(loop_module.Progress, "update", update)
+  options = {"steps": 8, "steps_per_call": 4, "log_every": 2}
+  with MetricsWriter(tmp_path / "m.jsonl") as metrics:
+    _loop(tmp_path, None, metrics, step=step, **options).run(_state())
+  records = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
+  rates = [r["value"] for r in records if r["name"] == "examples_per_second"]
+  # A batch of 4 each second.
+  assert rates == [4.0] * 4
+  # Speed on the terminal is that between calls.
+  assert updates == [(4, 16), (8, 16)]
+
+
+def test_the_loop_is_one_call_of_many_steps_ahead():
+  events = []
+
+  def step(state, batches):
+    state = state._replace(step=state.step + 4)
+    number = int(state.step)
+    events.append(("started", number))
+    arrived = lambda: events.append(("waited for", number))  # noqa: E731
+    return state, _FourSteps([0.0], arrived), {}
+
+  options = {"steps": 12, "steps_per_call": 4, "checkpoint_every": 100}
+  _loop(None, None, step=step, **options).run(_state())
+  at = events.index(("waited for", 4))
+  assert events[at - 1 : at + 2] == [
+    ("started", 8),
+    ("waited for", 4),
+    ("started", 12),
+  ]
+
+
 def test_a_loop_without_show_progress_prints_nothing(tmp_path, capsys):
   state = _loop(tmp_path, None, steps=6, show_progress=False).run(_state())
   _loop(tmp_path, None, show_progress=False).run(state)
