@@ -102,6 +102,10 @@ def mean_bits_budget(mean: float, layers: int) -> int:
   A mean is read as it is printed: 3.3 times 10 layers is 33, although the
   float 3.3 is less than that.
 
+  Args:
+    mean: bit-width, averaged over layers.
+    layers: L, their number.
+
   Raises:
     ValueError: unless the mean is positive and finite.
 

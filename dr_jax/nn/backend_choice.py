@@ -75,7 +75,12 @@ def set_backend(model: nnx.Module, name: str, *, sample: Any = None) -> None:
 
 
 def supports(model: nnx.Module, name: str) -> bool:
-  """Whether a backend can compute every quantized layer of a network."""
+  """Returns whether a backend can compute every quantized layer of a network.
+
+  Args:
+    model: what `nn.quantize` or `deploy.load` returned.
+    name: of `nn.BACKENDS`.
+  """
   backend = backends.get(name)
   try:
     for path, layer in quantized_layers(model).items():

@@ -78,6 +78,9 @@ def functional(model: nnx.Module) -> Functional:
   The model is not changed, and later changes to it have no effect on what is
   returned; see `nn.update` for the way back.
 
+  Args:
+    model: a float network, or what `nn.quantize` or `deploy.load` returned.
+
   >>> from dr_jax import nn, quant
   >>> rngs = nnx.Rngs(0)
   >>> layers = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)

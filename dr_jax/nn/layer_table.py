@@ -67,6 +67,9 @@ def layer_table(model: nnx.Module) -> LayerTable:
   Layers that stay float are not listed, so that a budget computed from the
   table counts only what is quantized.
 
+  Args:
+    model: what `nn.quantize` or `deploy.load` returned.
+
   >>> import jax.numpy as jnp
   >>> from dr_jax import nn, quant
   >>> rngs = nnx.Rngs(0)

@@ -271,4 +271,4 @@ def _missing(run, missing):
   if run is None:
     unknown = "the network, whose sizes they decide, steps and times"
   reason = prefixed("data", missing)
-  yield f"data are not there, so {unknown} cannot be told: {reason}"
+  yield f"data are missing, so {unknown} are unknown: {reason}"

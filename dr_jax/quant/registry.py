@@ -160,6 +160,10 @@ def register(name: str, factory: Callable[..., Quantizer]) -> None:
 def register_recipe(name: str, recipe: Recipe) -> None:
   """Adds a recipe, for the field `method` of configurations.
 
+  Args:
+    name: what a configuration calls it.
+    recipe: what belongs to the method.
+
   Raises:
     ValueError: if the name belongs to another recipe.
 

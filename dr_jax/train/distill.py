@@ -63,10 +63,14 @@ class Distillation(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Mean cross-entropy; logits [..., classes], labels int [...]; float32.
+  """Returns the mean cross-entropy in nats, float32 scalar.
 
-  NaN if a label is not one of the classes; there is no label to ignore (leave
-  the example out, or give it mask 0 where `make_evaluate` scores).
+  There is no label to ignore: leave the example out, or give it mask 0 where
+  `make_evaluate` scores.
+
+  Args:
+    logits: [..., classes], any float dtype.
+    labels: int [...]; the result is NaN if one is not a class.
 
   >>> logits = jnp.array([[0.0, 0.0], [10.0, 0.0]])
   >>> round(float(cross_entropy(logits, jnp.array([1, 0]))), 4)

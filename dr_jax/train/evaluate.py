@@ -34,13 +34,22 @@ class Score(NamedTuple):
 def make_evaluate(
   network: Functional, layout: Layout | None = None
 ) -> Callable[..., Score]:
-  """Builds `evaluate(params, batch_stats, index, batches) -> Score`.
+  """Builds a function that scores a network at one assignment of bits.
 
-  One program serves every bit assignment: `index` is traced. `batches` are
-  those of `data.epoch`: {"image", "label", "mask"}; an example counts with the
-  mean over its labels, one with mask 0 does not count, a label that is not a
-  class makes the loss NaN, and batches without an example raise ValueError.
-  With a layout they are spread over its devices, of this process alone.
+  Args:
+    network: `nn.functional(model)`, quantized or float.
+    layout: over whose devices batches are spread, all of this process; None
+      leaves it to JAX.
+
+  Returns:
+    `evaluate(params, batch_stats, index, batches) -> Score`. `index` is traced,
+    as in `nn.Functional.apply`: one program serves every assignment. `batches`
+    are those of `data.epoch`: {"image" [n, ...], "label" int [n, ...], "mask"
+    float [n]}. An example counts with the mean over its labels, one with mask 0
+    does not count, and a label that is not a class makes the loss NaN.
+
+  Raises:
+    ValueError: by `evaluate`, for batches without an example.
   """
 
   @jit

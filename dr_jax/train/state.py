@@ -68,7 +68,12 @@ def shard_state(layout: Layout, state: TrainState) -> TrainState:
 
 
 def gather(layout: Layout, tree: Any) -> Any:
-  """Returns arrays whole, on this process's default device."""
+  """Returns arrays whole, on this process's default device.
+
+  Args:
+    layout: on which the arrays are; all of its processes must call this.
+    tree: arrays of a state, such as (state.params, state.batch_stats).
+  """
   # One function, so that a second call compiles nothing.
   whole = jax.jit(_same, out_shardings=layout.replicated)(tree)
   return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), whole)

@@ -292,7 +292,7 @@ def test_a_dry_run_says_what_a_run_would_do(name, tmp_path, monkeypatch):
   trained = {"pretrain", "multi_precision", "supernet"} & {*wanted.stages}
   for stage in trained:
     assert f"\n{stage}  " in text
-  assert ("data are not there" in text) == (name != "language")
+  assert ("data are missing" in text) == (name != "language")
   assert not (tmp_path / "run").exists()
 
 

@@ -190,7 +190,7 @@ def test_without_its_data_a_run_still_has_a_network(tmp_path):
     "data": {"name": "tfds", "dataset": "cifar10", "path": str(tmp_path)},
   }
   text = dry_run.describe(from_dict(values), "run")
-  assert "not there, so steps and times cannot be told: data.dataset" in text
+  assert "missing, so steps and times are unknown: data.dataset" in text
   assert "tfds build cifar10" in text
   # The head has ten classes.
   assert "network: resnet20, 272,282 parameters" in text
@@ -206,7 +206,7 @@ def test_without_data_that_decide_the_network_there_is_no_more_to_say(name):
     values["model"] = {"name": "transformer"}
   text = dry_run.describe(from_dict(values), "run")
   *_, last = text.split("\n\n")
-  assert last.startswith("data are not there, so the network, whose sizes they")
+  assert last.startswith("data are missing, so the network, whose sizes they")
   assert "data.path must" in last
   assert "\nnetwork" not in text
 

@@ -108,7 +108,7 @@ def read_header(reader: Reader) -> Header:
     if 2 <= int.from_bytes(data, "little") <= length:
       data += reader.read(_LENGTH, _LENGTH + int.from_bytes(data, "little"))
       return parse_header(data, reader.size)
-  raise Broken("is damaged: it is no safetensors file")
+  raise Broken("is damaged: it is not a safetensors file")
 
 
 def parse_header(data: bytes, size: int) -> Header:

@@ -51,6 +51,10 @@ class Grid(NamedTuple):
 def code_range(bits: int, *, signed: bool = True) -> tuple[int, int]:
   """Returns the smallest and largest code of a bit-width.
 
+  Args:
+    bits: bit-width, at least 1.
+    signed: codes -2^(bits-1)..2^(bits-1)-1, else 0..2^bits-1.
+
   >>> code_range(4)
   (-8, 7)
   >>> code_range(4, signed=False)

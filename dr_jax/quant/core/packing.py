@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 def packed_size(size: int, bits: int) -> int:
-  """Bytes that `size` codes of `bits` bits take.
+  """Returns the bytes that packed codes take: ceil(size * bits / 8).
+
+  Args:
+    size: number of codes.
+    bits: bits of a code.
 
   >>> packed_size(1000, 3)
   375
