@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import re
+import tomllib
 import warnings
 
 import jax
@@ -13,7 +14,19 @@ import safetensors.numpy
 from flax import nnx
 from torch_networks import Tensors
 
-from dr_jax import config, data, deploy, models, nn, pipeline, quant
+from dr_jax import (
+  config,
+  data,
+  deploy,
+  models,
+  nn,
+  pipeline,
+  quant,
+  search,
+  train,
+)
+from dr_jax.pipeline.stages import STAGES
+from dr_jax.train import alrs
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = {
@@ -62,6 +75,42 @@ def test_the_table_of_methods_lists_every_weight_quantizer():
     if isinstance(quant.get(name), quant.WeightQuantizer)
   } - {"fixed_point"}
   assert weights <= listed
+
+
+def extras():
+  text = (ROOT / "pyproject.toml").read_text()
+  found = tomllib.loads(text)["project"]["optional-dependencies"]
+  return [name for name in found if name != "test-foreign"]
+
+
+def commands(folder):
+  for file in (ROOT / folder).glob("*.py"):
+    if "__main__" in file.read_text():
+      yield file.stem
+
+
+@pytest.mark.parametrize(
+  "page, names",
+  [
+    ("README.md", extras()),
+    ("configs/README.md", [f.name for f in (ROOT / "configs").glob("*.py")]),
+    ("dr_jax/benchmarks/README.md", commands("dr_jax/benchmarks")),
+    ("dr_jax/data/README.md", data.NAMES),
+    ("dr_jax/nn/README.md", nn.BACKENDS),
+    ("dr_jax/search/README.md", search.SEARCHES),
+    ("dr_jax/train/README.md", STAGES),
+    ("dr_jax/train/README.md", alrs.MODES),
+    ("dr_jax/train/README.md", train.CURRICULA),
+    ("dr_jax/train/README.md", train.DISTILLATIONS),
+    ("dr_jax/train/README.md", train.OPTIMIZERS),
+    ("dr_jax/train/README.md", train.SAMPLINGS),
+    ("dr_jax/train/README.md", train.VECTORIZE),
+  ],
+)
+def test_a_page_names_everything_that_it_lists(page, names):
+  text = PAGES[page].read_text()
+  listed = set(re.findall(r"[`\[]([\w.-]+)[`\]]", text))
+  assert not {*names} - listed
 
 
 @functools.cache
