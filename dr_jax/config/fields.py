@@ -83,7 +83,7 @@ class DataConfig:
     image_size: side of the images after augmentation, in pixels; 0 leaves them
       as they are.
     mean: subtracted from images in [0, 1], per channel; () for 0.
-    std: by which images are then divided, per channel; () for 1.
+    std: divisor of images after that, per channel; () for 1.
     workers: processes that decode images; 0 decodes between the steps.
     on_decode_error: whether an image that cannot be read stops the run, or the
       next one takes its place.
@@ -151,7 +151,7 @@ class QuantConfig:
     weight: quantizer of the weights.
     weight_options: keyword arguments of the weight quantizer; those without a
       value are the method's.
-    activation: quantizer of the layers' inputs, "none" leaves them float.
+    activation: quantizer of the layers' inputs; "none" leaves them float.
     activation_options: keyword arguments of the activation quantizer, likewise.
     norm: what a batch norm has parameters for: each bit-width (switchable),
       each pair of bit-widths of successive layers (transitional), or all
@@ -183,7 +183,7 @@ class TrainConfig:
     optimizer: the optimizer.
     learning_rate: peak learning rate, which falls to zero as a cosine.
     warmup: fraction of the steps in which the learning rate rises to its peak.
-    weight_decay: factor on the kernels; scales and norms have none.
+    weight_decay: weight decay of the kernels; scales and norms have none.
     momentum: momentum of SGD.
     schedule: one update after each bit-width (alternate), or one after all of
       them (accumulate).
@@ -194,14 +194,14 @@ class TrainConfig:
     sampling: which bit-widths a step trains; see `train.sampling`.
     distillation: what lower bit-widths learn from; see `train.distill`.
     loss_weights: one factor for the loss of each bit-width; () for 1.
-    curriculum: phases with other quantizers or norms; see `train.CURRICULA`.
+    curriculum: phases with other quantizers or norms; see `train.curricula`.
     validation_every: epochs between validations, which score every bit-width
       on the examples that `data.holdout` keeps out; 0 for never.
     keep_best: end with the state that validated best, not with the last one.
-    steps_per_call: steps that an accelerator makes in one call of a program, so
-      that it need not wait for the host; the last bits of numbers may change.
-      Checkpoints and validations keep their steps. On a CPU convolutions are
-      some twenty times slower with more than 1.
+    steps_per_call: steps in one call of a compiled program, so that an
+      accelerator need not wait for the host; 1 with vectorize=sequential. Last
+      bits may change; checkpoints and validations keep their steps. On a CPU
+      convolutions are some twenty times slower with more than 1.
   """
 
   epochs: int = field(10, at_least=0, at_most=10**6)
@@ -326,9 +326,9 @@ class Config:
     method: recipe of `quant.RECIPES`, which sets the fields of quant and train
       that are left open.
     seed: seed of the initial parameters, the order of the data, and all draws.
-    stages: what to do, in this order.
-    data: the data.
-    model: the network.
+    stages: stages to run, in this order.
+    data: which data, and how many examples a step sees.
+    model: the float network.
     quant: bit-widths and quantizers.
     pretrain: recipe of the stage pretrain.
     train: recipe of the stages multi_precision and separate.
