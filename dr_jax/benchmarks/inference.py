@@ -130,7 +130,7 @@ def fastest(found: Sequence[Program], seconds: np.ndarray) -> str:
 
 def main() -> None:
   """Measures and prints."""
-  bits = tuple(map(int, FLAGS.bits))
+  bits = network.bit_widths(FLAGS.bits)
   setting = Setting(FLAGS.model, FLAGS.image_size, bits=bits)
   found = programs(setting, FLAGS.backends)
   measured = {

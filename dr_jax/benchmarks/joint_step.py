@@ -105,11 +105,11 @@ def main():
   if _TORCH_COMPILE.value and not _TORCH.value:
     raise ValueError("torch_compile must not be set without --torch")
   if _MODEL.value:
-    _network(tuple(map(int, _BITS.value)))
+    _network(network.bit_widths(_BITS.value))
     return
   # `lower().compile()` for the memory and the first call are one compilation.
   jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-  bits = tuple(map(int, _BITS.value))
+  bits = network.bit_widths(_BITS.value)
   if _METHODS.value:
     _methods(bits)
     return

@@ -114,9 +114,7 @@ def _from_artifact():
 
 
 def _named():
-  if not all(b.isdecimal() for b in FLAGS.bits):
-    raise ValueError(f"bits must be integers, got {','.join(FLAGS.bits)}")
-  bits = tuple(map(int, FLAGS.bits))
+  bits = network.bit_widths(FLAGS.bits)
   setting = network.Setting(FLAGS.model, FLAGS.image_size, bits=bits)
   parts = nn.deployed.parts_of(setting.quantized())
   return nn.deployed.assemble(setting.floating(), parts), 3, setting.size

@@ -38,7 +38,9 @@ from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command
 
 _BATCH = flags.DEFINE_integer("batch", 128, "Images per step.", lower_bound=1)
-_SIZE = flags.DEFINE_integer("size", 32, "Height and width of an image.")
+_SIZE = flags.DEFINE_integer(
+  "size", 32, "Height and width of an image.", lower_bound=1
+)
 _DEPTH = flags.DEFINE_integer("depth", 20, "Depth of the ResNet, 6 n + 2.")
 _BITS = flags.DEFINE_list("bits", ["8", "6", "4", "2"], "Bit-widths.")
 _TARGET = flags.DEFINE_string(
@@ -74,7 +76,7 @@ def part_of(kernel: hlo.Kernel) -> str:
 
 
 def main():
-  bits = tuple(map(int, _BITS.value))
+  bits = network.bit_widths(_BITS.value)
   compiled = _compiler()
   steps = {
     "float": (None, "alternate"),

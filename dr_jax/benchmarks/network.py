@@ -7,6 +7,7 @@ norm per bit-width, SGD, random images.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -102,6 +103,21 @@ class Setting(NamedTuple):
       )
     )
     return sum(row.macs for row in table)
+
+
+def bit_widths(texts: Sequence[str]) -> tuple[int, ...]:
+  """Returns the candidate bit-widths of a flag.
+
+  Raises:
+    ValueError: for what is not an integer, or not a list of candidates.
+
+  >>> bit_widths(["8", "2"])
+  (8, 2)
+  """
+  for text in texts:
+    if not text.isdecimal():
+      raise ValueError(f"bits must be integers, got {text!r}")
+  return quant.check_bits(list(map(int, texts)))
 
 
 def trainer(

@@ -11,8 +11,6 @@ not depend on what a network has learned: it is not trained here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from absl import flags
 
 from dr_jax import quant
@@ -34,19 +32,12 @@ _ALL = flags.DEFINE_bool(
 def main():
   for name in _MODELS.value:
     one_of("model", name, network.NAMES)
-  bits = _numbers(_BITS.value)
+  bits = network.bit_widths(_BITS.value)
   for name in _MODELS.value:
     setting = network.Setting(name, bits=bits)
     sizes = on_disk.measure(setting, _ROUNDINGS.value, all_layers=_ALL.value)
     on_disk.print_table(name, sizes)
   print(environment())
-
-
-def _numbers(texts: Sequence[str]) -> tuple[int, ...]:
-  for text in texts:
-    if not text.isdecimal():
-      raise ValueError(f"bits must be integers, got {text}")
-  return quant.check_bits(list(map(int, texts)))
 
 
 if __name__ == "__main__":

@@ -394,6 +394,19 @@ def test_sets_of_bits_are_digits_from_high_to_low(text, message):
     compile_time.numbers(text)
 
 
+@pytest.mark.parametrize(
+  ("texts", "message"),
+  [
+    (["8", "x"], "bits must be integers, got 'x'"),
+    (["8", ""], "bits must be integers, got ''"),
+    (["2", "8"], "bits must be .* highest first, got"),
+  ],
+)
+def test_lists_of_bits_are_integers_from_high_to_low(texts, message):
+  with pytest.raises(ValueError, match=message):
+    network.bit_widths(texts)
+
+
 def command(name, *arguments):
   return subprocess.run(
     [sys.executable, "-m", f"dr_jax.benchmarks.{name}", *arguments],
