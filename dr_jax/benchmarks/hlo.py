@@ -96,8 +96,8 @@ class _Tracebacks:
     self._functions = _table(text, "FunctionNames")
     self._places = _table(text, "FileLocations")
     self._frames = _table(text, "StackFrames")
-    # The first frame is nobody's callee; some versions of XLA count from 1.
-    self._nobody = _number("parent_frame_id", self._frames.get(1, ""))
+    # Frame 1 has no parent: 0, but 1 in versions of XLA that add 1 to parents.
+    self._base = _number("parent_frame_id", self._frames.get(1, ""))
 
   def of(self, line: str) -> Iterator[str]:
     """Yields every frame of an instruction."""
@@ -108,7 +108,7 @@ class _Tracebacks:
       file = self._files[_number("file_name_id", place)]
       function = self._functions[_number("function_name_id", place)]
       yield file.strip('"') + ", " + function.strip('"')
-      number = _number("parent_frame_id", frame) - self._nobody
+      number = _number("parent_frame_id", frame) - self._base
 
 
 def _table(text, name):

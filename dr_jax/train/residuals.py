@@ -1,4 +1,4 @@
-"""How much of a pass is kept for its way back, before anything is compiled.
+"""Bytes that a forward pass keeps for its backward pass, without compiling.
 
 `jax.vjp` returns a function that holds the arrays that the forward pass left
 for it: their shapes take a trace. XLA keeps less, since it computes cheap ones

@@ -389,7 +389,7 @@ def _merge_statistics(old, new):
 def _after(batch, summed):
   """The batch, for a pass that comes after those whose gradients are summed.
 
-  Else XLA runs all forward passes before the first way back.
+  Else XLA runs all forward passes before the first backward pass.
   """
   if summed is None:
     return batch
