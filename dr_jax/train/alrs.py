@@ -16,7 +16,9 @@ factor multiplies the update and not the gradient, whose size Adam would cancel.
 
 Adam's updates are about as large as the learning rate, whatever they update. A
 scale that is shared with 8 bits is near 2e-3: updates of 5e-4 move all of its
-grids by a quarter. With "proportional" they are that fraction of the scale.
+grids by a quarter. With "proportional" they are that fraction of the scale. A
+scale at its minimum hardly leaves it: that of a kernel that starts as zeros, or
+one from which SGD subtracted more than it was.
 """
 
 from __future__ import annotations
