@@ -258,8 +258,8 @@ def _memory(run, phases: Sequence[Phase]):
     rows.append((phase.stage, *map(decimal, sizes)))
   return (
     "memory of what is trained; activations that a step keeps for its "
-    "backward pass on each device, at most: compiled steps take half of it to "
-    "all; and checkpoints on disk at most:\n"
+    "backward pass on each device, at most: compiled steps take a third of it "
+    "to all; and checkpoints on disk at most:\n"
     f"{aligned([_MEMORY, *rows])}"
   )
 
