@@ -39,7 +39,7 @@ from dr_jax.benchmarks import network, throughput
 from dr_jax.benchmarks.compilations import recorded
 from dr_jax.benchmarks.rows import Rows, note, prepared, turns
 from dr_jax.benchmarks.throughput import MODES
-from dr_jax.benchmarks.timing import ratio
+from dr_jax.benchmarks.timing import in_turn, ratio
 from dr_jax.config import TrainConfig, from_dict, quantizers
 from dr_jax.pipeline.summary import environment
 from dr_jax.runtime import command, compilation, sharding
@@ -131,11 +131,10 @@ def main():
 
 
 def _time(rows):
-  for _ in turns(_ROUNDS.value):
-    for row in rows:
-      started = time.perf_counter()
-      row.step()
-      row.seconds.append((time.perf_counter() - started) / row.steps)
+  calls = [row.step for row in rows]
+  seconds = in_turn(calls, turns(_ROUNDS.value))
+  for row, taken in zip(rows, seconds, strict=True):
+    row.seconds.extend(taken / row.steps)
 
 
 def _network(bits):

@@ -50,7 +50,7 @@ _TARGET = flags.DEFINE_string(
 # The first that matches a frame, from the innermost one on.
 _PARTS = (
   ("scales and ALRS", r"train/alrs\.py|_weighted_by_alrs|_update_scale"),
-  ("metrics", r"train/measured\.py|schedules\.py, _stacked"),
+  ("metrics", r"train/measured\.py|runtime/tree\.py, stack"),
   (
     "optimizer",
     r"train/optimizer\.py|optax/transforms/|apply_gradients|, _add$",

@@ -1,12 +1,14 @@
-"""Leaves of a pytree by name: slash paths, as stage1/conv1/kernel."""
+"""Pytrees of arrays; leaves by slash paths, as stage1/conv1/kernel."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -38,6 +40,15 @@ def array_bytes(tree: Any) -> int:
   """
   leaves = jax.tree.leaves(tree)
   return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+  """Returns one tree of arrays [trees, ...] for equal trees of arrays.
+
+  >>> stack([{"a": jnp.int32(1)}, {"a": jnp.int32(2)}])["a"].tolist()
+  [1, 2]
+  """
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def fingerprint(tree: Any) -> str:

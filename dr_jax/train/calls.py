@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from dr_jax.runtime.compilation import jit
+from dr_jax.runtime.tree import stack
 
 _T = TypeVar("_T")
 
@@ -32,6 +32,7 @@ def in_one_call(step: Callable[..., Any]) -> Callable[..., Any]:
     stacked along a first axis, [steps, ...]. It donates the state. Another
     number of batches compiles another program.
 
+  >>> import jax.numpy as jnp
   >>> steps = in_one_call(lambda state, batch: (state + batch, state * batch))
   >>> total, products = steps(jnp.int32(1), (jnp.int32(2), jnp.int32(3)))
   >>> int(total), products.tolist()
@@ -44,7 +45,7 @@ def in_one_call(step: Callable[..., Any]) -> Callable[..., Any]:
       state, *results = step(state, batch)
       return state, tuple(results)
 
-    state, results = jax.lax.scan(one, state, _stacked(*batches))
+    state, results = jax.lax.scan(one, state, stack(batches))
     return state, *results
 
   return steps
@@ -58,14 +59,12 @@ def one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
     for batch in batches:
       state, *result = step(state, batch)
       results.append(tuple(result))
-    return state, *_stacked(*results)
+    return state, *_stack(results)
 
   return steps
 
 
-@jax.jit
-def _stacked(*trees):
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+_stack: Callable[[Sequence[Any]], Any] = jax.jit(stack)
 
 
 def grouped(

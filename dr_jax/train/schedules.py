@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from dr_jax.runtime.compilation import jit
 from dr_jax.runtime.order import after
+from dr_jax.runtime.tree import stack
 from dr_jax.train.gradients import (
   Carry,
   Gradients,
@@ -166,7 +167,7 @@ def _alternate_unrolled(parts):
         parts, state, carry, batch, index, number
       )
       passes.append(measured)
-    return _end(parts, state, carry), *_stacked(passes)
+    return _end(parts, state, carry), *stack(passes)
 
   return Compiled(step, step, step.lower)
 
@@ -215,7 +216,7 @@ def _accumulate_unrolled(parts):
       summed = _add(summed, gradients)
       passes.append(measured)
     state = apply_gradients(parts, state, summed)
-    return _end(parts, state, carry), *_stacked(passes)
+    return _end(parts, state, carry), *stack(passes)
 
   return Compiled(step, step, step.lower)
 
@@ -317,7 +318,7 @@ def _over_devices(parts):
       )
       summed = _add(summed, gradients)
       ends.append(end)
-    carries, measured = _stacked(ends)
+    carries, measured = stack(ends)
     return jax.lax.psum(summed, "bits"), carries, measured
 
   return jax.shard_map(
@@ -329,12 +330,7 @@ def _over_devices(parts):
   )
 
 
-def _stacked(trees: list[Any]) -> Any:
-  """One tree of arrays [passes, ...]."""
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-_stack: Callable[[list[Any]], Any] = jax.jit(_stacked)
+_stack: Callable[[list[Any]], Any] = jax.jit(stack)
 
 
 def _end(parts, state, carry):
