@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import quick_compilation
 
 
 def _sgd(learning_rate):
@@ -62,7 +63,9 @@ def drift(loss, variables, optimizer, learning_rate, *, candidates, watch):
     return (variables, [m for _, m in updated]), (finite, watch(variables))
 
   zeros = [(jnp.zeros_like(v),) * 2 for v in jax.tree.leaves(variables)]
-  run = jax.jit(lambda carry, numbers: jax.lax.scan(step, carry, numbers))
+  run = quick_compilation.jit(
+    lambda carry, numbers: jax.lax.scan(step, carry, numbers)
+  )
   (variables, _), (finite, watched) = run(
     (variables, zeros), jnp.arange(400, dtype=jnp.int32)
   )
