@@ -58,22 +58,20 @@ def compilation_cache(tmp_path_factory):
     jax.config.update(name, float(os.environ[name.upper()]))
 
 
-# Compilation takes most of the default run, in which XLA optimizes little,
-# but in these tests: laws of methods and exported programs hold bit for bit in
-# programs of users, as does the memory that sums take. The slow run has
-# programs as users have them, but for tests of whole jobs, whose processes
-# compile quickly in both runs.
+# Compilation takes most of both runs, in which XLA optimizes little, but in
+# these files: laws of methods and exported programs hold bit for bit in
+# programs of users, trained networks predict the same there, and a step takes
+# the memory that is estimated, and reaches the numbers of one that compiles
+# quickly. Where a test trains for many seconds, running takes longer instead.
 OPTIMIZED = (
   "quant/core/rows_test.py",
   "quant/laws_test.py",
   "deploy/export/stablehlo_test.py",
+  "deploy/trained_networks_test.py",
+  "train/divergence_test.py",
+  "train/optimized_step_test.py",
+  "train/residuals_test.py",
 )
-JOBS = ("integration/", "pipeline/")
-
-
-def compile_quickly(config, file=""):
-  fast = config.option.markexpr == "not slow" or file.startswith(JOBS)
-  quick_compilation.use(fast and file not in OPTIMIZED)
 
 
 # Where this run is a job in the background, which ignores Ctrl-C, the processes
@@ -82,8 +80,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_configure(config):
-  compile_quickly(config)
+def pytest_configure():
+  quick_compilation.use(True)
 
 
 def pytest_collection_finish():
@@ -111,10 +109,10 @@ def options_of_xla():
 
 @pytest.fixture(scope="module", autouse=True)
 def optimization(request):
-  tests = pathlib.Path(__file__).parent
-  compile_quickly(request.config, request.path.relative_to(tests).as_posix())
+  file = request.path.relative_to(pathlib.Path(__file__).parent).as_posix()
+  quick_compilation.use(file not in OPTIMIZED)
   yield
-  compile_quickly(request.config)
+  quick_compilation.use(True)
 
 
 @pytest.fixture(scope="session", autouse=True)
