@@ -81,12 +81,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure():
+  """Also collects garbage less often: over what JAX keeps, it takes a tenth."""
+  gc.set_threshold(50_000)
   quick_compilation.use(True)
 
 
-def pytest_collection_finish():
-  """Collects garbage less often: over what JAX keeps, it takes a tenth."""
-  gc.set_threshold(50_000)
+def pytest_ignore_collect(collection_path, config):
+  """The slow run does not import files that mark nothing as slow."""
+  if config.option.markexpr == "slow" and collection_path.suffix == ".py":
+    return "slow" not in collection_path.read_text() or None
 
 
 @pytest.fixture(scope="module", autouse=True)
