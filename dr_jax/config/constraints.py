@@ -39,7 +39,8 @@ def field(
 
   Args:
     default: its default.
-    one_of: values, among them "module:NAME" for all of that collection.
+    one_of: values, among them "module:NAME" for all of that collection, or of
+      the one that this function returns.
     at_least, above, at_most, below: bounds, which NaN does not keep.
     each: type of the entries of a tuple.
     pattern: regular expression of a string, and what it means in words.
@@ -81,7 +82,8 @@ def allowed_values(names: str | Sequence[Any]) -> Collection[Any]:
   for name in (names,) if isinstance(names, str) else names:
     if isinstance(name, str) and ":" in name:
       module, _, attribute = name.partition(":")
-      found += getattr(importlib.import_module(module), attribute)
+      values = getattr(importlib.import_module(module), attribute)
+      found += values() if callable(values) else values
     else:
       found.append(name)
   return found

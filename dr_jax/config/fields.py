@@ -161,10 +161,10 @@ class QuantConfig:
   """
 
   bits: tuple = field((8, 6, 4, 2), each=int)
-  weight: str = field("double_rounding", one_of="dr_jax.quant:NAMES")
+  weight: str = field("double_rounding", one_of="dr_jax.quant:weight_names")
   weight_options: dict = mapping()
   activation: str = field(
-    "lsq_activation", one_of=("none", "dr_jax.quant:NAMES")
+    "lsq_activation", one_of=("none", "dr_jax.quant:activation_names")
   )
   activation_options: dict = mapping()
   norm: str = field("switchable", one_of="dr_jax.nn:NORMS")

@@ -54,6 +54,7 @@ from dr_jax.quant.registry import (
   RECIPES,
   Description,
   Recipe,
+  activation_names,
   describe,
   find,
   get,
@@ -61,6 +62,7 @@ from dr_jax.quant.registry import (
   options_of,
   register,
   register_recipe,
+  weight_names,
 )
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
   "Recipe",
   "Storage",
   "WeightQuantizer",
+  "activation_names",
   "adabits",
   "any_precision",
   "binary",
@@ -120,6 +123,7 @@ __all__ = [
   "unit_activation",
   "unpack",
   "unpack_planes",
+  "weight_names",
 ]
 
 

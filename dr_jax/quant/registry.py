@@ -211,6 +211,38 @@ def find(name: str) -> Callable[..., Quantizer]:
   return _FACTORIES[name]
 
 
+def weight_names() -> list[str]:
+  """Returns the names of the quantizers of weights.
+
+  >>> "lsq" in weight_names(), "lsq_activation" in weight_names()
+  (True, False)
+  """
+  return _names(WeightQuantizer)
+
+
+def activation_names() -> list[str]:
+  """Returns the names of the quantizers of activations.
+
+  >>> "lsq" in activation_names(), "lsq_activation" in activation_names()
+  (False, True)
+  """
+  return _names(ActivationQuantizer)
+
+
+def _names(kind):
+  """Names of the factories that return a kind of quantizer."""
+  return [
+    name for name, factory in _FACTORIES.items() if _kind(factory) is kind
+  ]
+
+
+@functools.cache
+def _kind(factory):
+  """What a factory returns: what it says, else what it does."""
+  returned = inspect.signature(factory, eval_str=True).return_annotation
+  return type(factory()) if returned is inspect.Signature.empty else returned
+
+
 def options_of(role: str) -> dict[str, type]:
   """Options of all quantizers of a role, for command-line flags.
 
@@ -228,14 +260,10 @@ def options_of(role: str) -> dict[str, type]:
   """
   kind = {"weight": WeightQuantizer, "activation": ActivationQuantizer}[role]
   found: dict[str, type] = {}
-  for factory in _FACTORIES.values():
-    signature = inspect.signature(factory, eval_str=True)
-    returned = signature.return_annotation
-    if returned is signature.empty:
-      returned = type(factory())
-    if returned is kind:
-      for parameter in signature.parameters.values():
-        found.setdefault(parameter.name, _flag_type(parameter))
+  for name in _names(kind):
+    signature = inspect.signature(_FACTORIES[name], eval_str=True)
+    for parameter in signature.parameters.values():
+      found.setdefault(parameter.name, _flag_type(parameter))
   for name in ("bits", "signed")[: 1 if role == "weight" else 2]:
     found.pop(name, None)
   return found

@@ -132,7 +132,7 @@ def test_one_bit_width_allows_a_distillation_without_effect():
     ),
     (
       {"quant": {"weight": "lsq_activation"}},
-      "quant.weight must name .* WeightQuantizer, got 'lsq_activation' of type",
+      "quant.weight must be one of .*lsq, .* got 'lsq_activation'",
     ),
     (
       {"train": {"vectorize": "sequential", "steps_per_call": 4}},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shlex
 import sys
 
@@ -69,7 +70,8 @@ def test_bounds_are_those_that_are_checked():
 def test_choices_and_other_constraints_are_said():
   allowed = {name: field.allowed for name, field in FIELDS.items()}
   assert allowed["train.schedule"] == "one of alternate, accumulate"
-  assert allowed["quant.activation"].startswith("one of none, double_rounding")
+  assert re.match("one of none, .*lsq_activation", allowed["quant.activation"])
+  assert "activation" not in allowed["quant.weight"]
   assert allowed["data.length"] == (
     "an integer >= 1 and <= 65536; only with data.name=text"
   )

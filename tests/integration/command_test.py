@@ -175,11 +175,11 @@ def test_a_second_process_in_the_same_directory_ends_with_an_error(
     ("--config.quant.weight=dorefa", "quant.weight must be one of"),
     (
       "--config.quant.weight=lsq_activation",
-      "quant.weight must name .* WeightQuantizer, got 'lsq_activation' of type",
+      "quant.weight must be one of .* got 'lsq_activation'",
     ),
     (
       "--config.quant.activation=lsq",
-      "quant.activation must name .* got 'lsq' of type WeightQuantizer",
+      "quant.activation must be one of none, .* got 'lsq'",
     ),
     ("--config.quant.norm=swichable", "quant.norm must be one of"),
     (
