@@ -308,16 +308,19 @@ def trained(photographs):
 @pytest.mark.parametrize(
   ("kind", "owner", "method", "delay"),
   [
-    (0, loop._Losses, "_take", 0.2),
-    (1, MetricsWriter, "write", 0.1),
-    (2, Checkpoints, "save", 2.0),
-    (3, batching.Batches, "stream", 0.25),
+    (0, loop._Losses, "_take", 0.4),
+    (1, MetricsWriter, "write", 0.2),
+    (2, Checkpoints, "save", 4.0),
+    (3, batching.Batches, "stream", 0.5),
   ],
 )
 def test_waiting_in_a_step_shows_in_its_time(
   trained, photographs, monkeypatch, kind, owner, method, delay
 ):
-  """Of eight timed steps, the second is saved; one writes three numbers."""
+  """Of eight timed steps, the second is saved; one writes three numbers.
+
+  Waits are longer than steps, which may go on meanwhile.
+  """
   before = trained.looped(8, concurrent_load.KINDS[kind], photographs)
   plain = getattr(owner, method)
 
