@@ -103,6 +103,8 @@ def test_new_file_is_found_by_laws_configurations_and_comparison(tmp_path):
   """In a fresh process, whose registry has it from the start."""
   (tmp_path / "halves.py").write_text(NEW_METHOD)
   code = f"""
+import sys
+sys.path.append("tests/support")
 from dr_jax.quant import methods
 methods.__path__.append({str(tmp_path)!r})
 methods.discover()
