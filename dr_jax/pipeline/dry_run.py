@@ -19,7 +19,13 @@ import jax
 from rich.filesize import decimal
 
 from dr_jax import allocate, data, nn
-from dr_jax.config import Config, ConfigError, DataConfig, prefixed
+from dr_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  prefixed,
+  quantizers,
+)
 from dr_jax.nn.layer_table import aligned
 from dr_jax.pipeline import pipeline, times
 from dr_jax.pipeline.comparison import Comparison
@@ -130,6 +136,7 @@ def _with_config(run, config):
   """A run like another, with its data and float network; it trains nothing."""
   other = copy.copy(run)
   other.config, other.bits = config, config.quant.bits
+  other.weight, other.activation = quantizers(config.quant)
   return other
 
 

@@ -11,19 +11,12 @@ import quick_compilation
 import training_network as net
 
 from dr_jax import nn
+from dr_jax.benchmarks.throughput import MODES
 from dr_jax.runtime import sharding
 from dr_jax.train import make_optimizer, make_trainer
 
 # Programs take seconds to compile.
 pytestmark = pytest.mark.slow
-
-MODES = [
-  ("alternate", "unroll"),
-  ("alternate", "sequential"),
-  ("accumulate", "unroll"),
-  ("accumulate", "sequential"),
-  ("accumulate", "vmap"),
-]
 
 
 def numbers(schedule, vectorize, layout=None):

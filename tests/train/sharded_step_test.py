@@ -17,6 +17,7 @@ import training_network as net
 from jax.sharding import PartitionSpec as P
 
 from dr_jax import nn, train
+from dr_jax.benchmarks.throughput import MODES
 from dr_jax.runtime import sharding
 from dr_jax.train import gradients
 from dr_jax.train import state as states
@@ -92,13 +93,6 @@ def assert_same(found, expected, bits=BITS):
   assert largest > 0.01  # The comparison is of something that has moved.
 
 
-MODES = [
-  ("alternate", "unroll"),
-  ("alternate", "sequential"),
-  ("accumulate", "unroll"),
-  ("accumulate", "sequential"),
-  ("accumulate", "vmap"),
-]
 # Unrolled passes, which compile longest, only in the slow run.
 SOME_MODES = [
   pytest.param(*mode, marks=pytest.mark.slow)
