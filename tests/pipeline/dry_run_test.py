@@ -12,7 +12,14 @@ from rich.filesize import decimal
 
 from dr_jax import data, nn, train
 from dr_jax.config import ConfigError, from_dict, quantizers
-from dr_jax.pipeline import comparison, dry_run, phases, throughput, times
+from dr_jax.pipeline import (
+  comparison,
+  dry_run,
+  phases,
+  pipeline,
+  throughput,
+  times,
+)
 from dr_jax.pipeline.context import RunContext
 from dr_jax.pipeline.stages import STAGES
 
@@ -267,7 +274,10 @@ def test_a_comparison_lists_its_methods_and_all_seeds(tmp_path):
   assert [cells(text, b)[0][0] for b in ("8", "4", "2")] == ["8", "4", "2"]
   # A float network of its own, and a state for every method.
   assert [len(cells(text, name)) for name in steps] == [2, 2, 2]
-  assert text.endswith("in run; nothing was written")
+  configs = [compared.base, *(e.config for e in compared.entries.values())]
+  sizes = [pipeline.disk_bytes(RunContext(config, "run")) for config in configs]
+  disk = decimal(2 * sum(sum(size.values()) for size in sizes))
+  assert text.endswith(f"disk: at most {disk} in run; nothing was written")
   other = tmp_path / "run" / "seed1" / "half"
   other.mkdir(parents=True)
   (other / "file").write_text("mine")
